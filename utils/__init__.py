@@ -1,0 +1,1 @@
+"""Shared parts of the three training steps: configuration, data, models, algorithms and the PPO engine."""

@@ -1,0 +1,9 @@
+"""The two ways a run stops on purpose. `utils.config.run` turns them into one line on stderr and an exit code."""
+
+
+class InputError(ValueError):
+    """The user's input cannot work: a flag, a file or a folder. The message names it and the fix. Exit code 2."""
+
+
+class DivergenceError(RuntimeError):
+    """Training produced NaN or infinite numbers. The message names the step, the likely cause and flags. Exit code 3."""
