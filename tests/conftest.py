@@ -1,0 +1,81 @@
+"""Fixtures for every test: real data where it lies beside the checkout, the real LLaMA-2 tokenizer, a tiny tokenizer."""
+
+import os
+from pathlib import Path
+
+# Set before any library reads them: no test may reach a network, and two test processes share few cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+TINY_TEXT = [
+    " Human: what is the colour of milk ? Assistant: the milk is white . happy to help .",
+    " Human: name a large city . Assistant: paris is a large city .",
+    "The quick brown fox jumps over the lazy dog. Numbers: 0 1 2 3 4 5 6 7 8 9.",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data files beside the checkout; the test is skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data files are not on this machine ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(shared_data: Path):
+    """LLaMA-2's own tokenizer, built from its sentencepiece model; pad is unk, as LLaMA has no pad token."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import generate_merges
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(shared_data / "llama2_tokenizer.model"))
+    size = pieces.get_piece_size()
+    vocab = {pieces.id_to_piece(i): i for i in range(size)}
+    merges = generate_merges(vocab, {pieces.id_to_piece(i): pieces.get_score(i) for i in range(size)})
+    backend = Tokenizer(models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", pieces.bos_id())]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+def byte_level_tokenizer(*, add_bos: bool, pad_is_eos: bool = False):
+    """A byte-level BPE tokenizer of about 300 tokens, in the manner of GPT-2 (`add_bos=False`) or OPT (`add_bos=True`)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TINY_TEXT, trainer)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>" if pad_is_eos else "<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer of about 300 tokens with <pad>, <s> (prepended to every text) and </s>."""
+    return byte_level_tokenizer(add_bos=True)
