@@ -1,0 +1,143 @@
+"""The process group, seeds, rank-0 logging and reductions over ranks.
+
+Every step works with one process or many, launched by `deepspeed`, by `torchrun` or as plain `python main.py`.
+Importing this module before `deepspeed` matters on machines without an accelerator: DeepSpeed picks its backend at import.
+"""
+
+import contextlib
+import datetime
+import io
+import logging
+import os
+import random
+import socket
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402  (the accelerator is chosen above)
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+
+
+def init_distributed(verbose: bool = False) -> None:
+    """Join (or, in a single process, create) the process group: nccl on GPUs, gloo on a CPU. Safe to call again."""
+    if not verbose:
+        _silence_libraries()
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(local_rank())
+    else:
+        # Compiling DeepSpeed's shared-memory collectives takes half a minute and leaks /dev/shm; gloo is enough.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+
+
+def _silence_libraries() -> None:
+    """Keep DeepSpeed, transformers and torch from writing anything below an error; `--verbose` leaves them alone."""
+    for name in ("DeepSpeed", "deepspeed", "torch.distributed", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers|peft)\b.*")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank() -> int:
+    """This process's rank over all machines; known from the environment before the group exists."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """This process's rank on its own machine, which is the index of its device."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes files."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device this process computes on."""
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator().type, local_rank())
+    return torch.device("cpu")
+
+
+def log(message: str) -> None:
+    """Print one line on rank 0."""
+    if is_main():
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one line of warning to stderr on rank 0."""
+    if is_main():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy (through transformers' helper) and torch on every device with the same number on every rank.
+
+    Ranks that must differ (rollout sampling, data order) derive their own streams from the seed and their rank.
+    """
+    import transformers
+
+    random.seed(seed)
+    transformers.set_seed(seed)
+
+
+def all_reduce(values: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Sum (or "max", "min", "mean") of `values` over all ranks; float64 tensors on devices without them are not needed here."""
+    if world_size() == 1:
+        return values
+    reduced = values.to(device(), copy=True)
+    operations = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+    dist.all_reduce(reduced, op=operations[op])
+    if op == "mean":
+        reduced /= world_size()
+    return reduced.to(values.device)
+
+
+def all_reduce_scalar(value: float, op: str = "sum") -> float:
+    """`all_reduce` for one python number."""
+    return all_reduce(torch.tensor(float(value), dtype=torch.float64), op).item()
+
+
+def all_reduce_dict(values: dict[str, float], op: str = "sum") -> dict[str, float]:
+    """`all_reduce` for a dictionary whose keys agree on every rank, in one collective."""
+    reduced = all_reduce(torch.tensor([float(value) for value in values.values()], dtype=torch.float64), op)
+    return dict(zip(values, reduced.tolist(), strict=True))
+
+
+def shutdown() -> None:
+    """Leave the process group; without it the exit of a multi-process run aborts now and then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Models: tokenizers, loading, the causal and scalar-head wrappers, LoRA, and saving."""

@@ -1,0 +1,74 @@
+"""Saving: a folder that `transformers` opens, with LoRA merged and the whole tokenizer, from any ZeRO stage."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from utils import distributed
+from utils.files import atomic_path
+from utils.models.lora import ADAPTER, lora_layers, merged_weight
+from utils.zero import gathered
+
+MAX_SHARD_SIZE = "5GB"
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The weights of a `transformers` model on the CPU of rank 0 (None elsewhere), under their ordinary names.
+
+    LoRA is merged into copies. ZeRO-3 parameters are gathered one at a time, so every rank must call this.
+    """
+    layers = lora_layers(model)
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        prefix = name.partition(".lora_")[0].partition(".base_layer.")[0]
+        if ".lora_" in name:
+            continue
+        if prefix in layers and name.endswith(".base_layer.weight"):
+            value = merged_weight(layers[prefix])
+            if distributed.is_main():
+                state[f"{prefix}.weight"] = value.cpu()
+            continue
+        with gathered([tensor]):
+            if distributed.is_main():
+                state[name.replace(".base_layer.", ".")] = tensor.detach().cpu().clone()
+    return state if distributed.is_main() else None
+
+
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, state: dict | None = None, save_adapter: bool = False
+) -> None:
+    """Write config, safetensors weights and tokenizer to `folder`, whole or not at all. Every rank must call it.
+
+    Args:
+        model: the `transformers` model inside a wrapper (`CausalLM.model`, `ScalarHeadModel.model`).
+        state: weights to write instead of the model's own (rank 0; from `merged_state_dict` of the same model).
+        save_adapter: also write the LoRA factors, as peft stores them, to `folder/adapter`.
+    """
+    state = merged_state_dict(model) if state is None else state
+    adapter = _adapter_state_dict(model) if save_adapter else None
+    if distributed.is_main():
+        if getattr(model.config, "tie_word_embeddings", False):
+            state.pop("lm_head.weight", None)
+        with atomic_path(folder) as temporary:
+            model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+            tokenizer.save_pretrained(temporary)
+            if adapter:
+                (temporary / "adapter").mkdir()
+                save_file(adapter, temporary / "adapter" / "adapter_model.safetensors")
+                model.peft_config[ADAPTER].base_model_name_or_path = str(model.config.name_or_path)
+                model.peft_config[ADAPTER].save_pretrained(temporary / "adapter")
+    distributed.barrier()
+
+
+@torch.no_grad()
+def _adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    state = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            with gathered([parameter]):
+                state[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = parameter.detach().cpu().clone()
+    return state if distributed.is_main() else None

@@ -1,0 +1,191 @@
+"""Models from a folder (or a hub name): checked before anything is loaded, whole or already split by ZeRO-3."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from utils.errors import InputError
+from utils.models.causal_lm import CausalLM
+from utils.models.scalar_head import ScalarHeadModel
+from utils.models.tokenizer import has_tokenizer
+from utils.zero import TORCH_DTYPES, gathered, sharded_loading
+
+WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+HEAD_WEIGHT = "score.weight"
+
+
+def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The `config.json` of a model, read without its weights.
+
+    Raises:
+        InputError: naming `flag`: no such folder, no config or no weights in it, or a hub name that cannot be reached.
+    """
+    folder = Path(path)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{flag} {path}: no config.json there; give the folder that a step wrote or that holds a Hugging Face model")
+        if not any((folder / name).is_file() for name in WEIGHT_FILES):
+            raise InputError(f"{flag} {path}: no weights there (model.safetensors or its index); copy them beside config.json")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise InputError(f"{flag} {path}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if folder.exists():
+            raise InputError(f"{flag} {path}: config.json cannot be used ({reason})") from error
+        raise InputError(
+            f"{flag} {path}: neither a local folder nor a model that the hub gives ({reason}); "
+            "download it on a connected machine and pass the folder"
+        ) from error
+
+
+def check_model(path: str, flag: str, *, tokenizer_path: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """`load_config`, and where the tokenizer should be there, that it is."""
+    config = load_config(path, flag, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_path or path
+    if Path(tokenizer).exists() and not has_tokenizer(tokenizer):
+        raise InputError(f"{flag} {path}: no tokenizer in {tokenizer}; add its files or set --tokenizer_name_or_path")
+    return config
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str, *, may_grow: bool = False) -> None:
+    """Raise InputError when the tokenizer has ids that the model has no embedding for (`may_grow`: they will be added)."""
+    if len(tokenizer) > config.vocab_size and not may_grow:
+        raise InputError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds {config.vocab_size}; "
+            "use the tokenizer that the model was trained with (--tokenizer_name_or_path)"
+        )
+
+
+def check_scalar_model(path: str, flag: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Raise InputError unless the folder holds a model with a scalar head, as step 2 writes it. Reads names, no weights."""
+    config = load_config(path, flag, trust_remote_code=trust_remote_code)
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if not classifies or config.num_labels != 1:
+        raise InputError(f"{flag} {path}: not a reward model ({', '.join(config.architectures or ['no architecture'])}); give the output of step 2")
+    return config
+
+
+def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
+    """Set every dropout probability that the architecture's config knows; None keeps the model's own."""
+    if dropout is None:
+        return
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, dropout)
+
+
+def _from_pretrained(auto_class, path: str, config: PreTrainedConfig, zero_config: dict, dtype: str, trust_remote_code: bool):
+    with sharded_loading(zero_config):
+        model, report = auto_class.from_pretrained(
+            path, config=config, dtype=TORCH_DTYPES[dtype], trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    return model, set(report["missing_keys"]), set(report["unexpected_keys"])
+
+
+def _refuse_key_mismatch(path: str, missing: set[str], unexpected: set[str]) -> None:
+    for what, names in (("lack", missing), ("hold unknown", unexpected)):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise InputError(f"{path}: the weights {what} {listed}; the file does not belong to its config.json")
+
+
+def _carry_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad, bos and eos ids of the tokenizer go into the model's configs, and its sampling defaults out of the way."""
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    model.config.use_cache = True
+    if hasattr(model, "generation_config"):
+        model.generation_config = GenerationConfig(**ids)
+
+
+def _grow_embedding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows for tokens that `--add_eot_token` added, started from the mean of the others, to a multiple of 8."""
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8), mean_resizing=True)
+
+
+def load_causal_lm(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    zero_config: dict,
+    *,
+    dtype: str,
+    dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> CausalLM:
+    """A causal language model with exactly the weights of `path`, wrapped.
+
+    Args:
+        zero_config: from `zero.zero_config`; at stage 3 every rank receives only its part of the weights.
+
+    Raises:
+        InputError: weights are missing from the file or left over in it.
+    """
+    config = load_config(path, "--model_name_or_path", trust_remote_code=trust_remote_code)
+    _set_dropout(config, dropout)
+    model, missing, unexpected = _from_pretrained(AutoModelForCausalLM, path, config, zero_config, dtype, trust_remote_code)
+    _refuse_key_mismatch(path, missing, unexpected)
+    _grow_embedding(model, tokenizer)
+    _carry_tokens(model, tokenizer)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return CausalLM(model)
+
+
+def load_scalar_model(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    zero_config: dict,
+    *,
+    dtype: str,
+    new_head: bool = False,
+    dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> ScalarHeadModel:
+    """A model with a scalar head, wrapped.
+
+    Args:
+        new_head: `path` is a causal LM whose vocabulary head is dropped; the scalar head starts from a normal
+            distribution with standard deviation 1 / sqrt(H + 1) (Stiennon et al. 2020). Otherwise `path` is a model
+            that step 2 or 3 wrote, and its head must be there.
+
+    Raises:
+        InputError: weights are missing from the file or left over in it.
+    """
+    config = load_config(path, "--model_name_or_path", trust_remote_code=trust_remote_code)
+    _set_dropout(config, dropout)
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    model, missing, unexpected = _from_pretrained(
+        AutoModelForSequenceClassification, path, config, zero_config, dtype, trust_remote_code
+    )
+    if new_head:
+        missing.discard(HEAD_WEIGHT)
+        unexpected -= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
+    _refuse_key_mismatch(path, missing, unexpected)
+    if new_head:
+        weight = model.score.weight
+        with gathered([weight], write=True):
+            with torch.no_grad():
+                weight.normal_(0.0, 1 / math.sqrt(model.score.in_features + 1))
+    _grow_embedding(model, tokenizer)
+    _carry_tokens(model, tokenizer)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return ScalarHeadModel(model)

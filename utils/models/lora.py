@@ -1,0 +1,93 @@
+"""LoRA through peft's layers, injected in place: the model keeps its class, its names and its own forward."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
+
+from utils.errors import InputError
+from utils.zero import gathered
+
+ADAPTER = "default"
+
+
+def find_linear_layers(model: nn.Module, patterns: str = "") -> list[str]:
+    """Full names of the linear layers to adapt: those whose name contains one of the comma-separated `patterns`.
+
+    With no pattern, all of them. Output heads (`lm_head`, `score`) are never adapted.
+
+    Raises:
+        InputError: nothing matches; the message lists names that exist.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    names = [name for name in names if name.rpartition(".")[2] not in ("lm_head", "embed_out", "score")]
+    wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    matching = [name for name in names if not wanted or any(pattern in name for pattern in wanted)]
+    if not matching:
+        known = sorted({name.rpartition(".")[2] for name in names})
+        raise InputError(
+            f"--lora_module_name {patterns!r} matches no linear layer; this model has {', '.join(known)} "
+            "(leave the flag empty to adapt all of them)"
+        )
+    return matching
+
+
+def check_lora(config, patterns: str) -> None:
+    """`find_linear_layers` on the architecture of a model config alone; no weights are made."""
+    with torch.device("meta"):
+        find_linear_layers(AutoModel.from_config(config), patterns)
+
+
+def add_lora(
+    model: nn.Module, dim: int, *, module_name: str = "", alpha: float = 0, dropout: float = 0.0, only_lora: bool = False
+) -> None:
+    """Adapt linear layers of `model` with LoRA factors of rank `dim`, in place; 0 does nothing.
+
+    The adapted matrices are frozen. Other parameters train too unless `only_lora`; a scalar head always trains.
+
+    Args:
+        alpha: the update is scaled by alpha / dim; 0 stands for 2 * dim.
+
+    Raises:
+        InputError: `module_name` matches nothing.
+    """
+    if dim == 0:
+        return
+    names = find_linear_layers(model, module_name)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lora = LoraConfig(r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=names, bias="none")
+    inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        is_factor, is_adapted = "lora_" in name, ".base_layer." in name
+        is_head = name.endswith("score.weight")
+        parameter.requires_grad_(is_factor or is_head or (not only_lora and not is_adapted and name in trains))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before LoRA: adapters are skipped inside, and gradients' flags stay as they are."""
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged_weight(layer: LoraLayer) -> torch.Tensor:
+    """W + (alpha / r) B A of one adapted layer, computed in fp32 into new memory; the layer itself is not touched."""
+    weight = layer.get_base_layer().weight
+    with gathered([weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]):
+        update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float() * layer.scaling[ADAPTER]
+        return (weight.float() + (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)

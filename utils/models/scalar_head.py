@@ -1,0 +1,35 @@
+"""One scalar per token: the class of the reward model and of the critic."""
+
+import torch
+from torch import nn
+
+from utils.algorithms.masking import position_ids
+
+
+class ScalarHead(nn.Linear):
+    """A linear map to one number that computes in fp32 whatever the model's dtype: bf16 resolves a score of 3 to 1/64 only."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+class ScalarHeadModel(nn.Module):
+    """Wraps a `transformers` `*ForSequenceClassification` with one label; `forward` gives its score at every token.
+
+    transformers' own forward looks for the last id that is not the pad id, which is wrong where pad and eos share an id;
+    here the caller picks positions by mask. Its checkpoint opens in transformers as it is.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        head = ScalarHead(model.score.in_features, 1, bias=False, device="meta")
+        head.weight = model.score.weight  # the same parameter, partitioned or not
+        model.score = head
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids and mask -> (B, T) fp32 scores; a column's score sees the tokens up to it."""
+        hidden = self.model.base_model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+        ).last_hidden_state
+        return self.model.score(hidden).squeeze(-1)

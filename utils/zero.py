@@ -1,0 +1,210 @@
+"""DeepSpeed: complete configurations for every ZeRO stage, optimizers, schedules, and one optimiser step over micro-batches."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from utils import distributed  # before deepspeed: it chooses the accelerator
+import deepspeed  # isort: skip
+import transformers
+from transformers.integrations import HfDeepSpeedConfig
+
+from utils.errors import DivergenceError, InputError
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(dtype: str) -> None:
+    """Raise InputError when this machine cannot train in `dtype`."""
+    if dtype == "fp16" and not torch.accelerator.is_available():
+        raise InputError("--dtype fp16 needs a GPU: use --dtype bf16 or --dtype fp32 on a CPU")
+
+
+def effective_stage(stage: int, dtype: str) -> int:
+    """The ZeRO stage that really runs.
+
+    16-bit training at stage 0 runs as stage 1: the same mathematics on fp32 master weights, sharded over the ranks.
+    DeepSpeed's own stage-0 bf16 optimizer starts with a dummy step, which makes Adam's first update 0.75 times its size.
+    """
+    return 1 if stage == 0 and dtype != "fp32" else stage
+
+
+def zero_config(
+    stage: int,
+    dtype: str,
+    *,
+    micro_batch_size: int = 1,
+    max_grad_norm: float = 1.0,
+    offload: bool = False,
+    trainable: bool = True,
+) -> dict:
+    """A complete DeepSpeed configuration.
+
+    Args:
+        stage: ZeRO stage 0 to 3. Engines that do not train exist at stages 0 and 3 only: 1 and 2 become 0.
+        dtype: "bf16", "fp16" or "fp32", of parameters and activations. 16-bit types train on fp32 master weights.
+        micro_batch_size: rows per process and micro-batch; DeepSpeed only keeps count with it.
+        max_grad_norm: global gradient norm limit; 0 turns clipping off (DeepSpeed's own default is 1.0, so it is always set).
+        offload: optimizer state (training) or parameters (not training, stage 3) live in host memory.
+    """
+    stage = effective_stage(stage, dtype) if trainable else (3 if stage == 3 else 0)
+    host_memory = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
+    offload = offload and torch.accelerator.is_available()
+    zero = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": stage >= 2 and torch.accelerator.is_available(),
+        "stage3_param_persistence_threshold": 10_000,
+        "stage3_max_live_parameters": 30_000_000,
+        "stage3_prefetch_bucket_size": 30_000_000,
+        "memory_efficient_linear": False,
+    }
+    if offload and trainable:
+        zero["offload_optimizer"] = host_memory
+    if offload and stage == 3:
+        zero["offload_param"] = host_memory
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,  # `optimizer_step` sets the boundary itself
+        "gradient_clipping": float(max_grad_norm),
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    elif dtype == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 100}
+    if dtype != "fp32" and trainable and stage > 0:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+class sharded_loading:
+    """Context in which `from_pretrained` and `from_config` build ZeRO-3 models already partitioned over the ranks.
+
+    No rank ever holds a whole model: transformers sees the live `HfDeepSpeedConfig` and wraps construction in
+    `deepspeed.zero.Init`. Outside stage 3 it does nothing.
+    """
+
+    def __init__(self, config: dict):
+        self.config = config if config["zero_optimization"]["stage"] == 3 else None
+
+    def __enter__(self) -> None:
+        self.live = HfDeepSpeedConfig(self.config) if self.config else None
+
+    def __exit__(self, *exception) -> None:
+        if self.live is not None:
+            transformers.integrations.deepspeed.unset_hf_deepspeed_config()
+        self.live = None
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """True for a parameter that ZeRO-3 has split over the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathered(parameters: Iterable[torch.nn.Parameter], *, write: bool = False):
+    """Context in which ZeRO-3 parameters are whole; with `write`, rank 0's changes reach every rank. No-op for others."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None, enabled=bool(partitioned))
+
+
+def parameter_groups(
+    model: torch.nn.Module, *, learning_rate: float, weight_decay: float, lora_learning_rate: float
+) -> list[dict]:
+    """Trainable parameters in up to three groups: decayed, not decayed (biases and norms), and LoRA factors."""
+    decayed, plain, lora = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        dimensions = len(parameter.ds_shape) if is_partitioned(parameter) else parameter.ndim
+        if "lora_" in name:
+            lora.append(parameter)
+        elif dimensions < 2:
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
+        {"params": lora, "lr": lora_learning_rate, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: float, offload: bool) -> torch.optim.Optimizer:
+    """AdamW with decoupled weight decay: fused on a GPU, DeepSpeed's vectorised one where state is offloaded."""
+    if offload and torch.accelerator.is_available():
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=torch.cuda.is_available())
+
+
+def initialize_engine(
+    model: torch.nn.Module,
+    config: dict,
+    *,
+    groups: list[dict] | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    scheduler: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int = 1,
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` in a DeepSpeed engine; without `groups` the engine only evaluates.
+
+    Args:
+        groups: from `parameter_groups`.
+        scheduler: a name of `transformers.SchedulerType`; it advances once per optimiser step.
+        warmup_steps, total_steps: in optimiser steps.
+    """
+    if groups is None:
+        dtype = torch.bfloat16 if "bf16" in config else torch.float16 if "fp16" in config else torch.float32
+        if config["zero_optimization"]["stage"] != 3:
+            model.to(distributed.device(), dtype)
+        engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=config)
+        engine.eval()
+        return engine
+    offload = "offload_optimizer" in config["zero_optimization"]
+    optimizer = build_optimizer(groups, betas=betas, eps=eps, offload=offload)
+    schedule = transformers.get_scheduler(
+        scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max(total_steps, 1)
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    return engine
+
+
+def optimizer_step(
+    engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence, loss_function: Callable[..., torch.Tensor], *, what: str
+) -> tuple[float, float]:
+    """One optimiser step over `micro_batches`, whose losses add up.
+
+    Args:
+        loss_function: micro-batch -> scalar loss, already divided by the global count of what it averages over (tokens
+            or rows of the whole optimiser step on all ranks), so that how rows are grouped does not change the result.
+        what: names the step in an error, for example "step 12 of the reward model".
+
+    Returns:
+        (loss, gradient norm before clipping), both over all ranks.
+
+    Raises:
+        DivergenceError: the loss is NaN or infinite on any rank; the weights were not updated.
+    """
+    world = distributed.world_size()
+    total = torch.zeros((), dtype=torch.float64)
+    for index, micro_batch in enumerate(micro_batches):
+        engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+        loss = loss_function(micro_batch)
+        total += loss.detach().double().cpu()
+        engine.backward(loss * world, scale_wrt_gas=False)  # DeepSpeed averages over ranks; our losses are shares of a sum
+    loss_value = distributed.all_reduce(total).item()
+    if loss_value != loss_value or loss_value in (float("inf"), float("-inf")):
+        raise DivergenceError(
+            f"{what}: the loss is {loss_value}. Likely causes: a learning rate that is too high, or 16-bit overflow. "
+            "Lower --learning_rate (--actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or use --dtype bf16 or fp32"
+        )
+    unsharded = engine.zero_optimization_stage() == 0
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]) if unsharded else None
+    engine.step()
+    return loss_value, float(norm if unsharded else engine.get_global_grad_norm())
