@@ -109,7 +109,7 @@ def policy_loss(
         stats = {
             "tokens": mask.sum().float(),
             "policy_loss": total.detach(),
-            "approx_kl_k1": -log_ratio.sum(),
+            "approx_kl_k1": (-log_ratio).sum(),
             "approx_kl_k3": (log_ratio.expm1() - log_ratio).sum(),
             "clip_count": (clipped > unclipped).sum().float(),
             "ratio_sum": masked_sum(ratio, mask),
