@@ -15,7 +15,7 @@ _UNAVAILABLE = {
 
 
 def refuse_unavailable(config: Any) -> None:
-    """Raise `InputError` for a flag that asks for something that does not exist yet. Call it before anything is loaded."""
+    """Raise `InputError` for a flag that asks for what does not exist yet; to be called before anything is loaded."""
     for name, (neutral, advice) in _UNAVAILABLE.items():
         value = getattr(config, name, neutral)
         if value != neutral:
@@ -32,9 +32,10 @@ def _refuse_uneven_rollout(config: Any) -> None:
     step = config.per_device_training_batch_size * config.gradient_accumulation_steps
     if rollout % step:
         raise InputError(
-            f"a rollout of {rollout} sequences per process (--per_device_generation_batch_size x --generation_batches) does not "
-            f"split into optimiser steps of {step} (--per_device_training_batch_size x --gradient_accumulation_steps): "
-            f"change one of the four, for example --generation_batches {_next_batches(config, step)}"
+            f"a rollout of {rollout} sequences per process (--per_device_generation_batch_size x --generation_batches) "
+            f"does not split into optimiser steps of {step} (--per_device_training_batch_size x "
+            f"--gradient_accumulation_steps): change one of the four, for example "
+            f"--generation_batches {_next_batches(config, step)}"
         )
 
 

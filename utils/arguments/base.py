@@ -1,7 +1,7 @@
 """What a flag is: a dataclass field with a help text, a range and, at times, a second name.
 
-Blocks of flags subclass `Arguments`; a step's `Config` inherits from the blocks that it needs. Making an instance, from a
-command line or in Python, checks every value, so that a `Config` that exists is a `Config` that makes sense.
+Blocks of flags subclass `Arguments`; a step's `Config` inherits from the blocks that it needs. Making an instance, from
+a command line or in Python, checks every value, so that a `Config` that exists is a `Config` that makes sense.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ def flag(
 ) -> Any:
     """A dataclass field that is also a command-line flag. Without `default` the flag is required.
 
-    `at_least` and `at_most` include the limit, `above` and `below` do not. `aliases` are further flag names, without dashes.
-    A list as `default` is copied for every instance.
+    `at_least` and `at_most` include the limit, `above` and `below` do not. `aliases` are further flag names, without
+    dashes. A list as `default` is copied for every instance.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}}

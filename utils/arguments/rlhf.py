@@ -65,8 +65,8 @@ class RolloutArguments(Arguments):
     top_k: int = flag(0, "sample among this many most likely tokens; 0 = all. Biases PPO: see --top_p", at_least=0)
     top_p: float = flag(
         1.0,
-        "sample among the most likely tokens of this total probability. Below 1, answers are drawn from another distribution "
-        "than the one that PPO's ratio is about",
+        "sample among the most likely tokens of this total probability. Below 1, answers are drawn from another "
+        "distribution than the one that PPO's ratio is about",
         above=0,
         at_most=1,
     )

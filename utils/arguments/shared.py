@@ -16,11 +16,11 @@ class CorpusArguments(Arguments):
 
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
-        "local files or folders (jsonl, json, csv, parquet) and names of known data sets on the hub; several are blended",
+        "local files or folders (jsonl, json, csv, parquet), names of known data sets on the hub; several are blended",
     )
     data_split: str = flag(
         "2,4,4",
-        "relative sizes of the disjoint parts of the data for steps 1, 2 and 3, so that no step trains on another's rows",
+        "relative sizes of the disjoint parts of the data for steps 1, 2 and 3: no step trains on another's rows",
     )
     data_output_path: str | None = flag(
         None,
@@ -62,8 +62,8 @@ class MachineArguments(Arguments):
 
     dtype: Literal["bf16", "fp16", "fp32"] = flag(
         "bf16",
-        "number format of the forward and backward pass; weights are kept in fp32 for the optimiser. bf16 rather than fp16, "
-        "whose loss scale collapses in long RLHF runs; fp16 needs a GPU",
+        "number format of the forward and backward pass; the optimiser keeps fp32 weights. bf16 rather than fp16, whose "
+        "loss scale collapses in long RLHF runs; fp16 needs a GPU",
     )
     offload: bool = flag(False, "keep optimiser states (ZeRO-3: and parameters) in CPU memory")
     compute_fp32_loss: bool = flag(False, "accepted for old scripts: losses are always computed in fp32")

@@ -66,8 +66,8 @@ class LoraArguments(AdapterArguments):
     lora_dim: int = flag(0, "rank of the LoRA matrices; 0 = no LoRA", at_least=0)
     lora_module_name: str = flag(
         "",
-        "parts of the names of linear layers to adapt, comma-separated, such as q_proj,k_proj; left out, all linear layers "
-        "of the transformer (not OPT's decoder.layers., which matches nothing in LLaMA)",
+        "parts of the names of linear layers to adapt, comma-separated, such as q_proj,k_proj; left out, all linear "
+        "layers of the transformer (not OPT's decoder.layers., which matches nothing in LLaMA)",
     )
     lora_learning_rate: float = flag(5e-4, "learning rate of the LoRA matrices", above=0)
 
