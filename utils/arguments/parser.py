@@ -18,13 +18,14 @@ from utils.errors import InputError
 def build_parser(config_class: type) -> argparse.ArgumentParser:
     """A parser with the flags of `config_class` and `--config`.
 
-    It raises `argparse.ArgumentError` or `InputError` where argparse would print its usage and exit. To argparse no flag
-    is required, because a YAML file may still bring it: see `is_required`.
+    It raises `argparse.ArgumentError` or `InputError` where argparse would print its usage and exit. To argparse no
+    flag is required, because a YAML file may still bring it: see `is_required`.
     """
+    module = sys.modules.get(config_class.__module__)
     parser = _Parser(
         [_group_view(config_class, title, names) for title, names in flag_groups(config_class)],
         usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
-        description=inspect.getdoc(sys.modules[config_class.__module__]),
+        description=inspect.getdoc(module) if module else None,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,

@@ -62,8 +62,8 @@ class MachineArguments(Arguments):
 
     dtype: Literal["bf16", "fp16", "fp32"] = flag(
         "bf16",
-        "number format of the forward and backward pass; the optimiser keeps fp32 weights. bf16 rather than fp16, whose "
-        "loss scale collapses in long RLHF runs; fp16 needs a GPU",
+        "number format of the forward and backward pass; the optimiser keeps fp32 weights. bf16 rather than fp16, "
+        "whose loss scale collapses in long RLHF runs; fp16 needs a GPU",
     )
     offload: bool = flag(False, "keep optimiser states (ZeRO-3: and parameters) in CPU memory")
     compute_fp32_loss: bool = flag(False, "accepted for old scripts: losses are always computed in fp32")

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Create .venv in the checkout and install into it what a requirements file names, unless that has been done already.
+#
+#   bash scripts/setup_environment.sh [requirements.txt | requirements-dev.txt]
+#
+# On a machine with NVIDIA GPUs torch comes with CUDA. Elsewhere set TORCH_INDEX_URL to a package index of CPU-only torch
+# wheels to save several gigabytes; without it pip takes what its own configuration offers.
+# PYTHON names the interpreter to build .venv from (default: the first of python3.11, python3.12, python3.13, python3).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+requirements=${1:-requirements.txt}
+environment=.venv
+
+say() { echo "setup: $*"; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11 or newer with the venv module found; install one, or name it: PYTHON=/path/to/python3.11" >&2
+  return 2
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; }
+
+# What an installation depends on. The location counts, because the project itself is installed in place.
+fingerprint() {
+  local files=(requirements.txt pyproject.toml)
+  if [ "$requirements" != requirements.txt ]; then files+=("$requirements"); fi
+  { cat "${files[@]}"; echo "$PWD" "$torch"; "$environment/bin/python" --version; } | cksum
+}
+
+[ -f "$requirements" ] || { echo "error: $PWD has no $requirements" >&2; exit 2; }
+
+# Two runs at once (say, quickstart.sh and test.sh in two terminals) take turns.
+if command -v flock >/dev/null; then
+  exec 9<"scripts/setup_environment.sh"
+  flock 9
+fi
+
+if ! "$environment/bin/python" -c 'import pip' 2>/dev/null; then
+  python=$(find_python)
+  say "creating $environment with $("$python" --version)"
+  "$python" -m venv --clear "$environment"
+fi
+
+if has_gpu; then torch="torch with CUDA"; else torch="torch for CPUs"; fi
+stamp="$environment/installed-$requirements.cksum"
+if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then
+  say "$environment has everything in $requirements"
+  exit 0
+fi
+
+install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check)
+torch_pin=$(grep '^torch==' requirements.txt)
+say "installing $torch_pin ($torch); the first time this takes minutes"
+if ! has_gpu && [ -n "${TORCH_INDEX_URL:-}" ]; then
+  # Only torch itself: what it needs comes from the usual index with the next command.
+  "${install[@]}" --no-deps --index-url "$TORCH_INDEX_URL" "$torch_pin"
+else
+  "${install[@]}" "$torch_pin"
+fi
+say "installing the rest of $requirements"
+"${install[@]}" -r "$requirements"
+
+fingerprint >"$stamp"
+say "done"

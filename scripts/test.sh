@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up .venv with the development requirements, checks the code with ruff and runs the tests. Safe to run again.
+# Flags go on to pytest, for example
+#
+#   bash scripts/test.sh tests/test_config.py -k yaml
+#   bash scripts/test.sh -m slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup_environment.sh requirements-dev.txt
+export PATH="$PWD/.venv/bin:$PATH"
+echo "test: ruff check"
+ruff check .
+echo "test: pytest"
+exec python -m pytest -q "$@"
