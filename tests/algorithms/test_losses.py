@@ -97,12 +97,12 @@ def test_token_span_loss_equals_deepspeed_chat_on_pairs_of_equal_length():
 
 
 def test_token_span_loss_when_one_answer_continues_the_other():
-    """Padded with EOS, "a EOS" and "a EOS b" look alike in column 2: the masks tell where they part."""
-    ids = torch.tensor([[9, 10, 2, 2]])
-    values = torch.tensor([[0.0, 1.0, 2.0, 4.0]]), torch.tensor([[0.0, 1.0, 2.0, 50.0]])
-    masks = torch.tensor([[1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 0]])
+    """The longer answer goes on with the very token that pads the shorter: the masks alone tell where they part."""
+    ids = torch.tensor([[9, 10, 2, 2, 2]])
+    values = torch.tensor([[0.0, 1.0, 2.0, 4.0, 1.0]]), torch.tensor([[0.0, 1.0, 2.0, 50.0, 60.0]])
+    masks = torch.tensor([[1, 1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 0, 0]])
     loss = token_span_pairwise_loss(*values, ids, ids, *masks)
-    assert loss.item() == pytest.approx(softplus(-2), abs=1e-7)  # column 3 alone: 4 against the 2 held
+    assert loss.item() == pytest.approx((softplus(-2) + softplus(1)) / 2, abs=1e-7)  # 4 and 1 against the 2 held
 
 
 def test_token_span_loss_of_identical_answers_is_log_2():
