@@ -40,12 +40,14 @@ def test_gae_equals_the_definition_on_ragged_rows(gamma, lam):
 
 
 def test_gae_with_lam_1_is_the_monte_carlo_return():
+    torch.manual_seed(0)
     rewards = torch.tensor([[0.5, -1.0, 2.0]])
     _, returns = gae(rewards, torch.randn(1, 3), torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=1.0)
     torch.testing.assert_close(returns, torch.tensor([[1.5, 1.0, 2.0]]), rtol=0, atol=1e-6)
 
 
 def test_gae_reads_nothing_outside_the_mask_and_keeps_no_gradient():
+    torch.manual_seed(0)
     mask = lengths_to_mask(torch.tensor([2, 4]), 4)
     clean_rewards, clean_values = torch.randn(2, 2, 4)
     dirty_rewards, dirty_values = (x.masked_fill(~mask, float("nan")) for x in (clean_rewards, clean_values))
@@ -57,6 +59,7 @@ def test_gae_reads_nothing_outside_the_mask_and_keeps_no_gradient():
 
 
 def test_gae_of_a_row_does_not_depend_on_the_padding_width():
+    torch.manual_seed(0)
     rewards, values = torch.randn(2, 3, 4)
     narrow, _ = gae(rewards, values, torch.ones(3, 4, dtype=torch.bool), 1.0, 0.95)
     wide_mask = lengths_to_mask(torch.full((3,), 4), 9)

@@ -26,6 +26,7 @@ def test_pairwise_loss_by_hand():
 
 
 def test_pairwise_loss_equals_trl():
+    torch.manual_seed(0)
     chosen, rejected = torch.randn(2, 32, 1)
     trl = -torch.nn.functional.logsigmoid(chosen - rejected).mean()  # RewardTrainer's loss without a margin
     torch.testing.assert_close(pairwise_loss(chosen[:, 0], rejected[:, 0]).mean(), trl, rtol=0, atol=1e-7)
@@ -146,6 +147,7 @@ def test_policy_loss_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_unchanged_policy_has_ratio_exactly_one(dtype):
+    torch.manual_seed(0)
     logprobs = (-5 * torch.rand(8, 16)).to(dtype)
     mask = lengths_to_mask(torch.arange(1, 9) * 2, 16)
     advantages = torch.randn(8, 16)
