@@ -86,6 +86,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A collated batch on this process's device."""
+    return {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
+
+
 def log(message: str) -> None:
     """Print one line on rank 0."""
     if is_main():
@@ -115,7 +120,7 @@ def seed_everything(seed: int) -> None:
 
 
 def all_reduce(values: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """Sum (or "max", "min", "mean") of `values` over all ranks; float64 tensors on devices without them are not needed here."""
+    """Sum (or "max", "min", "mean") of `values` over all ranks."""
     if world_size() == 1:
         return values
     reduced = values.to(device(), copy=True)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,30 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_files(folder: str | os.PathLike, *, replacing: str) -> Iterator[Path]:
+    """Yield a temporary folder; if the block succeeds, rename each of its files into `folder`, beside what is there.
+
+    Files of `folder` that match the glob pattern `replacing` and were not written anew belong to what is being
+    replaced, and are removed. If the block raises, `folder` stays as it was.
+    """
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(dir=_made(folder), prefix=".", suffix=".tmp") as temporary:
+        yield Path(temporary)
+        written = sorted(Path(temporary).iterdir())
+        for file in written:
+            if file.is_dir() and (folder / file.name).exists():
+                shutil.rmtree(folder / file.name)
+            os.replace(file, folder / file.name)
+        for stale in set(folder.glob(replacing)) - {folder / file.name for file in written}:
+            stale.unlink()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:

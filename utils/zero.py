@@ -1,6 +1,7 @@
 """DeepSpeed: complete configurations for every ZeRO stage, optimizers, schedules, and one optimiser step over micro-batches."""
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -173,6 +174,13 @@ def initialize_engine(
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     return engine
+
+
+def accumulation_groups(loader: Iterable, accumulation_steps: int) -> Iterator[list]:
+    """The micro-batches of each optimiser step; the last step of an epoch may have fewer, and still is a step."""
+    micro_batches = iter(loader)
+    while group := list(itertools.islice(micro_batches, accumulation_steps)):
+        yield group
 
 
 def optimizer_step(

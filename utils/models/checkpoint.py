@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils import distributed
-from utils.files import atomic_path
+from utils.files import atomic_files
 from utils.models.lora import ADAPTER, lora_layers, merged_weight
 from utils.zero import gathered
 
@@ -41,7 +41,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, state: dict | None = None, save_adapter: bool = False
 ) -> None:
-    """Write config, safetensors weights and tokenizer to `folder`, whole or not at all. Every rank must call it.
+    """Write config, safetensors weights and tokenizer into `folder`. Every rank must call it.
 
     Args:
         model: the `transformers` model inside a wrapper (`CausalLM.model`, `ScalarHeadModel.model`).
@@ -53,7 +53,7 @@ def save_model(
     if distributed.is_main():
         if getattr(model.config, "tie_word_embeddings", False):
             state.pop("lm_head.weight", None)
-        with atomic_path(folder) as temporary:
+        with atomic_files(folder, replacing="model*.safetensors*") as temporary:
             model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
             tokenizer.save_pretrained(temporary)
             if adapter:

@@ -18,7 +18,7 @@ from transformers import (
 from utils.errors import InputError
 from utils.models.causal_lm import CausalLM
 from utils.models.scalar_head import ScalarHeadModel
-from utils.models.tokenizer import has_tokenizer
+from utils.models.tokenizer import has_tokenizer, load_tokenizer
 from utils.zero import TORCH_DTYPES, gathered, sharded_loading
 
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -51,31 +51,56 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
         ) from error
 
 
-def check_model(path: str, flag: str, *, tokenizer_path: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """`load_config`, and where the tokenizer should be there, that it is."""
-    config = load_config(path, flag, trust_remote_code=trust_remote_code)
-    tokenizer = tokenizer_path or path
+def check_model(config, name: str) -> PreTrainedConfig:
+    """Config of the model that the flag `name` of `config` gives, after looking for its weights and its tokenizer.
+
+    Raises:
+        InputError: naming the flag and what is missing.
+    """
+    path = getattr(config, name)
+    model_config = load_config(path, f"--{name}", trust_remote_code=config.trust_remote_code)
+    tokenizer = config.tokenizer_name_or_path or path
     if Path(tokenizer).exists() and not has_tokenizer(tokenizer):
-        raise InputError(f"{flag} {path}: no tokenizer in {tokenizer}; add its files or set --tokenizer_name_or_path")
-    return config
+        raise InputError(f"--{name} {path}: no tokenizer in {tokenizer}; add its files or set --tokenizer_name_or_path")
+    return model_config
 
 
-def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str, *, may_grow: bool = False) -> None:
-    """Raise InputError when the tokenizer has ids that the model has no embedding for (`may_grow`: they will be added)."""
-    if len(tokenizer) > config.vocab_size and not may_grow:
+def load_matching_tokenizer(config, model_path: str, model_configs: list[PreTrainedConfig]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the flags of `config` ask for, the model's own unless they name another.
+
+    Raises:
+        InputError: it has ids that one of the models has no embedding for (`--add_eot_token` may add one row).
+    """
+    path = config.tokenizer_name_or_path or model_path
+    tokenizer = load_tokenizer(
+        path, add_eot_token=config.add_eot_token, eot_token=config.eot_token, trust_remote_code=config.trust_remote_code
+    )
+    for model_config in model_configs:
+        excess = len(tokenizer) - model_config.vocab_size
+        if excess > int(config.add_eot_token):
+            raise InputError(
+                f"{path}: the tokenizer has {len(tokenizer)} tokens but a model embeds {model_config.vocab_size}; "
+                "use the tokenizer that the model was trained with (--tokenizer_name_or_path)"
+            )
+    return tokenizer
+
+
+def check_length(config: PreTrainedConfig, length: int, flags: str) -> None:
+    """Raise InputError when sequences of `length` tokens have more positions than the model was built for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InputError(f"{flags} {length}: the model has {positions} positions; lower it to {positions} or less")
+
+
+def check_scalar_model(config, name: str) -> PreTrainedConfig:
+    """`check_model` for a flag that must give a model with a scalar head, as step 2 writes it. Reads names, no weights."""
+    model_config = check_model(config, name)
+    architectures = model_config.architectures or ["no architecture"]
+    if not architectures[0].endswith("ForSequenceClassification") or model_config.num_labels != 1:
         raise InputError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds {config.vocab_size}; "
-            "use the tokenizer that the model was trained with (--tokenizer_name_or_path)"
+            f"--{name} {getattr(config, name)}: not a reward model ({architectures[0]}); give the output folder of step 2"
         )
-
-
-def check_scalar_model(path: str, flag: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Raise InputError unless the folder holds a model with a scalar head, as step 2 writes it. Reads names, no weights."""
-    config = load_config(path, flag, trust_remote_code=trust_remote_code)
-    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if not classifies or config.num_labels != 1:
-        raise InputError(f"{flag} {path}: not a reward model ({', '.join(config.architectures or ['no architecture'])}); give the output of step 2")
-    return config
+    return model_config
 
 
 def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from utils.errors import InputError
@@ -37,10 +37,11 @@ def find_linear_layers(model: nn.Module, patterns: str = "") -> list[str]:
     return matching
 
 
-def check_lora(config, patterns: str) -> None:
-    """`find_linear_layers` on the architecture of a model config alone; no weights are made."""
-    with torch.device("meta"):
-        find_linear_layers(AutoModel.from_config(config), patterns)
+def check_lora(config: PreTrainedConfig, dim: int, patterns: str) -> None:
+    """`find_linear_layers` on the architecture alone, before any weights exist; nothing to check when `dim` is 0."""
+    if dim > 0 and patterns:
+        with torch.device("meta"):
+            find_linear_layers(AutoModel.from_config(config), patterns)
 
 
 def add_lora(

@@ -1,0 +1,186 @@
+"""Step 1: supervised fine-tuning (SFT). A causal language model learns to answer as the data answers.
+
+The loss is cross-entropy on response tokens only, averaged over all response tokens of an optimiser step. Perplexity on
+held-out rows and sample answers are shown before and after; the output folder opens in `transformers` and in steps 2 and 3.
+
+    one GPU     python training/step1_supervised_finetuning/main.py \\
+                    --model_name_or_path llama-2-7b --data_path data.jsonl --output_dir output/sft --lora_dim 64
+    eight GPUs  deepspeed --num_gpus 8 training/step1_supervised_finetuning/main.py \\
+                    --model_name_or_path llama-2-7b --data_path data.jsonl --output_dir output/sft --zero_stage 3
+"""
+
+import functools
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from utils import distributed
+from utils.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    OptimizationArguments,
+    OutputArguments,
+    SftArguments,
+    SystemArguments,
+    TokenizerArguments,
+)
+from utils.config import run
+from utils.data import build_dataloader, build_datasets, check_data_paths, collate_prompts, collate_sft
+from utils.models.checkpoint import save_model
+from utils.models.loading import check_length, check_model, load_causal_lm, load_matching_tokenizer
+from utils.models.lora import check_lora
+from utils.models.training_engine import build_engine
+from utils.rlhf.generation import SamplingParams, generate
+from utils.rlhf.hybrid_engine import generation_mode
+from utils.session import check_run, open_metrics, save_summary, start_run
+from utils.zero import accumulation_groups, optimizer_step
+
+PANELS = {
+    "loss per response token": ["train/loss", "eval/loss"],
+    "perplexity on held-out rows": ["eval/perplexity"],
+    "learning rate": ["train/learning_rate"],
+    "gradient norm": ["train/grad_norm"],
+}
+
+
+@dataclass(kw_only=True)
+class Config(
+    DataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    SystemArguments,
+    LoraArguments,
+    SftArguments,
+    OutputArguments,
+    TokenizerArguments,
+):
+    """Flags of step 1."""
+
+
+@torch.no_grad()
+def evaluate(engine, loader) -> dict[str, float]:
+    """Mean loss per response token over the held-out rows of all ranks, and its exponential, the perplexity."""
+    engine.eval()
+    sums = {"loss": 0.0, "tokens": 0}
+    for batch in loader:
+        logprobs, _ = engine(**distributed.to_device(batch))
+        sums["loss"] -= logprobs.double().sum().item()
+        sums["tokens"] += logprobs.numel()
+    engine.train()
+    sums = distributed.all_reduce_dict(sums)
+    loss = sums["loss"] / sums["tokens"]
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+
+def sample_answers(engine, tokenizer, rows, max_new_tokens: int) -> list[tuple[str, str]]:
+    """Greedy answers to the prompts of `rows`, as (prompt, answer) texts. Plain-text rows have no prompt and are skipped."""
+    prompts = [{"prompt_ids": row["input_ids"][: row["response_start"]]} for row in rows if row["response_start"] > 1]
+    if not prompts:
+        return []
+    batch = distributed.to_device(collate_prompts(prompts, tokenizer.pad_token_id))
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
+    with generation_mode(engine) as model:
+        answers = generate(
+            model, **batch, sampling=sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=0
+        )
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    responses = [decode(ids[mask]) for ids, mask in zip(answers.tokens, answers.mask, strict=True)]
+    return [(decode(row["prompt_ids"]), response) for row, response in zip(prompts, responses, strict=True)]
+
+
+def main(config: Config) -> dict[str, float]:
+    """Run step 1 and return its summary."""
+    # 1. Refuse what cannot work, then set up
+    check_run(config)
+    model_config = check_model(config, "model_name_or_path")
+    check_length(model_config, config.max_seq_len, "--max_seq_len")
+    check_lora(model_config, config.lora_dim, config.lora_module_name)
+    check_data_paths([*config.data_path, *config.sft_only_data_path], purpose="sft")
+    tokenizer = load_matching_tokenizer(config, config.model_name_or_path, [model_config])
+    start_run(config)
+
+    # 2. Data
+    train_rows, eval_rows = build_datasets(
+        "sft",
+        data_path=config.data_path,
+        sft_only_data_path=config.sft_only_data_path,
+        data_split=config.data_split,
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        eval_samples=config.eval_samples,
+        seed=config.seed,
+        cache_dir=config.data_output_path,
+        is_writer=distributed.local_rank() == 0,
+    )
+    collate = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
+    train_loader = build_dataloader(train_rows, collate, config.per_device_train_batch_size, shuffle=True, **ranks)
+    eval_loader = build_dataloader(eval_rows, collate, config.per_device_eval_batch_size, shuffle=False, **ranks)
+    steps_per_epoch = math.ceil(len(train_loader) / config.gradient_accumulation_steps)
+    total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
+
+    # 3. Model
+    engine = build_engine(
+        load_causal_lm,
+        tokenizer,
+        config,
+        micro_batch_size=config.per_device_train_batch_size,
+        total_steps=total_steps,
+        dropout=config.dropout,
+        lora_dropout=config.lora_dropout,
+    )
+
+    # 4. Train
+    with open_metrics(config, "step 1: SFT", total_steps) as writer:
+        shown_rows = [eval_rows[index] for index in range(min(config.num_sample_generations, len(eval_rows)))]
+        answers_before = sample_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
+        before = evaluate(engine, eval_loader)
+        writer.log(0, before)
+        step, started = 0, time.perf_counter()
+        for epoch in range(math.ceil(total_steps / steps_per_epoch)):
+            train_loader.set_epoch(epoch)
+            for micro_batches in accumulation_groups(train_loader, config.gradient_accumulation_steps):
+                step, step_started = step + 1, time.perf_counter()
+                micro_batches = [distributed.to_device(batch) for batch in micro_batches]
+                tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in micro_batches))
+                loss, norm = optimizer_step(
+                    engine, micro_batches, lambda batch: -engine(**batch)[0].sum() / tokens, what=f"step {step}"
+                )
+                metrics = {
+                    "train/loss": loss,
+                    "train/grad_norm": norm,
+                    "train/learning_rate": engine.get_lr()[0],
+                    "train/epoch": epoch + 1,
+                    "train/response_tokens_per_second": tokens / (time.perf_counter() - step_started),
+                }
+                writer.log(step, metrics, bar=["train/loss", "train/response_tokens_per_second"])
+                if config.print_loss:
+                    writer.print(f"step {step}: loss {loss:.4f}")
+                if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
+                    writer.log(step, evaluate(engine, eval_loader))
+                if step == total_steps:
+                    break
+        seconds = time.perf_counter() - started
+        after = evaluate(engine, eval_loader)
+        writer.log(step, after)
+        answers_after = sample_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
+        for (prompt, old), (_, new) in zip(answers_before, answers_after, strict=True):
+            writer.print(f"\n{prompt.strip()}\n  before: {old.strip()}\n  after:  {new.strip()}")
+        rows = [(name.removeprefix("eval/"), f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
+        writer.table("held-out rows", rows, header=("", "before", "after"))
+        writer.plot(PANELS)
+
+    # 5. Save
+    if config.output_dir:
+        save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
+    summary = {f"{name}_before": value for name, value in before.items()} | after
+    summary |= {"steps": step, "train_seconds": seconds}
+    save_summary(config, summary)
+    return summary
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,204 @@
+"""Step 2: the reward model. A language model with a scalar head learns which of two responses people prefer.
+
+The loss is -log sigmoid(chosen - rejected) on the score at the last response token (`--reward_loss last_token`), in fp32,
+averaged over the pairs of an optimiser step. The mean and deviation of the scores of held-out chosen responses are stored
+with the model: step 3 normalises its rewards with them.
+
+    one GPU     python training/step2_reward_model_finetuning/main.py \\
+                    --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward --learning_rate 1e-5
+    eight GPUs  deepspeed --num_gpus 8 training/step2_reward_model_finetuning/main.py \\
+                    --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward --zero_stage 3
+"""
+
+import functools
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from utils import distributed
+from utils.algorithms.advantages import masked_moments, moments_to_mean_var
+from utils.algorithms.losses import pairwise_loss, token_span_pairwise_loss
+from utils.algorithms.masking import last_index
+from utils.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    OptimizationArguments,
+    OutputArguments,
+    RewardArguments,
+    SystemArguments,
+    TokenizerArguments,
+)
+from utils.config import run
+from utils.data import build_dataloader, build_datasets, check_data_paths, collate_preference
+from utils.models.checkpoint import save_model
+from utils.models.loading import check_length, check_model, load_matching_tokenizer, load_scalar_model
+from utils.models.lora import check_lora
+from utils.models.training_engine import build_engine
+from utils.session import check_run, open_metrics, save_summary, start_run
+from utils.zero import accumulation_groups, optimizer_step
+
+PANELS = {
+    "loss per pair": ["train/loss", "eval/loss"],
+    "accuracy": ["train/accuracy", "eval/accuracy"],
+    "margin: chosen - rejected": ["train/margin", "eval/margin"],
+    "scores on held-out rows": ["eval/chosen_mean", "eval/rejected_mean"],
+}
+
+
+@dataclass(kw_only=True)
+class Config(
+    DataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    SystemArguments,
+    LoraArguments,
+    RewardArguments,
+    OutputArguments,
+    TokenizerArguments,
+):
+    """Flags of step 2."""
+
+    learning_rate: float = 5e-5
+
+
+def score_pairs(engine, batch: dict[str, torch.Tensor], reward_loss: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, chosen scores and rejected scores of B pairs, each (B,) fp32, from 2B rows with the chosen ones first."""
+    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    values = engine(input_ids, attention_mask)
+    scores = values.gather(1, last_index(batch["response_mask"])[:, None]).squeeze(1)
+    chosen_scores, rejected_scores = scores.chunk(2)
+    if reward_loss == "last_token":
+        losses = pairwise_loss(chosen_scores, rejected_scores)
+    else:
+        losses = token_span_pairwise_loss(*values.chunk(2), *input_ids.chunk(2), *attention_mask.chunk(2))
+    return losses, chosen_scores, rejected_scores
+
+
+@torch.no_grad()
+def evaluate(engine, loader, config: Config, batches: int | None = None) -> dict[str, float]:
+    """Loss, accuracy, margin, and mean and deviation of the scores over held-out pairs of all ranks."""
+    engine.eval()
+    sums = {"pairs": 0, "loss": 0.0, "correct": 0.0, "margin": 0.0}
+    moments = torch.zeros(2, 3, dtype=torch.float64)
+    for batch in itertools.islice(loader, batches):
+        losses, chosen, rejected = score_pairs(engine, distributed.to_device(batch), config.reward_loss)
+        everything = torch.ones_like(chosen, dtype=torch.bool)
+        moments += torch.stack([masked_moments(scores, everything) for scores in (chosen, rejected)]).cpu()
+        sums["pairs"] += len(losses)
+        sums["loss"] += losses.sum().item()
+        sums["correct"] += (chosen > rejected).sum().item()
+        sums["margin"] += (chosen - rejected).sum().item()
+    engine.train()
+    sums, moments = distributed.all_reduce_dict(sums), distributed.all_reduce(moments)
+    (chosen_mean, chosen_var), (rejected_mean, rejected_var) = (moments_to_mean_var(row) for row in moments)
+    return {
+        "eval/loss": sums["loss"] / sums["pairs"],
+        "eval/accuracy": sums["correct"] / sums["pairs"],
+        "eval/margin": sums["margin"] / sums["pairs"],
+        "eval/chosen_mean": chosen_mean.item(),
+        "eval/chosen_std": chosen_var.sqrt().item(),
+        "eval/rejected_mean": rejected_mean.item(),
+        "eval/rejected_std": rejected_var.sqrt().item(),
+    }
+
+
+def main(config: Config) -> dict[str, float]:
+    """Run step 2 and return its summary."""
+    # 1. Refuse what cannot work, then set up
+    check_run(config)
+    model_config = check_model(config, "model_name_or_path")
+    check_length(model_config, config.max_seq_len, "--max_seq_len")
+    check_lora(model_config, config.lora_dim, config.lora_module_name)
+    check_data_paths(config.data_path, purpose="preference")
+    tokenizer = load_matching_tokenizer(config, config.model_name_or_path, [model_config])
+    start_run(config)
+
+    # 2. Data
+    train_rows, eval_rows = build_datasets(
+        "preference",
+        data_path=config.data_path,
+        data_split=config.data_split,
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        eval_samples=config.eval_samples,
+        seed=config.seed,
+        cache_dir=config.data_output_path,
+        is_writer=distributed.local_rank() == 0,
+    )
+    collate = functools.partial(collate_preference, pad_id=tokenizer.pad_token_id)
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
+    train_loader = build_dataloader(train_rows, collate, config.per_device_train_batch_size, shuffle=True, **ranks)
+    eval_loader = build_dataloader(eval_rows, collate, config.per_device_eval_batch_size, shuffle=False, **ranks)
+    steps_per_epoch = math.ceil(len(train_loader) / config.gradient_accumulation_steps)
+    total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
+
+    # 3. Model
+    engine = build_engine(
+        functools.partial(load_scalar_model, new_head=True),
+        tokenizer,
+        config,
+        micro_batch_size=config.per_device_train_batch_size,
+        total_steps=total_steps,
+        dropout=config.dropout,
+        lora_dropout=config.lora_dropout,
+    )
+
+    # 4. Train
+    with open_metrics(config, "step 2: reward model", total_steps) as writer:
+        before = evaluate(engine, eval_loader, config)
+        writer.log(0, before)
+        step, started = 0, time.perf_counter()
+        for epoch in range(math.ceil(total_steps / steps_per_epoch)):
+            train_loader.set_epoch(epoch)
+            for micro_batches in accumulation_groups(train_loader, config.gradient_accumulation_steps):
+                step, step_started = step + 1, time.perf_counter()
+                micro_batches = [distributed.to_device(batch) for batch in micro_batches]
+                pairs = distributed.all_reduce_scalar(sum(len(batch["input_ids"]) // 2 for batch in micro_batches))
+                margins = []
+
+                def loss_function(batch, margins=margins, pairs=pairs):
+                    losses, chosen, rejected = score_pairs(engine, batch, config.reward_loss)
+                    margins.append((chosen - rejected).detach())
+                    return losses.sum() / pairs
+
+                loss, norm = optimizer_step(engine, micro_batches, loss_function, what=f"step {step}")
+                margin = torch.cat(margins)
+                sums = distributed.all_reduce_dict({"margin": margin.sum(), "correct": (margin > 0).sum()})
+                metrics = {
+                    "train/loss": loss,
+                    "train/accuracy": sums["correct"] / pairs,
+                    "train/margin": sums["margin"] / pairs,
+                    "train/grad_norm": norm,
+                    "train/learning_rate": engine.get_lr()[0],
+                    "train/epoch": epoch + 1,
+                    "train/pairs_per_second": pairs / (time.perf_counter() - step_started),
+                }
+                writer.log(step, metrics, bar=["train/loss", "train/accuracy", "train/pairs_per_second"])
+                if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
+                    writer.log(step, evaluate(engine, eval_loader, config, config.eval_iters))
+                if step == total_steps:
+                    break
+        seconds = time.perf_counter() - started
+        after = evaluate(engine, eval_loader, config)
+        writer.log(step, after)
+        rows = [(name.removeprefix("eval/"), f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
+        writer.table("held-out pairs", rows, header=("", "before", "after"))
+        writer.plot(PANELS)
+
+    # 5. Save, with the scale of the scores for step 3
+    if config.output_dir:
+        model = engine.module.model
+        model.config.score_mean, model.config.score_std = after["eval/chosen_mean"], after["eval/chosen_std"]
+        save_model(model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
+    summary = {f"{name}_before": value for name, value in before.items()} | after
+    summary |= {"steps": step, "train_seconds": seconds}
+    save_summary(config, summary)
+    return summary
+
+
+if __name__ == "__main__":
+    run(main, Config)

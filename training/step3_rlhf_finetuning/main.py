@@ -1,0 +1,204 @@
+"""Step 3: PPO. The SFT model (actor) learns to write responses that the reward model scores higher, without leaving itself.
+
+Each iteration samples one response per prompt, rewards it with the reward model's score at its last token minus a price on
+its distance (KL) to the SFT model, and improves actor and critic with clipped updates over a few epochs.
+
+    one GPU     python training/step3_rlhf_finetuning/main.py --actor_model_name_or_path output/sft \\
+                    --critic_model_name_or_path output/reward --data_path prompts.jsonl --output_dir output/ppo
+    eight GPUs  deepspeed --num_gpus 8 training/step3_rlhf_finetuning/main.py --actor_model_name_or_path output/sft \\
+                    --critic_model_name_or_path output/reward --data_path prompts.jsonl --output_dir output/ppo \\
+                    --actor_zero_stage 3 --critic_zero_stage 3
+"""
+
+import functools
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+
+from utils import distributed
+from utils.algorithms.kl import adaptive_kl_ctl
+from utils.arguments import (
+    OutputArguments,
+    PpoArguments,
+    PpoOptimizationArguments,
+    PromptArguments,
+    RlhfLoraArguments,
+    RlhfModelArguments,
+    RlhfSystemArguments,
+    RolloutArguments,
+    TokenizerArguments,
+)
+from utils.config import run
+from utils.data import build_dataloader, build_datasets, check_data_paths, collate_prompts, collate_sft, endless
+from utils.models.loading import check_length, check_model, check_scalar_model, load_matching_tokenizer
+from utils.models.lora import check_lora
+from utils.rlhf.engine import RlhfEngine
+from utils.rlhf.evaluation import evaluate_prompts, show_answers
+from utils.rlhf.ppo import explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
+from utils.rlhf.rollout import rollout
+from utils.session import check_run, open_metrics, save_summary, start_run
+from utils.zero import accumulation_groups
+
+PANELS = {
+    "score of the reward model": ["ppo/score_mean", "eval/score_mean"],
+    "KL to the SFT model, nats per response": ["ppo/kl_k1", "ppo/kl_k3"],
+    "reward per response": ["ppo/reward_mean"],
+    "response length, tokens": ["ppo/length_mean"],
+    "entropy, nats per token": ["ppo/entropy"],
+    "losses": ["ppo/policy_loss", "ppo/value_loss"],
+    "clipped fraction": ["ppo/clip_fraction", "ppo/value_clip_fraction"],
+    "explained variance": ["ppo/explained_variance"],
+    "seconds": ["time/generation", "time/scoring", "time/training"],
+}
+
+
+@dataclass(kw_only=True)
+class Config(
+    PromptArguments,
+    RlhfModelArguments,
+    RolloutArguments,
+    PpoOptimizationArguments,
+    PpoArguments,
+    RlhfSystemArguments,
+    RlhfLoraArguments,
+    OutputArguments,
+    TokenizerArguments,
+):
+    """Flags of step 3."""
+
+
+def main(config: Config) -> dict[str, float]:
+    """Run step 3 and return its summary."""
+    # 1. Refuse what cannot work, then set up
+    check_run(config)
+    actor_config = check_model(config, "actor_model_name_or_path")
+    critic_config = check_scalar_model(config, "critic_model_name_or_path")
+    for model_config, role in ((actor_config, "actor"), (critic_config, "critic")):
+        check_length(
+            model_config,
+            config.max_prompt_seq_len + config.max_answer_seq_len,
+            "--max_prompt_seq_len + --max_answer_seq_len",
+        )
+        check_lora(model_config, getattr(config, f"{role}_lora_dim"), getattr(config, f"{role}_lora_module_name"))
+    check_data_paths(config.data_path, purpose="prompts")
+    tokenizer = load_matching_tokenizer(config, config.actor_model_name_or_path, [actor_config, critic_config])
+    start_run(config)
+
+    # 2. Data
+    source = {
+        "tokenizer": tokenizer,
+        "seed": config.seed,
+        "cache_dir": config.data_output_path,
+        "is_writer": distributed.local_rank() == 0,
+        "num_proc": config.preprocessing_num_workers,
+    }
+    prompt_rows, eval_rows = build_datasets(
+        "prompts",
+        data_path=config.data_path,
+        data_split=config.data_split,
+        max_seq_len=config.max_prompt_seq_len,
+        eval_samples=config.eval_prompts,
+        **source,
+    )
+    collate = functools.partial(collate_prompts, pad_id=tokenizer.pad_token_id)
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
+    batch_size = config.per_device_generation_batch_size
+    prompt_loader = build_dataloader(prompt_rows, collate, batch_size, shuffle=True, drop_last=True, **ranks)
+    eval_loader = build_dataloader(eval_rows, collate, batch_size, shuffle=False, **ranks)
+    unsupervised_batches = None
+    if config.unsupervised_dataset_name:
+        text_rows, _ = build_datasets(
+            "pretrain",
+            data_path=[config.unsupervised_dataset_name],
+            dataset_config_name=config.unsupervised_dataset_config_name,
+            max_seq_len=config.max_prompt_seq_len + config.max_answer_seq_len,
+            **source,
+        )
+        collate_text = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
+        text_loader = build_dataloader(
+            text_rows, collate_text, config.per_device_training_batch_size, shuffle=True, drop_last=True, **ranks
+        )
+        unsupervised_batches = endless(text_loader)
+
+    iterations_per_epoch = len(prompt_loader) // config.generation_batches
+    iterations = config.max_steps or iterations_per_epoch * config.num_train_epochs
+    if config.enable_test_mode:
+        iterations = min(iterations, config.test_stop_step)
+    micro_batches = config.generation_batches * batch_size // config.per_device_training_batch_size
+    steps_per_iteration = config.ppo_epochs * micro_batches // config.gradient_accumulation_steps
+
+    # 3. Models
+    engine = RlhfEngine(
+        config,
+        tokenizer,
+        actor_steps=max(iterations - config.critic_warmup_steps, 0) * steps_per_iteration,
+        critic_steps=iterations * steps_per_iteration,
+    )
+
+    # 4. Train
+    with open_metrics(config, "step 3: PPO", iterations) as writer:
+        before = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
+        writer.log(0, before)
+        iteration, kl_ctl, started = 0, config.kl_ctl, time.perf_counter()
+        for epoch in range(math.ceil(iterations / iterations_per_epoch)):
+            prompt_loader.set_epoch(epoch)
+            for prompt_batches in accumulation_groups(prompt_loader, config.generation_batches):
+                if iteration == iterations or len(prompt_batches) < config.generation_batches:
+                    break
+                iteration += 1
+                samples = rollout(engine, prompt_batches, config, kl_ctl=kl_ctl, seed=config.seed + iteration)
+                metrics = samples.metrics | {
+                    "ppo/kl_ctl": kl_ctl,
+                    "ppo/explained_variance": explained_variance_over_ranks(samples.micro_batches),
+                }
+                training_started, steps = time.perf_counter(), []
+                for ppo_epoch in range(config.ppo_epochs):
+                    order_seed = config.seed + iteration * config.ppo_epochs + ppo_epoch
+                    for minibatch in ppo_minibatches(
+                        samples.micro_batches, config.gradient_accumulation_steps, seed=order_seed
+                    ):
+                        unsupervised = [
+                            distributed.to_device(batch)
+                            for batch in itertools.islice(unsupervised_batches or (), len(minibatch))
+                        ]
+                        steps.append(
+                            ppo_step(
+                                engine,
+                                minibatch,
+                                config,
+                                what=f"iteration {iteration}",
+                                train_actor=iteration > config.critic_warmup_steps,
+                                unsupervised=unsupervised,
+                            )
+                        )
+                metrics |= mean_metrics(steps) | {"time/training": time.perf_counter() - training_started}
+                metrics["throughput/samples_per_second"] = samples.num_sequences / sum(
+                    metrics[f"time/{phase}"] for phase in ("generation", "scoring", "training")
+                )
+                writer.log(iteration, metrics, bar=["ppo/score_mean", "ppo/kl_k1", "throughput/samples_per_second"])
+                if config.print_answers and iteration % config.print_answers_interval == 0:
+                    writer.print(show_answers(samples.micro_batches[0], tokenizer))
+                if config.kl_target is not None:
+                    kl_ctl = adaptive_kl_ctl(
+                        kl_ctl, samples.kl, config.kl_target, config.kl_horizon, samples.num_sequences
+                    )
+        train_seconds = time.perf_counter() - started
+        after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
+        writer.log(iteration, after)
+        rows = [(name.removeprefix("eval/"), f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
+        writer.table("greedy answers to held-out prompts", rows, header=("", "before", "after"))
+        writer.plot(PANELS)
+
+    # 5. Save
+    if config.output_dir:
+        engine.save(config.output_dir)
+    summary = {f"{name}_before": value for name, value in before.items()} | after
+    summary |= {"iterations": iteration, "train_seconds": train_seconds}
+    save_summary(config, summary)
+    return summary
+
+
+if __name__ == "__main__":
+    run(main, Config)

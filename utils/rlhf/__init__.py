@@ -1,0 +1,1 @@
+"""The PPO engine: four models, generation, rollouts and updates."""

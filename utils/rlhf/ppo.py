@@ -1,0 +1,130 @@
+"""PPO's optimiser steps on a rollout."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from utils import distributed
+from utils.algorithms.advantages import explained_variance, masked_moments
+from utils.algorithms.losses import entropy_loss, policy_loss, value_loss
+from utils.rlhf.engine import RlhfEngine
+from utils.rlhf.experience import Experience, response_logprobs, response_values
+from utils.zero import optimizer_step
+
+
+def ppo_minibatches(
+    experiences: Sequence[Experience], accumulation_steps: int, *, seed: int
+) -> Iterator[list[Experience]]:
+    """One epoch: the rollout's micro-batches in a seeded order, `accumulation_steps` of them per optimiser step."""
+    order = random.Random(seed).sample(range(len(experiences)), len(experiences))
+    for start in range(0, len(order), accumulation_steps):
+        yield [experiences[index] for index in order[start : start + accumulation_steps]]
+
+
+def ppo_step(
+    engine: RlhfEngine,
+    minibatch: Sequence[Experience],
+    config,
+    *,
+    what: str,
+    train_actor: bool = True,
+    unsupervised: Sequence[dict[str, torch.Tensor]] = (),
+) -> dict[str, float]:
+    """One optimiser step of the actor and one of the critic on the micro-batches of a minibatch.
+
+    Losses are token means over the whole minibatch on all ranks. The unsupervised batches add
+    `unsup_coef` times their mean cross-entropy to the actor's loss (Ouyang et al. 2022, equation 2).
+
+    Args:
+        what: names the step in an error.
+        train_actor: False while the critic warms up.
+        unsupervised: collated rows (`input_ids`, `attention_mask`, `target_mask`), one batch per micro-batch, or none.
+
+    Returns:
+        Metrics over all ranks, names starting with `ppo/`.
+    """
+    tokens = distributed.all_reduce_scalar(sum(int(e.response_mask.sum()) for e in minibatch))
+    unsupervised_tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in unsupervised))
+    statistics: dict[str, torch.Tensor] = {}
+
+    def add(stats: dict[str, torch.Tensor]) -> None:
+        for name, value in stats.items():
+            combine = torch.maximum if name.endswith("_max") else torch.add
+            statistics[name] = combine(statistics[name], value) if name in statistics else value
+
+    def actor_loss(batch) -> torch.Tensor:
+        if not isinstance(batch, Experience):
+            logprobs, _ = engine.actor(batch["input_ids"], batch["attention_mask"], batch["target_mask"])
+            loss = -logprobs.sum() / unsupervised_tokens
+            add({"unsupervised_loss": loss.detach()})
+            return config.unsup_coef * loss
+        logprobs, entropy = response_logprobs(
+            engine.actor, batch.sequences, batch.attention_mask, batch.response_mask,
+            temperature=config.temperature, with_entropy=True,
+        )  # fmt: skip
+        mask = batch.response_mask
+        loss, stats = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.cliprange, tokens)
+        bonus, entropy_stats = entropy_loss(entropy, mask, config.entropy_coef, tokens)
+        add(stats | {name: value for name, value in entropy_stats.items() if name not in stats})
+        return loss + bonus if config.entropy_coef else loss
+
+    def critic_loss(batch: Experience) -> torch.Tensor:
+        values = response_values(engine.critic, batch.sequences, batch.attention_mask, batch.response_mask)
+        loss, stats = value_loss(
+            values, batch.values, batch.returns, batch.response_mask, config.cliprange_value, tokens
+        )
+        add({name: value for name, value in stats.items() if name != "tokens" or not train_actor})
+        return loss
+
+    metrics = {}
+    if train_actor:
+        _, metrics["ppo/actor_grad_norm"] = optimizer_step(
+            engine.actor, [*minibatch, *unsupervised], actor_loss, what=f"{what}, actor"
+        )
+        metrics["ppo/actor_lr"] = engine.actor.get_lr()[0]
+        if engine.ema:
+            engine.ema.update()
+    _, metrics["ppo/critic_grad_norm"] = optimizer_step(engine.critic, minibatch, critic_loss, what=f"{what}, critic")
+    metrics["ppo/critic_lr"] = engine.critic.get_lr()[0]
+
+    largest = {"ratio_max": statistics.pop("ratio_max")} if train_actor else {}
+    unsupervised_loss = statistics.pop("unsupervised_loss", None)
+    sums = distributed.all_reduce_dict(statistics)
+    names = {
+        "policy_loss": "policy_loss",
+        "value_loss": "value_loss",
+        "approx_kl_k1": "approx_kl_k1",
+        "approx_kl_k3": "approx_kl_k3",
+        "clip_count": "clip_fraction",
+        "value_clip_count": "value_clip_fraction",
+        "ratio_sum": "ratio_mean",
+        "entropy": "entropy",
+    }
+    metrics |= {f"ppo/{shown}": sums[name] / tokens for name, shown in names.items() if name in sums}
+    metrics |= {f"ppo/{name}": value for name, value in distributed.all_reduce_dict(largest, "max").items()} if largest else {}
+    if unsupervised_loss is not None:
+        metrics["ppo/unsupervised_loss"] = distributed.all_reduce_scalar(unsupervised_loss)
+    return metrics
+
+
+def mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of one iteration from those of its optimiser steps: means, and maxima of what ends in `_max`.
+
+    The first step's mean ratio is kept beside them: it is 1 unless rollout and training disagree.
+    """
+    combined = {}
+    for name in steps[-1]:
+        values = [step[name] for step in steps]
+        combined[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    if "ppo/ratio_mean" in steps[0]:
+        combined["ppo/first_ratio_mean"] = steps[0]["ppo/ratio_mean"]
+        combined["ppo/first_ratio_max"] = steps[0]["ppo/ratio_max"]
+    return combined
+
+
+def explained_variance_over_ranks(experiences: Sequence[Experience]) -> float:
+    """How much of the returns' variance the critic had foreseen at rollout time; 1 is all, 0 is none."""
+    returns = sum(masked_moments(e.returns, e.response_mask).cpu() for e in experiences)
+    residuals = sum(masked_moments(e.returns - e.values, e.response_mask).cpu() for e in experiences)
+    return float(explained_variance(distributed.all_reduce(returns), distributed.all_reduce(residuals)))

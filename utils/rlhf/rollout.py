@@ -1,0 +1,226 @@
+"""From prompts to experience: sample responses, score them with all four models, and turn scores into advantages."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from utils import distributed
+from utils.algorithms.advantages import gae, masked_moments, moments_to_mean_var, whiten
+from utils.algorithms.kl import kl_penalty, normalize_scores, per_token_rewards
+from utils.algorithms.masking import last_index, masked_sum
+from utils.rlhf.engine import RlhfEngine
+from utils.rlhf.experience import Experience, response_logprobs, response_values
+from utils.rlhf.generation import Generation, SamplingParams, generate
+from utils.rlhf.hybrid_engine import generation_mode
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A rollout of this rank: micro-batches for PPO, and numbers over all ranks."""
+
+    micro_batches: list[Experience]
+    metrics: dict[str, float]
+    kl: float  # mean over all ranks' sequences of the k1 estimate summed over their tokens, in nats
+    num_sequences: int  # over all ranks
+
+
+def rollout(
+    engine: RlhfEngine, prompt_batches: Sequence[dict[str, torch.Tensor]], config, *, kl_ctl: float, seed: int
+) -> Rollout:
+    """Sample one response per prompt and compute everything that PPO needs.
+
+    Rows are scored in exactly the micro-batches that train, so the first epoch's first ratio is 1 to the last bit.
+
+    Args:
+        prompt_batches: each {"input_ids", "attention_mask"} of (per_device_generation_batch_size, P), left-padded.
+        config: step 3's.
+        kl_ctl: price of a nat of KL to the reference.
+        seed: of this rollout; ranks draw different samples from it.
+    """
+    started = time.perf_counter()
+    generations = generate_responses(engine, prompt_batches, sampling_params(config), seed=seed)
+    generated = time.perf_counter()
+
+    prompts, responses = join(prompt_batches, generations, engine.tokenizer.pad_token_id)
+    rows = torch.arange(len(responses.tokens)).split(config.per_device_training_batch_size)
+    micro_batches = [(*assemble(prompts, responses, part), responses.ended[part]) for part in rows]
+    scored = [score(engine, *batch, config=config, kl_ctl=kl_ctl) for batch in micro_batches]
+    experiences = whiten_over_ranks(scored, config)
+    finished = time.perf_counter()
+
+    metrics = rollout_metrics(experiences, engine, responses.ended)
+    tokens = metrics.pop("response_tokens")
+    metrics |= {
+        "time/generation": generated - started,
+        "time/scoring": finished - generated,
+        "throughput/generation_tokens_per_second": tokens / (generated - started),
+    }
+    return Rollout(experiences, metrics, metrics["ppo/kl_k1"], int(metrics["ppo/sequences"]))
+
+
+def sampling_params(config, *, greedy: bool = False) -> SamplingParams:
+    """Step 3's sampling flags as the generation interface takes them."""
+    return SamplingParams(
+        max_new_tokens=config.max_answer_seq_len,
+        min_new_tokens=config.min_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        greedy=greedy,
+    )
+
+
+def generate_responses(
+    engine: RlhfEngine, prompt_batches: Sequence[dict[str, torch.Tensor]], sampling: SamplingParams, *, seed: int
+) -> list[Generation]:
+    """Responses of the current actor to each batch of prompts; whole weights are made once for all of them."""
+    tokenizer, device = engine.tokenizer, distributed.device()
+    with generation_mode(engine.actor) as model:
+        return [
+            generate(
+                model,
+                prompts["input_ids"].to(device),
+                prompts["attention_mask"].to(device),
+                sampling,
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                seed=hash((seed, index, distributed.rank())) % 2**63,
+            )
+            for index, prompts in enumerate(prompt_batches)
+        ]
+
+
+def join(
+    prompt_batches: Sequence[dict[str, torch.Tensor]], generations: Sequence[Generation], pad_id: int
+) -> tuple[dict[str, torch.Tensor], Generation]:
+    """The batches of a rollout as one: prompts padded on the left to the longest, responses on the right."""
+
+    def stack(tensors: Sequence[torch.Tensor], side: str, value: int) -> torch.Tensor:
+        width = max(tensor.size(1) for tensor in tensors)
+        missing = [width - tensor.size(1) for tensor in tensors]
+        pads = [(gap, 0) if side == "left" else (0, gap) for gap in missing]
+        return torch.cat([nn.functional.pad(t, pad, value=value) for t, pad in zip(tensors, pads, strict=True)])
+
+    device = generations[0].tokens.device
+    prompts = {
+        name: stack([batch[name].to(device) for batch in prompt_batches], "left", fill)
+        for name, fill in (("input_ids", pad_id), ("attention_mask", 0))
+    }
+    return prompts, Generation(
+        tokens=stack([generation.tokens for generation in generations], "right", pad_id),
+        mask=stack([generation.mask for generation in generations], "right", 0),
+        ended=torch.cat([generation.ended for generation in generations]),
+    )
+
+
+def assemble(
+    prompts: dict[str, torch.Tensor], generation: Generation, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts and responses of `rows` as (B, P+R) sequences, attention mask, and (B, R) response mask.
+
+    Columns that are padding in all of the rows are dropped on both sides.
+    """
+    prompt_ids, prompt_mask = prompts["input_ids"][rows], prompts["attention_mask"][rows]
+    tokens, mask = generation.tokens[rows], generation.mask[rows]
+    prompt_width, response_width = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+    prompt_ids, prompt_mask = prompt_ids[:, -prompt_width:], prompt_mask[:, -prompt_width:].bool()
+    tokens, mask = tokens[:, :response_width], mask[:, :response_width]
+    return torch.cat([prompt_ids, tokens], 1), torch.cat([prompt_mask, mask], 1), mask
+
+
+@torch.no_grad()
+def response_scores(engine: RlhfEngine, sequences, attention_mask, response_mask) -> torch.Tensor:
+    """(B,) the reward model's score at the last response token."""
+    values = engine.reward(sequences, attention_mask)
+    first = sequences.size(1) - response_mask.size(1)
+    return values.gather(1, (first + last_index(response_mask))[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def score(
+    engine: RlhfEngine, sequences, attention_mask, response_mask, ended, *, config, kl_ctl: float
+) -> Experience:
+    """One micro-batch of rollouts with its log-probabilities, values, rewards and (not yet whitened) advantages."""
+    batch = (sequences, attention_mask, response_mask)
+    logprobs, _ = response_logprobs(engine.actor, *batch, temperature=config.temperature)
+    ref_logprobs = engine.reference_logprobs(*batch, temperature=config.temperature)
+    values = response_values(engine.critic, *batch)
+    scores = response_scores(engine, *batch)
+
+    normalized = normalize_scores(scores, engine.score_mean, engine.score_std, config.clip_reward_value)
+    normalized = normalized - config.missing_eos_penalty * (~ended).float()
+    kl = kl_penalty(logprobs, ref_logprobs, config.kl_estimator, config.kl_clamp)
+    rewards = per_token_rewards(normalized, kl, response_mask, kl_ctl)
+    advantages, returns = gae(rewards, values, response_mask, config.gamma, config.lam)
+    return Experience(
+        sequences=sequences,
+        attention_mask=attention_mask,
+        response_mask=response_mask,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        scores=scores,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+    )
+
+
+def _moments(pairs) -> torch.Tensor:
+    """(3,) `masked_moments` of (tensor, mask) pairs, summed over them and over all ranks."""
+    return distributed.all_reduce(sum(masked_moments(values, mask).cpu() for values, mask in pairs))
+
+
+def whiten_over_ranks(experiences: list[Experience], config) -> list[Experience]:
+    """Rewards (scaled, mean kept) and advantages whitened with moments of the whole rollout on all ranks, as configured."""
+    if config.whiten_rewards:
+        mean, var = moments_to_mean_var(_moments((e.rewards, e.response_mask) for e in experiences))
+        rescaled = []
+        for e in experiences:
+            rewards = whiten(e.rewards, e.response_mask, mean, var, shift_mean=False)
+            advantages, returns = gae(rewards, e.values, e.response_mask, config.gamma, config.lam)
+            rescaled.append(_replace(e, rewards=rewards, advantages=advantages, returns=returns))
+        experiences = rescaled
+    if config.whiten_advantages:
+        mean, var = moments_to_mean_var(_moments((e.advantages, e.response_mask) for e in experiences))
+        experiences = [_replace(e, advantages=whiten(e.advantages, e.response_mask, mean, var)) for e in experiences]
+    return experiences
+
+
+def _replace(experience: Experience, **changes: torch.Tensor) -> Experience:
+    return Experience(**(vars(experience) | changes))
+
+
+def rollout_metrics(experiences: list[Experience], engine: RlhfEngine, ended: torch.Tensor) -> dict[str, float]:
+    """Numbers of a rollout over all ranks: scores, KL to the reference, lengths, share of responses that ended."""
+    lengths = [e.response_mask.sum(1).float() for e in experiences]
+    sums = {
+        "sequences": sum(len(e.scores) for e in experiences),
+        "tokens": sum(length.sum() for length in lengths),
+        "ended": ended.sum(),
+        "reward": sum(e.rewards.sum() for e in experiences),
+        "k1": sum(masked_sum(kl_penalty(e.logprobs, e.ref_logprobs, "k1", 1e9), e.response_mask) for e in experiences),
+        "k3": sum(masked_sum(kl_penalty(e.logprobs, e.ref_logprobs, "k3", 1e9), e.response_mask) for e in experiences),
+    }
+    sums = distributed.all_reduce_dict(sums)
+    count = sums["sequences"]
+    everything = [torch.ones_like(e.scores, dtype=torch.bool) for e in experiences]
+    scores = [e.scores for e in experiences]
+    score_mean, score_var = moments_to_mean_var(_moments(zip(scores, everything, strict=True)))
+    length_mean, length_var = moments_to_mean_var(_moments(zip(lengths, everything, strict=True)))
+    return {
+        "ppo/score_mean": score_mean.item(),
+        "ppo/score_std": score_var.sqrt().item(),
+        "ppo/score_normalized": (score_mean.item() - engine.score_mean) / engine.score_std,
+        "ppo/reward_mean": sums["reward"] / count,
+        "ppo/kl_k1": sums["k1"] / count,
+        "ppo/kl_k3": sums["k3"] / count,
+        "ppo/length_mean": length_mean.item(),
+        "ppo/length_std": length_var.sqrt().item(),
+        "ppo/ended_fraction": sums["ended"] / count,
+        "ppo/sequences": count,
+        "response_tokens": sums["tokens"],
+    }

@@ -1,0 +1,70 @@
+"""A run from its first check to its summary: refuse what cannot work, join the processes, open the log, write the end."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from utils import distributed
+from utils.arguments import meaningless_flags, refuse_unavailable
+from utils.config import save_config
+from utils.errors import InputError
+from utils.files import atomic_write_text
+from utils.metrics import MetricsWriter
+from utils.zero import check_precision
+
+CONFIG_FILE = "run_config.yaml"
+SUMMARY_FILE = "summary.json"
+
+
+def check_run(config) -> None:
+    """What can be refused before any process waits for another: unavailable flags, the dtype, the output folder.
+
+    Raises:
+        InputError: one line that names the flag.
+    """
+    refuse_unavailable(config)
+    check_precision(config.dtype)
+    if config.output_dir:
+        _check_writable(Path(config.output_dir))
+
+
+def start_run(config) -> None:
+    """Join the process group, seed every generator, save the resolved configuration and remark on idle flags once."""
+    distributed.init_distributed(verbose=config.verbose)
+    distributed.seed_everything(config.seed)
+    if config.output_dir and distributed.is_main():
+        save_config(config, Path(config.output_dir) / CONFIG_FILE)
+    for remark in meaningless_flags(config, has_accelerator=torch.accelerator.is_available()):
+        distributed.log(f"note: {remark}")
+
+
+def open_metrics(config, job_name: str, total_steps: int) -> MetricsWriter:
+    """The metrics writer that the output flags of `config` ask for."""
+    return MetricsWriter(
+        config.output_dir,
+        job_name=job_name,
+        total_steps=total_steps,
+        is_main=distributed.is_main(),
+        enable_tensorboard=config.enable_tensorboard,
+        tensorboard_path=config.tensorboard_path,
+        logging_interval=config.logging_interval,
+    )
+
+
+def save_summary(config, summary: dict[str, float]) -> None:
+    """Write `summary.json`, the numbers of the whole run, to the output folder if there is one."""
+    if config.output_dir and distributed.is_main():
+        atomic_write_text(Path(config.output_dir) / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        distributed.log(f"saved to {config.output_dir}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({os.strerror(error.errno)}); choose another folder") from error
