@@ -3,9 +3,9 @@
 #
 #   bash scripts/setup_environment.sh [requirements.txt | requirements-dev.txt]
 #
-# On a machine with NVIDIA GPUs torch comes with CUDA. Elsewhere set TORCH_INDEX_URL to a package index of CPU-only torch
-# wheels to save several gigabytes; without it pip takes what its own configuration offers.
-# PYTHON names the interpreter to build .venv from (default: the first of python3.11, python3.12, python3.13, python3).
+# On a machine with NVIDIA GPUs torch comes with CUDA. Elsewhere set TORCH_INDEX_URL to a package index of CPU-only
+# torch wheels to save several gigabytes; without it pip takes what its own configuration offers.
+# PYTHON names the interpreter for .venv (default: the first of python3.11, python3.12, python3.13, python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,18 +22,18 @@ find_python() {
       return
     fi
   done
-  echo "error: no Python 3.11 or newer with the venv module found; install one, or name it: PYTHON=/path/to/python3.11" >&2
+  echo "error: found no Python 3.11 or newer with the venv module; install one, or set PYTHON to it" >&2
   return 2
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; }
 
-# What an installation depends on. The location counts, because the project itself is installed in place.
+# What an installation of the file $1 depends on. The location counts: the project itself is installed in place.
 fingerprint() {
-  local files=(requirements.txt pyproject.toml)
-  if [ "$requirements" != requirements.txt ]; then files+=("$requirements"); fi
-  { cat "${files[@]}"; echo "$PWD" "$torch"; "$environment/bin/python" --version; } | cksum
+  { cat requirements.txt "$1" pyproject.toml; echo "$PWD" "$torch"; "$environment/bin/python" --version; } | cksum
 }
+
+stamp() { echo "$environment/installed-$1.cksum"; }
 
 [ -f "$requirements" ] || { echo "error: $PWD has no $requirements" >&2; exit 2; }
 
@@ -50,13 +50,12 @@ if ! "$environment/bin/python" -c 'import pip' 2>/dev/null; then
 fi
 
 if has_gpu; then torch="torch with CUDA"; else torch="torch for CPUs"; fi
-stamp="$environment/installed-$requirements.cksum"
-if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then
+if [ "$(cat "$(stamp "$requirements")" 2>/dev/null)" = "$(fingerprint "$requirements")" ]; then
   say "$environment has everything in $requirements"
   exit 0
 fi
 
-install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check)
+install=("$environment/bin/python" -m pip install --quiet --quiet --disable-pip-version-check)
 torch_pin=$(grep '^torch==' requirements.txt)
 say "installing $torch_pin ($torch); the first time this takes minutes"
 if ! has_gpu && [ -n "${TORCH_INDEX_URL:-}" ]; then
@@ -68,5 +67,7 @@ fi
 say "installing the rest of $requirements"
 "${install[@]}" -r "$requirements"
 
-fingerprint >"$stamp"
+for file in requirements.txt "$requirements"; do # the others include requirements.txt
+  fingerprint "$file" >"$(stamp "$file")"
+done
 say "done"

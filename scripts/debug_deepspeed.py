@@ -1,0 +1,106 @@
+"""Run or debug a training script from an IDE: one process in this one, or DeepSpeed's launcher from here.
+
+    python scripts/debug_deepspeed.py training/step1_supervised_finetuning/main.py --model_name_or_path ...
+    python scripts/debug_deepspeed.py --num_gpus 2 training/step1_supervised_finetuning/main.py ...
+    python scripts/debug_deepspeed.py --debug_host 127.0.0.1 --debug_port 5678 training/...
+
+PyCharm's remote interpreter starts this file like any other script, so its "Debug" button stops at breakpoints: in this
+process without --num_gpus, and in the launcher's processes with it (PyCharm: "Attach to subprocess automatically").
+With --debug_host, the process of --debug_rank connects to a "Python Debug Server" that waits in PyCharm instead.
+"""
+
+import argparse
+import importlib.util
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Start the script that `argv` names. Exits with the script's or the launcher's exit code; 2 for a wrong flag."""
+    options = _parse(argv)
+    script = _find(options.script)
+    _prepare_environment()
+    if options.debug_host and importlib.util.find_spec("pydevd_pycharm") is None:
+        _stop(
+            "--debug_host needs PyCharm's debugger in this interpreter; install the version that the run configuration "
+            "'Python Debug Server' shows, such as: pip install pydevd-pycharm~=252.23892"
+        )
+    if options.num_gpus is not None:
+        _launch(options, script)
+    else:
+        _run_here(options, script)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--num_gpus", type=int, help="start DeepSpeed's launcher with this many processes (CPUs too)")
+    parser.add_argument("--debug_host", help="machine on which a Python Debug Server waits")
+    parser.add_argument("--debug_port", type=int, default=5678, help="its port (default: %(default)s)")
+    parser.add_argument("--debug_rank", type=int, default=0, help="the rank that connects (default: %(default)s)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher puts it in front of everything
+    parser.add_argument("script", help="script to run; relative to the working directory or to the repository")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own flags")
+    return parser.parse_args(argv)
+
+
+def _find(name: str) -> Path:
+    for path in (Path(name), REPOSITORY / name):
+        if path.is_file():
+            return path.resolve()
+    _stop(f"no such script: {name} (looked in {Path.cwd()} and in {REPOSITORY})")
+
+
+def _prepare_environment() -> None:
+    """What an activated environment and an installed project give, which a remote interpreter may lack."""
+    tools = str(Path(sys.executable).parent)  # ninja, with which DeepSpeed compiles its extensions
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")]).rstrip(os.pathsep)
+    packages = [str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(package for package in packages if package))
+    if str(REPOSITORY) not in sys.path:
+        sys.path.append(str(REPOSITORY))
+
+
+def _launch(options: argparse.Namespace, script: Path) -> None:
+    """Run the launcher in this process. Its workers come back to this file when one of them must connect to a server."""
+    command = [str(script), *options.arguments]
+    if options.debug_host:
+        server = ["--debug_host", options.debug_host, "--debug_port", str(options.debug_port)]
+        command = [str(Path(__file__).resolve()), *server, "--debug_rank", str(options.debug_rank), *command]
+    from deepspeed.launcher import runner
+
+    runner.main(["--num_gpus", str(options.num_gpus), "--master_port", str(_free_port()), *command])
+
+
+def _run_here(options: argparse.Namespace, script: Path) -> None:
+    if options.debug_host and int(os.environ.get("RANK", "0")) == options.debug_rank:
+        import pydevd_pycharm
+
+        pydevd_pycharm.settrace(options.debug_host, port=options.debug_port, suspend=False)
+    local_rank = [] if options.local_rank is None else [f"--local_rank={options.local_rank}"]
+    sys.argv = [str(script), *local_rank, *options.arguments]
+    sys.path[0] = str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
