@@ -1,0 +1,22 @@
+"""Data: from files and hub data sets to batches of token ids with exact prompt and response spans."""
+
+from utils.data.collate import collate_preference, collate_prompts, collate_sft
+from utils.data.dataloader import RankDataLoader, build_dataloader
+from utils.data.dataset import TokenDataset, build_datasets
+from utils.data.dialogue import render_prompt, render_response
+from utils.data.example import Example
+from utils.data.sources import check_data_paths
+
+__all__ = [
+    "Example",
+    "RankDataLoader",
+    "TokenDataset",
+    "build_dataloader",
+    "build_datasets",
+    "check_data_paths",
+    "collate_preference",
+    "collate_prompts",
+    "collate_sft",
+    "render_prompt",
+    "render_response",
+]

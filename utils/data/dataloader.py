@@ -1,0 +1,102 @@
+"""Batches for one rank: the same order on every machine for the same seed and epoch, and no row counted twice."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.errors import InputError
+
+Collate = Callable[[Sequence[dict[str, Any]]], Any]
+
+
+class RankBatches(Sampler[list[tuple[int, bool]]]):
+    """The batches of one rank, as lists of (row number, whether it is a filler).
+
+    All ranks shuffle alike and take every world_size-th row. Every rank yields the same number of batches, of the same
+    sizes, so that collectives inside a forward pass meet. Where rows do not divide evenly, filler rows complete the
+    last batch or its rows are dropped (others in the next epoch).
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, *, shuffle: bool, seed: int, drop_last: bool, rank: int, world_size: int
+    ) -> None:
+        self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        whole = batch_size * world_size
+        self.rows_per_rank = rows // whole * batch_size if drop_last else -(-rows // world_size)
+        self.epoch, self.start_batch = 0, 0
+
+    def __len__(self) -> int:
+        return -(-self.rows_per_rank // self.batch_size) - self.start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
+        positions = range(self.rank, self.rows_per_rank * self.world_size, self.world_size)
+        places = [(order[position % self.rows], position >= self.rows) for position in positions]
+        for start in range(self.start_batch * self.batch_size, len(places), self.batch_size):
+            yield places[start : start + self.batch_size]
+
+
+class _MarkedRows(Dataset):
+    """Rows by (row number, filler): a filler row carries `"filler": True` for the collate function."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __getitem__(self, place: tuple[int, bool]) -> dict[str, Any]:
+        index, is_filler = place
+        row = self.rows[index]
+        return {**row, "filler": True} if is_filler else row
+
+
+class RankDataLoader(DataLoader):
+    """A DataLoader over one rank's batches whose order `set_epoch` chooses."""
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Shuffle as epoch `epoch` does, and begin at its batch `start_batch` without loading those before."""
+        self.batch_sampler.epoch, self.batch_sampler.start_batch = epoch, start_batch
+
+
+def build_dataloader(
+    dataset: Dataset,
+    collate: Collate,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    drop_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> RankDataLoader:
+    """Batches of `batch_size` rows of this rank's share of `dataset`, put together by `collate`.
+
+    Without `drop_last` every row comes exactly once over all ranks; where rows do not divide by `world_size`, filler
+    rows (`row["filler"]`, see utils.data.collate) keep ranks in step and are masked out of losses and metrics. With
+    `drop_last` all batches are full, and the rows left over change from epoch to epoch.
+    Raises InputError if `drop_last` would leave no batch.
+    """
+    sampler = RankBatches(
+        len(dataset),
+        batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=drop_last,
+        rank=rank,
+        world_size=world_size,
+    )
+    if not len(sampler):
+        raise InputError(
+            f"{len(dataset)} rows make no batch of {batch_size} rows on each of {world_size} processes; "
+            "lower the batch size or add data"
+        )
+    return RankDataLoader(
+        _MarkedRows(dataset),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )

@@ -1,0 +1,213 @@
+"""What `--data_path` names: a local file or folder, or a data set of the hub, read as examples.
+
+A local path is looked for first and opens no connection. Every row is converted and checked for what the purpose needs;
+one that cannot be used is refused with its file and line, or counted among the dropped ones.
+"""
+
+import difflib
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+from utils.data.example import DroppedRow, Example, NoResponseError, Purpose, RowError, check_usable
+from utils.data.hub import is_reachable, load_hub_split
+from utils.data.local_files import SUFFIXES, LocatedRow, find_files, read_rows
+from utils.data.registry import ALIASES, DATASETS, DatasetSpec, Format, expected_columns, find_dataset, find_format
+from utils.data.splits import phase_weights
+from utils.errors import InputError
+
+Part = Literal["train", "held_out"]
+CHECKED_ROWS = 20
+
+
+class Source(Protocol):
+    """Rows in a training part and maybe a held-out part; `format` None means that columns tell it."""
+
+    name: str
+    has_held_out: bool
+    format: Format | None
+
+    def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
+        """Rows that share a format: those of one file, or of one split."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever the rows do."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A file, or a folder whose files are training or held-out files by their names."""
+
+    name: str
+    training: tuple[Path, ...]
+    held_out: tuple[Path, ...]
+    format: Format | None = None
+
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.held_out)
+
+    def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
+        yield from map(read_rows, self.training if part == "train" else self.held_out)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for role, files in (("train", self.training), ("held_out", self.held_out)):
+            for file in files:
+                with open(file, "rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+                digest.update(f"{role} {file.name} {content}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set of the Hugging Face hub, loaded when its rows are first asked for."""
+
+    name: str
+    hub: str
+    config: str | None
+    train: str = "train"
+    held_out: str | None = None
+    format: Format | None = None
+
+    @property
+    def has_held_out(self) -> bool:
+        return self.held_out is not None
+
+    @cached_property
+    def _splits(self) -> dict[str, object]:
+        names = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
+        return {part: load_hub_split(self.name, self.hub, self.config, split) for part, split in names.items()}
+
+    def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
+        split = self.train if part == "train" else self.held_out
+        yield ((f"{self.name} ({split}), row {number}", row) for number, row in enumerate(self._splits[part], 1))
+
+    def fingerprint(self) -> str:
+        return " ".join(f"{part}={split._fingerprint}" for part, split in self._splits.items())
+
+
+def open_source(name: str, config: str | None = None) -> LocalSource | HubSource:
+    """What `name` means: a local path if there is one, else a known data set, else a name on the hub.
+
+    `config` chooses among a hub data set's configurations. Raises InputError for what can be none of these.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        training, held_out = find_files(path)
+        return LocalSource(name, tuple(training), tuple(held_out), _format_of_local_copy(path))
+    spec = find_dataset(name)
+    if spec is None:
+        if name not in ALIASES and _looks_local(name):
+            raise InputError(f"--data_path {name}: no such file or folder{_suggestion(name)}")
+        spec = DatasetSpec(ALIASES.get(name, name), None)
+    if spec.hub is None:
+        raise InputError(f"--data_path {name}: this set is published as files; fetch {spec.files}, and give their path")
+    return HubSource(name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format)
+
+
+def _format_of_local_copy(path: Path) -> Format | None:
+    """The format of a folder called like a known data set (.../stanfordnlp/SHP), as a clone of the hub is."""
+    location = path.resolve().as_posix() if path.is_dir() else ""
+    return next((spec.format for name, spec in DATASETS.items() if location.endswith(f"/{name}")), None)
+
+
+def _looks_local(name: str) -> bool:
+    in_existing_folder = "/" in name and Path(name).expanduser().parent.is_dir()
+    return name.startswith((".", "/", "~")) or name.endswith(SUFFIXES) or name.count("/") != 1 or in_existing_folder
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, [*DATASETS, *ALIASES], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def read_examples(source: Source, part: Part, purpose: Purpose, dropped: Counter[str]) -> Iterator[Example | None]:
+    """The examples of one part of a source, in order; reasons for rows left out are counted in `dropped`.
+
+    None stands for an example that this purpose leaves out and another may use: it keeps its place, so that every
+    purpose divides the same places. A row that is no example for any purpose is passed over.
+    Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
+    """
+    for group in source.groups(part):
+        rows = iter(group)
+        first = next(rows, None)
+        if first is None:
+            continue
+        row_format = source.format or _recognise(first, purpose)
+        lenient = row_format.published or isinstance(source, HubSource)
+        for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
+            try:
+                check_usable(example, purpose)
+                yield example
+            except DroppedRow as reason:
+                dropped[str(reason)] += 1
+                yield None
+            except NoResponseError as error:
+                if not lenient:
+                    raise _refusal(where, error) from error
+                dropped["no response"] += 1
+                yield None
+
+
+def _convert(
+    rows: Iterable[LocatedRow], row_format: Format, lenient: bool, dropped: Counter[str]
+) -> Iterator[tuple[str, Example]]:
+    if row_format.assemble is not None:
+        yield from row_format.assemble(rows)
+        return
+    for where, row in rows:
+        try:
+            yield where, row_format.convert(row)
+        except DroppedRow as reason:
+            dropped[str(reason)] += 1
+        except NoResponseError as error:
+            if not lenient:
+                raise _refusal(where, error) from error
+            dropped["no response"] += 1
+        except RowError as error:
+            raise _refusal(where, error) from error
+
+
+def _refusal(where: str, error: RowError) -> InputError:
+    fix = "; give it one or remove the row" if isinstance(error, NoResponseError) else ""
+    return InputError(f"{where}: {error}{fix}")
+
+
+def _recognise(first: LocatedRow, purpose: Purpose) -> Format:
+    where, row = first
+    found = find_format(row.keys(), purpose)
+    if found is None:
+        columns = ", ".join(map(str, row)) or "none"
+        raise InputError(
+            f"{where}: columns found: {columns}; expected for this step one of: {expected_columns(purpose)}"
+        )
+    return found
+
+
+def check_data_paths(data_path: Iterable[str], *, purpose: Purpose, data_split: str | None = None) -> None:
+    """Look at the data before any model is loaded: paths exist, first rows parse and have what `purpose` needs.
+
+    Cheap: the first rows of every file; of a hub data set only whether it can be had at all. Every row is checked by
+    `build_datasets`. Raises InputError.
+    """
+    if data_split is not None:
+        phase_weights(data_split, purpose)
+    for name in data_path:
+        source = open_source(name)
+        if isinstance(source, HubSource):
+            if not is_reachable():
+                source.fingerprint()
+            continue
+        for file in (*source.training, *source.held_out):
+            head = read_examples(LocalSource(name, (file,), (), source.format), "train", purpose, Counter())
+            for _ in itertools.islice(head, CHECKED_ROWS):
+                pass
