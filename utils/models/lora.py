@@ -61,7 +61,10 @@ def add_lora(
         return
     names = find_linear_layers(model, module_name)
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    lora = LoraConfig(r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=names, bias="none")
+    transposed = isinstance(model.get_submodule(names[0]), Conv1D)  # GPT-2 stores (in, out)
+    lora = LoraConfig(
+        r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
+    )
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         is_factor, is_adapted = "lora_" in name, ".base_layer." in name

@@ -66,7 +66,7 @@ def ppo_step(
         mask = batch.response_mask
         loss, stats = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.cliprange, tokens)
         bonus, entropy_stats = entropy_loss(entropy, mask, config.entropy_coef, tokens)
-        add(stats | {name: value for name, value in entropy_stats.items() if name not in stats})
+        add(stats | entropy_stats)
         return loss + bonus if config.entropy_coef else loss
 
     def critic_loss(batch: Experience) -> torch.Tensor:
@@ -74,7 +74,7 @@ def ppo_step(
         loss, stats = value_loss(
             values, batch.values, batch.returns, batch.response_mask, config.cliprange_value, tokens
         )
-        add({name: value for name, value in stats.items() if name != "tokens" or not train_actor})
+        add({name: value for name, value in stats.items() if name != "tokens"})
         return loss
 
     metrics = {}
