@@ -1,7 +1,7 @@
 """Data: from files and hub data sets to batches of token ids with exact prompt and response spans."""
 
 from utils.data.collate import collate_preference, collate_prompts, collate_sft
-from utils.data.dataloader import RankDataLoader, build_dataloader
+from utils.data.dataloader import RankDataLoader, build_dataloader, endless
 from utils.data.dataset import TokenDataset, build_datasets
 from utils.data.dialogue import render_prompt, render_response
 from utils.data.example import Example
@@ -17,6 +17,7 @@ __all__ = [
     "collate_preference",
     "collate_prompts",
     "collate_sft",
+    "endless",
     "render_prompt",
     "render_response",
 ]

@@ -70,7 +70,7 @@ def collate_preference(rows: Sequence[Row], pad_id: int) -> Batch:
 def collate_prompts(rows: Sequence[Row], pad_id: int) -> Batch:
     """Rows of purpose "prompts", padded on the left so that generation continues every row at the same column.
 
-    Returns input_ids (B, P) and attention_mask (B, P).
+    Returns input_ids (B, P), attention_mask (B, P) and row_mask (B,), false for filler rows.
     """
     ids, attention_mask = pad([row["prompt_ids"] for row in rows], pad_id, left=True)
-    return {"input_ids": ids, "attention_mask": attention_mask}
+    return {"input_ids": ids, "attention_mask": attention_mask, "row_mask": _row_mask(rows)}

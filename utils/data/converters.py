@@ -230,4 +230,6 @@ def prompt_only(row: Row) -> Example:
 
 def plain_text(row: Row) -> Example:
     """Text to be learned as a whole: every token is trained, the prompt is empty."""
+    if isinstance(require(row, "text"), str) and not row["text"].strip():
+        raise DroppedRow("blank text")
     return Example("", text_in(row, "text"))

@@ -1,5 +1,6 @@
 """Batches for one rank: the same order on every machine for the same seed and epoch, and no row counted twice."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,6 +59,13 @@ class RankDataLoader(DataLoader):
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Shuffle as epoch `epoch` does, and begin at its batch `start_batch` without loading those before."""
         self.batch_sampler.epoch, self.batch_sampler.start_batch = epoch, start_batch
+
+
+def endless(loader: RankDataLoader) -> Iterator[Any]:
+    """The batches of `loader`, epoch after epoch, each in an order of its own."""
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
 
 
 def build_dataloader(

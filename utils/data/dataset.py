@@ -1,7 +1,7 @@
 """From `--data_path` to the two datasets of a step: read, divided, tokenised once and kept as Arrow files."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,10 @@ class TokenDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[int(index)]
 
-    def select(self, indices: Iterable[int]) -> "TokenDataset":
-        """The rows at `indices`. Rows are in random order already: the first n are a fair sample."""
-        return TokenDataset(self._rows.select(indices), self.description)
+    def head(self, count: int) -> "TokenDataset":
+        """The first `count` rows (all of them for 0), which are a fair sample: rows are in random order already."""
+        rows = self._rows.select(range(min(count, len(self)))) if count else self._rows
+        return TokenDataset(rows, self.description)
 
 
 def build_datasets(
@@ -104,7 +105,7 @@ def build_datasets(
         _prepare(folder, purpose, shares, encoder, max_len, seed, eval_fraction)
 
     folder = cached_folder(private_folder(cache_dir), key, build, is_writer=is_writer, timeout_s=timeout_s)
-    description = (folder / "report.txt").read_text(encoding="utf-8")
+    description = f"{_names(shares)}: " + (folder / "report.txt").read_text(encoding="utf-8")
     train, held_out = (TokenDataset(open_rows(folder / f"{name}.arrow"), description) for name in ("train", "eval"))
     return train, held_out
 
@@ -116,6 +117,10 @@ class _Share:
     source: LocalSource | HubSource
     weights: tuple[float, ...]
     part: int
+
+
+def _names(shares: Sequence[_Share]) -> str:
+    return ", ".join(share.source.name for share in shares)
 
 
 def _checked_length(purpose: Purpose, encoder: Encoder, max_len: int) -> int:
@@ -141,7 +146,6 @@ def _prepare(
     write_rows(folder / "examples.arrow", EXAMPLES, _read_all(shares, purpose, dropped, places))
     numbers = _choose(shares, places, seed, eval_fraction, dropped)
     examples = open_rows(folder / "examples.arrow")
-    names = ", ".join(share.source.name for share in shares)
     counts: dict[str, int] = {}
     cut: Counter[str] = Counter()
     for name, indices in zip(("train", "eval"), numbers, strict=True):
@@ -151,11 +155,11 @@ def _prepare(
         if not counts[name]:
             what = "training" if name == "train" else "held-out"
             raise InputError(
-                f"--data_path {names}: no {what} row is left of {len(indices)} ({_list(dropped + cut)}); "
+                f"--data_path {_names(shares)}: no {what} row is left of {len(indices)} ({_list(dropped + cut)}); "
                 "give more data, or data that this step can use"
             )
     (folder / "examples.arrow").unlink()
-    report = f"{counts['train']} training rows and {counts['eval']} held-out rows from {names}"
+    report = f"{counts['train']} training rows and {counts['eval']} held-out rows"
     for remark, reasons in (("left out of the whole", dropped), (f"to fit {max_len} tokens", cut)):
         report += f"; {remark}: {_list(reasons)}" if any(reasons.values()) else ""
     (folder / "report.txt").write_text(report, encoding="utf-8")

@@ -16,16 +16,17 @@ _PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion, for sets p
 
 
 def load_hub_split(name: str, hub: str, config: str | None, split: str) -> "Dataset":
-    """The rows of `split` of the hub's data set `hub`; `name` is what the user wrote.
+    """The rows of `split` of the hub's data set `hub`; `name`, for messages, is what the user wrote.
 
     Without a network only the local cache of `datasets` is searched, at once rather than after its retries (23 s).
     Raises InputError, in one line, with what to do.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     reachable = is_reachable()
-    with contextlib.nullcontext() if reachable else _offline():
-        try:
+    try:
+        with contextlib.nullcontext() if reachable else _offline():
             try:
                 return datasets.load_dataset(hub, config, split=split)
             except RuntimeError as error:
@@ -33,8 +34,8 @@ def load_hub_split(name: str, hub: str, config: str | None, split: str) -> "Data
                     raise
                 folder = config or "default"
                 return datasets.load_dataset(hub, data_dir=folder, split=split, revision=_PARQUET_BRANCH)
-        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-            raise InputError(_failure(name, hub, reachable, error)) from error
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise InputError(_failure(name, hub, reachable, error)) from error
 
 
 def _failure(name: str, hub: str, reachable: bool, error: Exception) -> str:

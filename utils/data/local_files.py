@@ -138,16 +138,18 @@ def _read_csv(file: Path) -> Iterator[LocatedRow]:
     csv.field_size_limit(sys.maxsize)
     with _open(file) as stream:
         text = _decode(stream.read(), str(file))
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        for row in reader:
-            where = f"{file}, line {reader.line_num}"
-            if None in row or None in row.values():
-                problem = "more" if None in row else "fewer"
-                raise InputError(
-                    f"{where}: {problem} fields than the {len(reader.fieldnames or ())} columns of the header"
-                )
-            yield where, row
+        header = next(reader, [])
+        line = reader.line_num + 1  # a row may span lines: its place is where it begins
+        for fields in reader:
+            where = f"{file}, line {line}"
+            line = reader.line_num + 1
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise InputError(f"{where}: {len(fields)} fields, but the header has {len(header)} columns")
+            yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise InputError(f"{file}, line {reader.line_num}: not valid CSV ({error})") from error
 

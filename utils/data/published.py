@@ -7,6 +7,7 @@ from typing import Any
 from utils.data.converters import number_in, require, response_in, text_in
 from utils.data.dialogue import Turn, render_prompt, render_response
 from utils.data.example import DroppedRow, Example, NoResponseError, Row, RowError
+from utils.errors import InputError
 
 _CITATION = re.compile(r" ?[(\[][^)\]]*[)\]]")
 Located = tuple[str, Row]
@@ -129,8 +130,11 @@ def message_trees(rows: Iterable[Located]) -> Iterator[tuple[str, Example]]:
     for where, row in rows:
         if row.get("deleted"):
             continue
-        messages[text_in(row, "message_id")] = (where, row)
-        if text_in(row, "role") == "assistant" and row.get("parent_id"):
+        for column in ("message_id", "role", "text"):
+            if not isinstance(row.get(column), str):
+                raise InputError(f"{where}: `{column}` must be text")
+        messages[row["message_id"]] = (where, row)
+        if row["role"] == "assistant" and row.get("parent_id"):
             replies.setdefault(row["parent_id"], []).append(row)
     for parent_id, answers in replies.items():
         turns = _path_to_root(parent_id, messages)
@@ -138,7 +142,7 @@ def message_trees(rows: Iterable[Located]) -> Iterator[tuple[str, Example]]:
             continue
         answers.sort(key=lambda answer: answer["rank"] if answer.get("rank") is not None else len(answers))
         rejected = answers[-1] if len(answers) > 1 and answers[-1].get("rank") is not None else None
-        texts = [render_response(text_in(answer, "text")) for answer in (answers[0], rejected) if answer is not None]
+        texts = [render_response(answer["text"]) for answer in (answers[0], rejected) if answer is not None]
         yield messages[parent_id][0], Example(render_prompt(turns), *texts)
 
 
@@ -149,6 +153,6 @@ def _path_to_root(message_id: str | None, messages: dict[str, Located]) -> list[
         if message_id not in messages:
             return None
         row = messages[message_id][1]
-        turns.append(("Assistant" if row["role"] == "assistant" else "Human", text_in(row, "text")))
+        turns.append(("Assistant" if row["role"] == "assistant" else "Human", row["text"]))
         message_id = row.get("parent_id")
     return turns[::-1]

@@ -43,12 +43,19 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A file, or a folder whose files are training or held-out files by their names."""
+    """A file, or a folder whose files are training or held-out files by their names.
+
+    copy_of: the known data set that the folder is a copy of; None: its columns tell how to read it.
+    """
 
     name: str
     training: tuple[Path, ...]
     held_out: tuple[Path, ...]
-    format: Format | None = None
+    copy_of: str | None = None
+
+    @property
+    def format(self) -> Format | None:
+        return DATASETS[self.copy_of].format if self.copy_of else None
 
     @property
     def has_held_out(self) -> bool:
@@ -58,7 +65,7 @@ class LocalSource:
         yield from map(read_rows, self.training if part == "train" else self.held_out)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.copy_of).encode())
         for role, files in (("train", self.training), ("held_out", self.held_out)):
             for file in files:
                 with open(file, "rb") as stream:
@@ -73,7 +80,7 @@ class HubSource:
 
     name: str
     hub: str
-    config: str | None
+    config: str | None = None
     train: str = "train"
     held_out: str | None = None
     format: Format | None = None
@@ -85,14 +92,16 @@ class HubSource:
     @cached_property
     def _splits(self) -> dict[str, object]:
         names = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
-        return {part: load_hub_split(self.name, self.hub, self.config, split) for part, split in names.items()}
+        shown = self.name + ("" if find_dataset(self.name) else _suggestion(self.name))
+        return {part: load_hub_split(shown, self.hub, self.config, split) for part, split in names.items()}
 
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
         split = self.train if part == "train" else self.held_out
         yield ((f"{self.name} ({split}), row {number}", row) for number, row in enumerate(self._splits[part], 1))
 
     def fingerprint(self) -> str:
-        return " ".join(f"{part}={split._fingerprint}" for part, split in self._splits.items())
+        # The name as well: two known sets may be two readings of the same rows (mkqa in two languages).
+        return " ".join([self.name, *(f"{part}={split._fingerprint}" for part, split in self._splits.items())])
 
 
 def open_source(name: str, config: str | None = None) -> LocalSource | HubSource:
@@ -103,7 +112,7 @@ def open_source(name: str, config: str | None = None) -> LocalSource | HubSource
     path = Path(name).expanduser()
     if path.exists():
         training, held_out = find_files(path)
-        return LocalSource(name, tuple(training), tuple(held_out), _format_of_local_copy(path))
+        return LocalSource(name, tuple(training), tuple(held_out), _known_name(path))
     spec = find_dataset(name)
     if spec is None:
         if name not in ALIASES and _looks_local(name):
@@ -114,10 +123,10 @@ def open_source(name: str, config: str | None = None) -> LocalSource | HubSource
     return HubSource(name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format)
 
 
-def _format_of_local_copy(path: Path) -> Format | None:
-    """The format of a folder called like a known data set (.../stanfordnlp/SHP), as a clone of the hub is."""
+def _known_name(path: Path) -> str | None:
+    """The known data set that a folder is called like (.../stanfordnlp/SHP), as a copy from the hub is."""
     location = path.resolve().as_posix() if path.is_dir() else ""
-    return next((spec.format for name, spec in DATASETS.items() if location.endswith(f"/{name}")), None)
+    return next((name for name in DATASETS if "/" in name and location.endswith(f"/{name}")), None)
 
 
 def _looks_local(name: str) -> bool:
@@ -208,6 +217,6 @@ def check_data_paths(data_path: Iterable[str], *, purpose: Purpose, data_split: 
                 source.fingerprint()
             continue
         for file in (*source.training, *source.held_out):
-            head = read_examples(LocalSource(name, (file,), (), source.format), "train", purpose, Counter())
+            head = read_examples(LocalSource(name, (file,), (), source.copy_of), "train", purpose, Counter())
             for _ in itertools.islice(head, CHECKED_ROWS):
                 pass
