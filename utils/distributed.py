@@ -22,11 +22,14 @@ if not torch.accelerator.is_available():
 
 import deepspeed  # noqa: E402  (the accelerator is chosen above)
 
+_verbose = False
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 
 
 def init_distributed(verbose: bool = False) -> None:
     """Join (or, in a single process, create) the process group: nccl on GPUs, gloo on a CPU. Safe to call again."""
+    global _verbose
+    _verbose = verbose
     if not verbose:
         _silence_libraries()
     if dist.is_initialized():
@@ -38,8 +41,13 @@ def init_distributed(verbose: bool = False) -> None:
     else:
         # Compiling DeepSpeed's shared-memory collectives takes half a minute and leaks /dev/shm; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+    with quiet():
         deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+
+
+def quiet() -> contextlib.AbstractContextManager:
+    """Context that swallows what DeepSpeed prints on stdout, unless the run is verbose."""
+    return contextlib.nullcontext() if _verbose else contextlib.redirect_stdout(io.StringIO())
 
 
 def _silence_libraries() -> None:

@@ -164,7 +164,8 @@ def initialize_engine(
         dtype = torch.bfloat16 if "bf16" in config else torch.float16 if "fp16" in config else torch.float32
         if config["zero_optimization"]["stage"] != 3:
             model.to(distributed.device(), dtype)
-        engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=config)
+        with distributed.quiet():
+            engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=config)
         engine.eval()
         return engine
     offload = "offload_optimizer" in config["zero_optimization"]
@@ -172,7 +173,8 @@ def initialize_engine(
     schedule = transformers.get_scheduler(
         scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max(total_steps, 1)
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    with distributed.quiet():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     return engine
 
 

@@ -84,7 +84,13 @@ def sample_answers(engine, tokenizer, rows, max_new_tokens: int) -> list[tuple[s
     sampling = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
     with generation_mode(engine) as model:
         answers = generate(
-            model, **batch, sampling=sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=0
+            model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            sampling,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            seed=0,
         )
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     responses = [decode(ids[mask]) for ids, mask in zip(answers.tokens, answers.mask, strict=True)]
@@ -98,7 +104,7 @@ def main(config: Config) -> dict[str, float]:
     model_config = check_model(config, "model_name_or_path")
     check_length(model_config, config.max_seq_len, "--max_seq_len")
     check_lora(model_config, config.lora_dim, config.lora_module_name)
-    check_data_paths([*config.data_path, *config.sft_only_data_path], purpose="sft")
+    check_data_paths([*config.data_path, *config.sft_only_data_path], purpose="sft", data_split=config.data_split)
     tokenizer = load_matching_tokenizer(config, config.model_name_or_path, [model_config])
     start_run(config)
 
@@ -110,11 +116,12 @@ def main(config: Config) -> dict[str, float]:
         data_split=config.data_split,
         tokenizer=tokenizer,
         max_seq_len=config.max_seq_len,
-        eval_samples=config.eval_samples,
         seed=config.seed,
         cache_dir=config.data_output_path,
         is_writer=distributed.local_rank() == 0,
     )
+    eval_rows = eval_rows.head(config.eval_samples)
+    distributed.log(f"data: {train_rows.description}")
     collate = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
     train_loader = build_dataloader(train_rows, collate, config.per_device_train_batch_size, shuffle=True, **ranks)

@@ -66,7 +66,10 @@ class Config(
 
 
 def score_pairs(engine, batch: dict[str, torch.Tensor], reward_loss: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, chosen scores and rejected scores of B pairs, each (B,) fp32, from 2B rows with the chosen ones first."""
+    """Losses, chosen and rejected scores of B pairs, each (B,) fp32, from 2B rows with the chosen ones first.
+
+    Pairs that only fill up a batch (`row_mask` false) are left out.
+    """
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     values = engine(input_ids, attention_mask)
     scores = values.gather(1, last_index(batch["response_mask"])[:, None]).squeeze(1)
@@ -75,7 +78,8 @@ def score_pairs(engine, batch: dict[str, torch.Tensor], reward_loss: str) -> tup
         losses = pairwise_loss(chosen_scores, rejected_scores)
     else:
         losses = token_span_pairwise_loss(*values.chunk(2), *input_ids.chunk(2), *attention_mask.chunk(2))
-    return losses, chosen_scores, rejected_scores
+    real = batch["row_mask"]
+    return losses[real], chosen_scores[real], rejected_scores[real]
 
 
 @torch.no_grad()
@@ -113,7 +117,7 @@ def main(config: Config) -> dict[str, float]:
     model_config = check_model(config, "model_name_or_path")
     check_length(model_config, config.max_seq_len, "--max_seq_len")
     check_lora(model_config, config.lora_dim, config.lora_module_name)
-    check_data_paths(config.data_path, purpose="preference")
+    check_data_paths(config.data_path, purpose="preference", data_split=config.data_split)
     tokenizer = load_matching_tokenizer(config, config.model_name_or_path, [model_config])
     start_run(config)
 
@@ -124,11 +128,12 @@ def main(config: Config) -> dict[str, float]:
         data_split=config.data_split,
         tokenizer=tokenizer,
         max_seq_len=config.max_seq_len,
-        eval_samples=config.eval_samples,
         seed=config.seed,
         cache_dir=config.data_output_path,
         is_writer=distributed.local_rank() == 0,
     )
+    eval_rows = eval_rows.head(config.eval_samples)
+    distributed.log(f"data: {train_rows.description}")
     collate = functools.partial(collate_preference, pad_id=tokenizer.pad_token_id)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
     train_loader = build_dataloader(train_rows, collate, config.per_device_train_batch_size, shuffle=True, **ranks)
@@ -157,7 +162,7 @@ def main(config: Config) -> dict[str, float]:
             for micro_batches in accumulation_groups(train_loader, config.gradient_accumulation_steps):
                 step, step_started = step + 1, time.perf_counter()
                 micro_batches = [distributed.to_device(batch) for batch in micro_batches]
-                pairs = distributed.all_reduce_scalar(sum(len(batch["input_ids"]) // 2 for batch in micro_batches))
+                pairs = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in micro_batches))
                 margins = []
 
                 def loss_function(batch, margins=margins, pairs=pairs):

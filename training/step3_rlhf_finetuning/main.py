@@ -82,7 +82,7 @@ def main(config: Config) -> dict[str, float]:
             "--max_prompt_seq_len + --max_answer_seq_len",
         )
         check_lora(model_config, getattr(config, f"{role}_lora_dim"), getattr(config, f"{role}_lora_module_name"))
-    check_data_paths(config.data_path, purpose="prompts")
+    check_data_paths(config.data_path, purpose="prompts", data_split=config.data_split)
     tokenizer = load_matching_tokenizer(config, config.actor_model_name_or_path, [actor_config, critic_config])
     start_run(config)
 
@@ -92,16 +92,16 @@ def main(config: Config) -> dict[str, float]:
         "seed": config.seed,
         "cache_dir": config.data_output_path,
         "is_writer": distributed.local_rank() == 0,
-        "num_proc": config.preprocessing_num_workers,
     }
     prompt_rows, eval_rows = build_datasets(
         "prompts",
         data_path=config.data_path,
         data_split=config.data_split,
-        max_seq_len=config.max_prompt_seq_len,
-        eval_samples=config.eval_prompts,
+        max_prompt_len=config.max_prompt_seq_len,
         **source,
     )
+    eval_rows = eval_rows.head(config.eval_prompts)
+    distributed.log(f"data: {prompt_rows.description}")
     collate = functools.partial(collate_prompts, pad_id=tokenizer.pad_token_id)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
     batch_size = config.per_device_generation_batch_size
@@ -112,7 +112,7 @@ def main(config: Config) -> dict[str, float]:
         text_rows, _ = build_datasets(
             "pretrain",
             data_path=[config.unsupervised_dataset_name],
-            dataset_config_name=config.unsupervised_dataset_config_name,
+            config_name=config.unsupervised_dataset_config_name,
             max_seq_len=config.max_prompt_seq_len + config.max_answer_seq_len,
             **source,
         )

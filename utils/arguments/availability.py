@@ -1,5 +1,6 @@
 """Flags that parse but cannot do, here and now, what they say: refused by name, or remarked upon once."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from utils.errors import InputError
@@ -21,6 +22,8 @@ def refuse_unavailable(config: Any) -> None:
         if value != neutral:
             asked = f"--{name}" if value is True else f"--{name} {value}"
             raise InputError(f"{asked} is not available yet; {advice}")
+    if getattr(config, "align_overflow", False) and config.dtype == "fp16":
+        raise InputError("--align_overflow with fp16 is not available yet; use --dtype bf16, which does not overflow")
     _refuse_uneven_rollout(config)
 
 
@@ -48,49 +51,43 @@ def _next_batches(config: Any, step: int) -> int:
 
 def meaningless_flags(config: Any, *, has_accelerator: bool = True) -> list[str]:
     """One line for each flag that was given but changes nothing in this run, for the log."""
-    given = vars(config)
-    remarks = []
+    return [f"--{name} changes nothing: {reason}" for name, reason in _idle_flags(vars(config), has_accelerator)]
 
-    def remark(condition: Any, text: str) -> None:
-        if condition:
-            remarks.append(text)
 
-    remark(
-        given.get("num_padding_at_beginning"),
-        "--num_padding_at_beginning changes nothing: where padding is, attention masks tell",
-    )
-    remark(given.get("compute_fp32_loss"), "--compute_fp32_loss changes nothing: losses are always computed in fp32")
+def _idle_flags(given: dict[str, Any], has_accelerator: bool) -> Iterator[tuple[str, str]]:
+    """Names of given flags, and why they do nothing. `given` maps flag names to values; no step has all of them."""
+    if given.get("num_padding_at_beginning"):
+        yield "num_padding_at_beginning", "attention masks tell where padding is"
+    if given.get("compute_fp32_loss"):
+        yield "compute_fp32_loss", "losses are always computed in fp32"
     for name in ("actor_dropout", "critic_dropout"):
-        remark(given.get(name), f"--{name} changes nothing: PPO runs without dropout, or its ratios would be noise")
-    if not has_accelerator:
-        for name in ("offload", "offload_reference_model", "offload_reward_model"):
-            remark(given.get(name), f"--{name} changes nothing: without a GPU everything is in CPU memory")
-    remark(
-        given.get("align_overflow") and given.get("dtype") != "fp16",
-        f"--align_overflow changes nothing: {given.get('dtype')} has no loss scale that could overflow",
-    )
-    remark(
-        given.get("test_stop_step") and not given.get("enable_test_mode"),
-        "--test_stop_step changes nothing without --enable_test_mode",
-    )
-    remark(
-        given.get("unsupervised_dataset_config_name") and not given.get("unsupervised_dataset_name"),
-        "--unsupervised_dataset_config_name changes nothing without --unsupervised_dataset_name",
-    )
+        if given.get(name):
+            yield name, "PPO runs without dropout, which would make noise of its ratios"
+    for name in ("offload", "offload_reference_model", "offload_reward_model"):
+        if given.get(name) and not has_accelerator:
+            yield name, "without a GPU everything is in CPU memory anyway"
+    if given.get("align_overflow"):
+        yield "align_overflow", f"{given['dtype']} has no loss scale that could overflow"
+    if given.get("preprocessing_num_workers"):
+        yield "preprocessing_num_workers", "one process per machine tokenises, once, and the cache keeps the result"
+    if given.get("tp_gather_partition_size", 8) != 8:
+        yield "tp_gather_partition_size", "--inference_tp_size is 1"
+    if given.get("test_stop_step") and not given["enable_test_mode"]:
+        yield "test_stop_step", "--enable_test_mode is not given"
+    if given.get("unsupervised_dataset_config_name") and not given["unsupervised_dataset_name"]:
+        yield "unsupervised_dataset_config_name", "--unsupervised_dataset_name is not given"
+    if given.get("kl_horizon", 10000) != 10000 and given["kl_target"] is None:
+        yield "kl_horizon", "--kl_target is not given"
+    if given.get("eot_token", "<|endoftext|>") != "<|endoftext|>" and not given["add_eot_token"]:
+        yield "eot_token", "--add_eot_token is not given"
+    yield from _idle_lora_flags(given)
+
+
+def _idle_lora_flags(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for role in ("", "actor_", "critic_"):
-        remark(
-            given.get(f"{role}lora_module_name") and not given.get(f"{role}lora_dim"),
-            f"--{role}lora_module_name changes nothing while --{role}lora_dim is 0",
-        )
-    lora_dims = [value for name, value in given.items() if name.endswith("lora_dim")]
-    remark(given.get("only_optimize_lora") and not any(lora_dims), "--only_optimize_lora changes nothing without LoRA")
-    remark(given.get("save_adapter") and not any(lora_dims), "--save_adapter changes nothing without LoRA")
-    remark(
-        given.get("kl_horizon", 10000) != 10000 and given.get("kl_target") is None,
-        "--kl_horizon changes nothing without --kl_target",
-    )
-    remark(
-        given.get("eot_token", "<|endoftext|>") != "<|endoftext|>" and not given.get("add_eot_token"),
-        "--eot_token changes nothing without --add_eot_token",
-    )
-    return remarks
+        if given.get(f"{role}lora_module_name") and not given[f"{role}lora_dim"]:
+            yield f"{role}lora_module_name", f"--{role}lora_dim is 0"
+    if not any(value for name, value in given.items() if name.endswith("lora_dim")):
+        for name in ("only_optimize_lora", "save_adapter", "lora_alpha", "lora_dropout"):
+            if given.get(name):
+                yield name, "no model has LoRA"

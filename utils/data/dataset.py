@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.data.arrow_rows import EXAMPLES, SCHEMAS, open_rows, write_rows
 from utils.data.cache import cached_folder, key_of, private_folder
 from utils.data.example import Example, Purpose
-from utils.data.sources import HubSource, LocalSource, open_source, read_examples
+from utils.data.sources import HubSource, LocalSource, open_source, read_examples, source_flag
 from utils.data.splits import divide, phase_weights
 from utils.data.token_rows import token_rows
 from utils.data.tokenization import Encoder, tokenizer_fingerprint
@@ -85,9 +85,9 @@ def build_datasets(
         InputError: data that cannot be read or used; the message names the file and the line or row, or the flag.
     """
     weights, part = phase_weights(data_split, purpose)
-    shares = [_Share(open_source(name, config_name), weights, part) for name in data_path]
+    shares = [_Share(open_source(name, config_name, source_flag(purpose)), weights, part) for name in data_path]
     if purpose == "sft":
-        shares += [_Share(open_source(name), (1.0,), 0) for name in sft_only_data_path]
+        shares += [_Share(open_source(name, flag="--sft_only_data_path"), (1.0,), 0) for name in sft_only_data_path]
     encoder = Encoder(tokenizer)
     max_len = _checked_length(purpose, encoder, max_prompt_len if purpose == "prompts" else max_seq_len)
     key = key_of(
@@ -120,7 +120,7 @@ class _Share:
 
 
 def _names(shares: Sequence[_Share]) -> str:
-    return ", ".join(share.source.name for share in shares)
+    return ", ".join(share.source.label for share in shares)
 
 
 def _checked_length(purpose: Purpose, encoder: Encoder, max_len: int) -> int:
@@ -155,7 +155,7 @@ def _prepare(
         if not counts[name]:
             what = "training" if name == "train" else "held-out"
             raise InputError(
-                f"--data_path {_names(shares)}: no {what} row is left of {len(indices)} ({_list(dropped + cut)}); "
+                f"{_names(shares)}: no {what} row is left of {len(indices)} ({_list(dropped + cut)}); "
                 "give more data, or data that this step can use"
             )
     (folder / "examples.arrow").unlink()
@@ -189,7 +189,7 @@ def _choose(
         except ValueError as error:
             remarks = f" ({_list(dropped)})" if any(dropped.values()) else ""
             raise InputError(
-                f"--data_path {share.source.name}: {rows} usable rows{remarks} are too few: one is held out and every "
+                f"{share.source.label}: {rows} usable rows{remarks} are too few: one is held out and every "
                 "part of --data_split needs one; give more data, or 0 for the parts that are not needed"
             ) from error
         train.append(start + chosen)

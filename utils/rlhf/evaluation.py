@@ -18,11 +18,13 @@ def evaluate_prompts(engine: RlhfEngine, loader: Iterable[dict[str, torch.Tensor
     responses = generate_responses(engine, prompt_batches, sampling_params(config, greedy=True), seed=config.seed)
     sums = {"sequences": 0, "score": 0.0, "length": 0, "ended": 0}
     for prompts, generation in zip(prompt_batches, responses, strict=True):
-        for rows in torch.arange(len(generation.tokens)).split(config.per_device_training_batch_size):
-            sums["score"] += response_scores(engine, *assemble(prompts, generation, rows)).sum().item()
-        sums["sequences"] += len(generation.tokens)
-        sums["length"] += int(generation.mask.sum())
-        sums["ended"] += int(generation.ended.sum())
+        real = prompts["row_mask"]
+        for rows in torch.arange(len(real)).split(config.per_device_training_batch_size):
+            scores = response_scores(engine, *assemble(prompts, generation, rows))
+            sums["score"] += scores[real[rows]].sum().item()
+        sums["sequences"] += int(real.sum())
+        sums["length"] += int(generation.mask[real].sum())
+        sums["ended"] += int(generation.ended[real].sum())
     sums = distributed.all_reduce_dict(sums)
     count = sums.pop("sequences")
     return {
