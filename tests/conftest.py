@@ -51,8 +51,7 @@ def llama_tokenizer(shared_data: Path):
     )
 
 
-def byte_level_tokenizer(*, add_bos: bool, pad_is_eos: bool = False):
-    """A byte-level BPE tokenizer of about 300 tokens, in the manner of GPT-2 (`add_bos=False`) or OPT (`add_bos=True`)."""
+def _byte_level_tokenizer(*, add_bos: bool, pad_is_eos: bool):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -78,4 +77,10 @@ def byte_level_tokenizer(*, add_bos: bool, pad_is_eos: bool = False):
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE tokenizer of about 300 tokens with <pad>, <s> (prepended to every text) and </s>."""
-    return byte_level_tokenizer(add_bos=True)
+    return _byte_level_tokenizer(add_bos=True, pad_is_eos=False)
+
+
+@pytest.fixture(scope="session")
+def gpt_tokenizer():
+    """The same in GPT-2's manner: nothing is prepended, and pad is EOS."""
+    return _byte_level_tokenizer(add_bos=False, pad_is_eos=True)

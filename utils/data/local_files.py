@@ -6,6 +6,7 @@ Whatever is wrong with a file is an InputError of one line.
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -25,11 +26,11 @@ _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 LocatedRow = tuple[str, Row]
 
 
-def find_files(path: Path) -> tuple[list[Path], list[Path]]:
+def find_files(path: Path, label: str) -> tuple[list[Path], list[Path]]:
     """The training files and the held-out files that `path` (a file, or a folder searched to its leaves) names.
 
     In a folder a file is held out if a word of its path below the folder is one of HELD_OUT_WORDS (test.jsonl,
-    data/validation-00000-of-00001.parquet). Raises InputError if nothing is there to train on.
+    data/validation-00000-of-00001.parquet). Raises InputError, beginning with `label`, if nothing is there to train on.
     """
     if path.is_file():
         return [path], []
@@ -42,15 +43,24 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not found:
-        raise InputError(f"--data_path {path}: the folder holds no data file ({', '.join(SUFFIXES[:4])}); add one")
+        raise InputError(f"{label}: the folder holds no data file ({', '.join(SUFFIXES[:4])}); add one")
     held_out = [
         file for file in found if HELD_OUT_WORDS & set(re.split(r"[^a-z]+", str(file.relative_to(path)).lower()))
     ]
     training = [file for file in found if file not in held_out]
     if not training:
         names = ", ".join(str(file.relative_to(path)) for file in held_out[:3])
-        raise InputError(f"--data_path {path}: the folder holds only held-out files ({names}); add a train file")
+        raise InputError(f"{label}: the folder holds only held-out files ({names}); add a train file")
     return training, held_out
+
+
+def content_digest(file: Path) -> str:
+    """SHA-256 of the file's bytes. Raises InputError if it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
 
 
 def read_rows(file: Path) -> Iterator[LocatedRow]:

@@ -83,11 +83,12 @@ FORMATS = (*GENERAL_FORMATS, *PUBLISHED_FORMATS, *LAST_FORMATS)
 class DatasetSpec:
     """Where a published set lies on the hub, in which configuration and splits, and its format.
 
-    `hub` None: the set is published as plain files; `files` says which, and --data_path takes their path.
+    hub None: the set is published as plain files; `files` says which, and --data_path takes their path.
+    format None: the columns tell it.
     """
 
     hub: str | None
-    format: Format
+    format: Format | None
     config: str | None = None
     train: str = "train"
     held_out: str | None = None
@@ -120,6 +121,7 @@ DATASETS = {
     "CarperAI/openai_summarize_comparisons": DatasetSpec(
         "CarperAI/openai_summarize_comparisons", SUMMARIES, held_out="valid1"
     ),
+    "wikitext": DatasetSpec("Salesforce/wikitext", None, config="wikitext-103-raw-v1", held_out="validation"),
     "MultiTurnAlpaca": DatasetSpec(
         None, ALPACA, files="data/training_data.txt.train and .test of github.com/l294265421/alpaca-rlhf"
     ),
@@ -134,7 +136,7 @@ ALIASES = {
     "Cohere/miracl-zh": "Cohere/miracl-zh-queries-22-12",
     "Cohere/miracl-ja": "Cohere/miracl-ja-queries-22-12",
     "vicgalle/alpaca-gpt4": "alpaca_gpt4",
-    "wikitext": "Salesforce/wikitext",
+    "Salesforce/wikitext": "wikitext",
 }
 
 

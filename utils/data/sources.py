@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from utils.data.example import DroppedRow, Example, NoResponseError, Purpose, RowError, check_usable
 from utils.data.hub import is_reachable, load_hub_split
-from utils.data.local_files import SUFFIXES, LocatedRow, find_files, read_rows
+from utils.data.local_files import SUFFIXES, LocatedRow, content_digest, find_files, read_rows
 from utils.data.registry import ALIASES, DATASETS, DatasetSpec, Format, expected_columns, find_dataset, find_format
 from utils.data.splits import phase_weights
 from utils.errors import InputError
@@ -26,9 +26,12 @@ CHECKED_ROWS = 20
 
 
 class Source(Protocol):
-    """Rows in a training part and maybe a held-out part; `format` None means that columns tell it."""
+    """Rows in a training part and maybe a held-out part.
 
-    name: str
+    label: the flag and what it was given, for messages. format: None where the rows' columns tell it.
+    """
+
+    label: str
     has_held_out: bool
     format: Format | None
 
@@ -48,7 +51,7 @@ class LocalSource:
     copy_of: the known data set that the folder is a copy of; None: its columns tell how to read it.
     """
 
-    name: str
+    label: str
     training: tuple[Path, ...]
     held_out: tuple[Path, ...]
     copy_of: str | None = None
@@ -68,8 +71,7 @@ class LocalSource:
         digest = hashlib.sha256(str(self.copy_of).encode())
         for role, files in (("train", self.training), ("held_out", self.held_out)):
             for file in files:
-                with open(file, "rb") as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+                content = content_digest(file)
                 digest.update(f"{role} {file.name} {content}\n".encode())
         return digest.hexdigest()
 
@@ -78,6 +80,7 @@ class LocalSource:
 class HubSource:
     """A data set of the Hugging Face hub, loaded when its rows are first asked for."""
 
+    label: str
     name: str
     hub: str
     config: str | None = None
@@ -92,8 +95,8 @@ class HubSource:
     @cached_property
     def _splits(self) -> dict[str, object]:
         names = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
-        shown = self.name + ("" if find_dataset(self.name) else _suggestion(self.name))
-        return {part: load_hub_split(shown, self.hub, self.config, split) for part, split in names.items()}
+        label = self.label + ("" if find_dataset(self.name) else _suggestion(self.name))
+        return {part: load_hub_split(label, self.hub, self.config, split) for part, split in names.items()}
 
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
         split = self.train if part == "train" else self.held_out
@@ -104,23 +107,23 @@ class HubSource:
         return " ".join([self.name, *(f"{part}={split._fingerprint}" for part, split in self._splits.items())])
 
 
-def open_source(name: str, config: str | None = None) -> LocalSource | HubSource:
-    """What `name` means: a local path if there is one, else a known data set, else a name on the hub.
+def open_source(name: str, config: str | None = None, flag: str = "--data_path") -> LocalSource | HubSource:
+    """What `name`, given to `flag`, means: a local path if there is one, else a known data set, else a name on the hub.
 
     `config` chooses among a hub data set's configurations. Raises InputError for what can be none of these.
     """
-    path = Path(name).expanduser()
+    path, label = Path(name).expanduser(), f"{flag} {name}"
     if path.exists():
-        training, held_out = find_files(path)
-        return LocalSource(name, tuple(training), tuple(held_out), _known_name(path))
+        training, held_out = find_files(path, label)
+        return LocalSource(label, tuple(training), tuple(held_out), _known_name(path))
     spec = find_dataset(name)
     if spec is None:
-        if name not in ALIASES and _looks_local(name):
-            raise InputError(f"--data_path {name}: no such file or folder{_suggestion(name)}")
-        spec = DatasetSpec(ALIASES.get(name, name), None)
+        if _looks_local(name):
+            raise InputError(f"{label}: no such file or folder{_suggestion(name)}")
+        spec = DatasetSpec(name, None)
     if spec.hub is None:
-        raise InputError(f"--data_path {name}: this set is published as files; fetch {spec.files}, and give their path")
-    return HubSource(name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format)
+        raise InputError(f"{label}: this set is published as files; fetch {spec.files}, and give their path")
+    return HubSource(label, name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format)
 
 
 def _known_name(path: Path) -> str | None:
@@ -202,7 +205,19 @@ def _recognise(first: LocatedRow, purpose: Purpose) -> Format:
     return found
 
 
-def check_data_paths(data_path: Iterable[str], *, purpose: Purpose, data_split: str | None = None) -> None:
+def source_flag(purpose: Purpose) -> str:
+    """The flag that names the data of `purpose`."""
+    return "--unsupervised_dataset_name" if purpose == "pretrain" else "--data_path"
+
+
+def check_data_paths(
+    data_path: Iterable[str],
+    *,
+    purpose: Purpose,
+    data_split: str | None = None,
+    sft_only_data_path: Iterable[str] = (),
+    config_name: str | None = None,
+) -> None:
     """Look at the data before any model is loaded: paths exist, first rows parse and have what `purpose` needs.
 
     Cheap: the first rows of every file; of a hub data set only whether it can be had at all. Every row is checked by
@@ -210,13 +225,14 @@ def check_data_paths(data_path: Iterable[str], *, purpose: Purpose, data_split: 
     """
     if data_split is not None:
         phase_weights(data_split, purpose)
-    for name in data_path:
-        source = open_source(name)
+    sources = [open_source(name, config_name, source_flag(purpose)) for name in data_path]
+    sources += [open_source(name, flag="--sft_only_data_path") for name in sft_only_data_path]
+    for source in sources:
         if isinstance(source, HubSource):
             if not is_reachable():
                 source.fingerprint()
             continue
         for file in (*source.training, *source.held_out):
-            head = read_examples(LocalSource(name, (file,), (), source.copy_of), "train", purpose, Counter())
+            head = read_examples(LocalSource(source.label, (file,), (), source.copy_of), "train", purpose, Counter())
             for _ in itertools.islice(head, CHECKED_ROWS):
                 pass
