@@ -26,7 +26,9 @@ class PromptArguments(CorpusArguments):
         None, "configuration of that data set, such as wikitext-2-raw-v1"
     )
     unsup_coef: float = flag(27.8, "weight of the ptx loss", at_least=0)
-    preprocessing_num_workers: int | None = flag(None, "processes that tokenise; left out, one", at_least=1)
+    preprocessing_num_workers: int | None = flag(
+        None, "accepted for old scripts: one process per machine tokenises, once, into the cache", at_least=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -152,6 +154,10 @@ class RlhfSystemArguments(MachineArguments):
     )
     enable_test_mode: bool = flag(False, "stop after --test_stop_step rollouts")
     test_stop_step: int = flag(0, "rollouts in test mode", at_least=0)
+
+    def check(self) -> None:
+        if self.enable_test_mode and not self.test_stop_step:
+            raise InputError("--enable_test_mode needs to know when to stop: give --test_stop_step")
 
 
 @dataclass(kw_only=True)
