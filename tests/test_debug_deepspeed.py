@@ -1,0 +1,116 @@
+"""scripts/debug_deepspeed.py: one process or DeepSpeed's launcher, from any folder, with a debugger attached or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BOOTSTRAP = REPOSITORY / "scripts" / "debug_deepspeed.py"
+PROBE = """
+import json, os, pathlib, sys
+import utils.files
+report = {"argv": sys.argv, "path0": sys.path[0], "rank": os.environ.get("RANK"), "cwd": os.getcwd(),
+          "name": __name__, "PATH": os.environ["PATH"]}
+folder = pathlib.Path(os.environ["REPORTS"])
+(folder / f"{report['rank']}.json").write_text(json.dumps(report))
+sys.exit(int(os.environ.get("PROBE_EXIT_CODE", "0")))
+"""
+# Stands in for PyCharm's debugger: notes who connected where.
+FAKE_DEBUGGER = """
+import os, pathlib
+def settrace(host, port, suspend):
+    (pathlib.Path(os.environ["REPORTS"]) / f"debugger-{os.environ.get('RANK')}").write_text(f"{host}:{port}:{suspend}")
+"""
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Path:
+    folder = tmp_path / "scripts here"
+    folder.mkdir()
+    (folder / "probe.py").write_text(PROBE)
+    return folder / "probe.py"
+
+
+def debug(folder: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run the bootstrap with `folder` as working directory; the probe's reports arrive in it as well."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, str(BOOTSTRAP), *argv],
+        cwd=folder,
+        env=clean | {"REPORTS": str(folder), "DS_ACCELERATOR": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def reports(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_one_process(probe, tmp_path):
+    result = debug(tmp_path, "scripts here/probe.py", "--num_gpus", "5", "--flag")
+    assert result.returncode == 0, result.stderr
+    report = reports(tmp_path)["None"]
+    assert report["argv"] == [str(probe), "--num_gpus", "5", "--flag"]  # flags after the script are the script's
+    assert report["path0"] == str(probe.parent)
+    assert (report["cwd"], report["name"]) == (str(tmp_path), "__main__")
+    assert str(Path(sys.executable).parent) in report["PATH"].split(os.pathsep)
+
+
+def test_exit_code_passes_through(probe, tmp_path):
+    assert debug(tmp_path, str(probe), PROBE_EXIT_CODE="3").returncode == 3
+
+
+def test_script_is_found_in_the_repository_from_anywhere(tmp_path):
+    result = debug(tmp_path, "scripts/debug_deepspeed.py", "--help")
+    assert result.returncode == 0 and "--num_gpus" in result.stdout
+
+
+def test_launcher(probe, tmp_path):
+    result = debug(tmp_path, "--num_gpus", "2", str(probe), "--flag")
+    assert result.returncode == 0, result.stderr
+    found = reports(tmp_path)
+    assert sorted(found) == ["0", "1"]
+    assert found["1"]["argv"] == [str(probe), "--local_rank=1", "--flag"]
+    assert found["1"]["path0"] == str(probe.parent)
+
+
+def test_launcher_passes_a_failure_on(probe, tmp_path):
+    assert debug(tmp_path, "--num_gpus", "1", str(probe), PROBE_EXIT_CODE="3").returncode == 3
+
+
+def test_debugger_connects_before_the_script(probe, tmp_path):
+    (tmp_path / "pydevd_pycharm.py").write_text(FAKE_DEBUGGER)
+    server = ["--debug_host", "10.0.0.1", "--debug_port", "9999"]
+    result = debug(tmp_path, *server, str(probe), PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "debugger-None").read_text() == "10.0.0.1:9999:False"
+
+
+def test_debugger_connects_in_one_worker(probe, tmp_path):
+    (tmp_path / "pydevd_pycharm.py").write_text(FAKE_DEBUGGER)
+    arguments = ["--num_gpus", "2", "--debug_host", "10.0.0.1", "--debug_rank", "1", str(probe), "--flag"]
+    result = debug(tmp_path, *arguments, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.glob("debugger-*")] == ["debugger-1"]
+    assert reports(tmp_path)["1"]["argv"] == [str(probe), "--local_rank=1", "--flag"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["nowhere.py"], "error: no such script: nowhere.py (looked in "),
+        (["--debug_host", "h", str(BOOTSTRAP)], "error: --debug_host needs PyCharm's debugger in this interpreter"),
+    ],
+)
+def test_refusals(argv, line, tmp_path):
+    result = debug(tmp_path, *argv)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+    if "--debug_host" in argv:
+        assert "pip install pydevd-pycharm" in result.stderr
