@@ -70,7 +70,7 @@ def _prepare_environment() -> None:
 
 
 def _launch(options: argparse.Namespace, script: Path) -> None:
-    """Run the launcher in this process. Its workers come back to this file when one of them must connect to a server."""
+    """Run the launcher in this process. Its workers come back to this file if one of them must connect to a server."""
     command = [str(script), *options.arguments]
     if options.debug_host:
         server = ["--debug_host", options.debug_host, "--debug_port", str(options.debug_port)]
