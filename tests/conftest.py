@@ -1,4 +1,4 @@
-"""Fixtures for every test: real data where it lies beside the checkout, the real LLaMA-2 tokenizer, a tiny tokenizer."""
+"""Fixtures for every test: real data where it lies beside the checkout, LLaMA-2's tokenizer, tiny tokenizers."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
+import pytest
 
 TINY_TEXT = [
     " Human: what is the colour of milk ? Assistant: the milk is white . happy to help .",

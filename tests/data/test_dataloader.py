@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from utils.data.dataloader import build_dataloader
+from utils.errors import InputError
+
+
+class Numbers(Dataset):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return {"n": index}
+
+
+def batches(count, *, rank=0, world_size=1, batch_size=2, epoch=0, start_batch=0, workers=0, **options):
+    options = {"shuffle": True, "seed": 3} | options
+    loader = build_dataloader(
+        Numbers(count), list, batch_size, rank=rank, world_size=world_size, num_workers=workers, **options
+    )
+    loader.set_epoch(epoch, start_batch)
+    result = list(loader)
+    assert len(result) == len(loader)
+    return result
+
+
+def real(rank_batches):
+    return [row["n"] for batch in rank_batches for row in batch if not row.get("filler")]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("count", "world_size"), [(7, 1), (8, 2), (7, 2), (5, 4), (1, 4), (9, 4)])
+def test_every_row_counts_exactly_once_and_ranks_stay_in_step(count, world_size, shuffle):
+    ranks = [batches(count, rank=rank, world_size=world_size, shuffle=shuffle) for rank in range(world_size)]
+    assert sorted(n for rank in ranks for n in real(rank)) == list(range(count))
+    assert len({tuple(len(batch) for batch in rank) for rank in ranks}) == 1
+
+
+def test_without_shuffle_the_order_is_the_data_sets():
+    assert real(batches(5, shuffle=False)) == [0, 1, 2, 3, 4]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    assert real(batches(20, epoch=1)) == real(batches(20, epoch=1))
+    assert real(batches(20, epoch=1)) != real(batches(20, epoch=2))
+    assert real(batches(20, seed=3)) != real(batches(20, seed=4))
+    torch.manual_seed(1)
+    first = real(batches(20))
+    torch.manual_seed(2)
+    assert real(batches(20)) == first
+
+
+def test_drop_last_gives_full_batches_and_drops_other_rows_in_the_next_epoch():
+    ranks = [batches(11, rank=rank, world_size=2, drop_last=True) for rank in range(2)]
+    assert [len(batch) for rank in ranks for batch in rank] == [2, 2, 2, 2]
+    seen = [n for rank in ranks for n in real(rank)]
+    assert len(seen) == len(set(seen)) == 8
+    next_epoch = [batches(11, rank=rank, world_size=2, drop_last=True, epoch=1) for rank in range(2)]
+    assert set(seen) != {n for rank in next_epoch for n in real(rank)}
+
+
+def test_no_full_batch_is_an_error():
+    with pytest.raises(InputError, match="3 rows make no batch of 2 rows on each of 2 processes"):
+        batches(3, world_size=2, drop_last=True)
+
+
+def test_two_ranks_share_the_global_batches_of_one():
+    """The union of the ranks' k-th batches is the k-th batch of a single process with twice the batch size."""
+    one = batches(16, batch_size=4)
+    two = [batches(16, rank=rank, world_size=2, batch_size=2) for rank in range(2)]
+    for k, batch in enumerate(one):
+        assert {row["n"] for row in batch} == {row["n"] for rank in two for row in rank[k]}
+
+
+def test_a_position_can_be_resumed():
+    whole = batches(11, epoch=5)
+    assert batches(11, epoch=5, start_batch=2) == whole[2:]
+    assert batches(11, epoch=5, start_batch=6) == []
+
+
+def test_workers_give_the_same_batches():
+    assert batches(11, workers=2) == batches(11)
