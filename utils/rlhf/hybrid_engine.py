@@ -19,7 +19,7 @@ def generation_mode(engine: deepspeed.DeepSpeedEngine) -> Iterator[nn.Module]:
     other for ever. Nothing inside may change a weight; training goes on afterwards with bit-identical state.
     """
     model = engine.module.model
-    training, checkpointing = engine.module.training, getattr(model, "is_gradient_checkpointing", False)
+    training, checkpointing = engine.module.training, model.is_activation_checkpointing
     engine.eval()
     if checkpointing:  # its layers refuse a KV cache
         model.gradient_checkpointing_disable()

@@ -1,0 +1,244 @@
+"""PPO's updates: the first ratio, what moves and what must not, and two ranks against one."""
+
+import pytest
+import torch
+from processes import run_ranks
+from rlhf_setup import make_config, make_engine, prompt_batches, save_models
+
+from utils.rlhf.experience import response_logprobs, response_values
+from utils.rlhf.ppo import mean_metrics, ppo_minibatches, ppo_step
+from utils.rlhf.rollout import rollout
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_tokenizer, tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"), tiny_tokenizer)
+
+
+def weights(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def changed(before, module):
+    return {name for name, parameter in module.named_parameters() if not torch.equal(before[name], parameter)}
+
+
+def iterate(engine, config, tokenizer, *, seed=7, **step_options):
+    samples = rollout(engine, prompt_batches(config, len(tokenizer)), config, kl_ctl=0.1, seed=seed)
+    steps = [
+        ppo_step(engine, minibatch, config, what="test", **step_options)
+        for epoch in range(config.ppo_epochs)
+        for minibatch in ppo_minibatches(samples.micro_batches, config.gradient_accumulation_steps, seed=epoch)
+    ]
+    return samples, steps
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"dtype": "fp32"},
+        {"dtype": "bf16"},
+        {"dtype": "bf16", "actor_zero_stage": 3, "critic_zero_stage": 3, "actor_gradient_checkpointing": True},
+        {"dtype": "fp32", "actor_lora_dim": 4, "critic_lora_dim": 4, "only_optimize_lora": True},
+    ],
+    ids=["fp32", "bf16", "bf16-zero3-checkpointing", "lora"],
+)
+def test_first_ratio_is_exactly_one_although_the_models_ask_for_dropout(paths, tiny_tokenizer, flags):
+    config = make_config(paths, ppo_epochs=2, **flags)
+    _, steps = iterate(make_engine(config, tiny_tokenizer), config, tiny_tokenizer)
+    combined = mean_metrics(steps)
+    assert combined["ppo/first_ratio_mean"] == 1.0 and combined["ppo/first_ratio_max"] == 1.0
+    assert steps[0]["ppo/approx_kl_k1"] == 0.0 and steps[0]["ppo/clip_fraction"] == 0.0
+    assert steps[-1]["ppo/ratio_max"] > 1.0
+
+
+def test_loss_equals_the_formula_on_one_minibatch(paths, tiny_tokenizer):
+    config = make_config(paths, per_device_generation_batch_size=8, generation_batches=1)
+    engine = make_engine(config, tiny_tokenizer)
+    samples = rollout(engine, prompt_batches(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    minibatch = next(iter(ppo_minibatches(samples.micro_batches, 2, seed=0)))
+    ppo_step(engine, minibatch, config, what="move away from ratio 1")
+    policy, value, count = 0.0, 0.0, 0
+    for e in minibatch:
+        with torch.no_grad():
+            logprobs, _ = response_logprobs(engine.actor, e.sequences, e.attention_mask, e.response_mask)
+            values = response_values(engine.critic, e.sequences, e.attention_mask, e.response_mask)
+        for row, column in e.response_mask.nonzero().tolist():
+            ratio = (logprobs[row, column] - e.logprobs[row, column]).exp().item()
+            advantage, old, target = (t[row, column].item() for t in (e.advantages, e.values, e.returns))
+            policy += max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2))
+            v = values[row, column].item()
+            clipped = min(max(v, old - 0.2), old + 0.2)
+            value += 0.5 * max((v - target) ** 2, (clipped - target) ** 2)
+            count += 1
+    metrics = ppo_step(engine, minibatch, config, what="test")
+    assert metrics["ppo/policy_loss"] == pytest.approx(policy / count, abs=1e-5)
+    assert metrics["ppo/value_loss"] == pytest.approx(value / count, rel=1e-4)
+
+
+def test_reference_and_reward_never_move_and_the_critic_has_its_own_head(paths, tiny_tokenizer):
+    config = make_config(paths)
+    engine = make_engine(config, tiny_tokenizer)
+    before = {role: weights(getattr(engine, role).module) for role in ("actor", "ref", "critic", "reward")}
+    assert torch.equal(before["critic"]["model.score.weight"], before["reward"]["model.score.weight"])
+    iterate(engine, config, tiny_tokenizer)
+    assert not changed(before["ref"], engine.ref.module) and not changed(before["reward"], engine.reward.module)
+    assert len(changed(before["actor"], engine.actor.module)) == len(before["actor"])
+    assert "model.score.weight" in changed(before["critic"], engine.critic.module)
+    after = weights(engine.critic.module)
+    iterate(engine, config, tiny_tokenizer, seed=8)
+    assert len(changed(after, engine.critic.module)) == len(after)  # nothing puts the reward head back
+
+
+def test_shared_reference_is_the_sft_model(paths, tiny_tokenizer):
+    config = make_config(paths, actor_lora_dim=4, only_optimize_lora=True)
+    engine = make_engine(config, tiny_tokenizer)
+    assert engine.ref is None
+    samples, _ = iterate(engine, config, tiny_tokenizer)
+    assert samples.metrics["ppo/kl_k3"] == 0.0  # an untrained adapter changes nothing
+    samples, _ = iterate(engine, config, tiny_tokenizer, seed=8)
+    assert samples.metrics["ppo/kl_k3"] > 0.0  # a trained one is switched off for the reference
+    separate = make_engine(make_config(paths), tiny_tokenizer)
+    e = samples.micro_batches[0]
+    expected = separate.reference_logprobs(e.sequences, e.attention_mask, e.response_mask, temperature=1.0)
+    torch.testing.assert_close(e.ref_logprobs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_critic_warms_up_alone(paths, tiny_tokenizer):
+    config = make_config(paths)
+    engine = make_engine(config, tiny_tokenizer)
+    before = {role: weights(getattr(engine, role).module) for role in ("actor", "critic")}
+    _, steps = iterate(engine, config, tiny_tokenizer, train_actor=False)
+    assert not changed(before["actor"], engine.actor.module) and changed(before["critic"], engine.critic.module)
+    assert "ppo/policy_loss" not in mean_metrics(steps) and "ppo/value_loss" in mean_metrics(steps)
+
+
+def test_entropy_bonus_raises_entropy(paths, tiny_tokenizer):
+    entropies = {}
+    for coefficient in (0.0, 5.0):
+        config = make_config(paths, entropy_coef=coefficient, ppo_epochs=4)
+        _, steps = iterate(make_engine(config, tiny_tokenizer), config, tiny_tokenizer)
+        entropies[coefficient] = steps[-1]["ppo/entropy"] - steps[0]["ppo/entropy"]
+    assert entropies[5.0] > entropies[0.0] and entropies[5.0] > 0
+
+
+def test_unsupervised_text_adds_its_mean_loss(paths, tiny_tokenizer):
+    config = make_config(paths, unsup_coef=3.0)
+    engine = make_engine(config, tiny_tokenizer)
+    ids = torch.arange(3, 27).view(2, 12)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    targets = mask.clone()
+    targets[:, 0] = False
+    text = {"input_ids": ids, "attention_mask": mask, "target_mask": targets}
+    samples = rollout(engine, prompt_batches(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    minibatch = next(iter(ppo_minibatches(samples.micro_batches, 2, seed=0)))
+    with torch.no_grad():
+        logits = engine.ref.module.model(ids).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    losses = [
+        ppo_step(engine, minibatch, config, what="test", unsupervised=[text, text])["ppo/unsupervised_loss"]
+        for _ in range(4)
+    ]
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_moving_average_follows_and_leaves_the_actor_alone(paths, tiny_tokenizer):
+    config = make_config(paths, enable_ema=True, ema_decay=0.9)
+    engine = make_engine(config, tiny_tokenizer)
+    expected = weights(engine.actor.module)
+    for minibatch in range(2):
+        iterate(engine, config, tiny_tokenizer, seed=minibatch)
+        # gradient accumulation of 2 over 4 micro-batches: two optimiser steps an iteration; recompute from snapshots
+    actor = weights(engine.actor.module)
+    with engine.ema.applied():
+        averaged = weights(engine.actor.module)
+    assert not changed(actor, engine.actor.module)
+    for name in actor:
+        low, high = torch.minimum(expected[name], actor[name]), torch.maximum(expected[name], actor[name])
+        total = (averaged[name] - expected[name]).norm() / (actor[name] - expected[name]).norm().clamp(min=1e-12)
+        assert 0.0 < total < 0.6, name  # four steps at decay 0.9: it lags far behind
+    assert low.shape == high.shape
+
+
+def test_moving_average_is_the_formula():
+    from utils.rlhf.ema import ExponentialMovingAverage
+
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    average = ExponentialMovingAverage(layer, decay=0.75)
+    for weight in (2.0, 4.0):
+        layer.weight.data.fill_(weight)
+        average.update()
+    with average.applied():
+        assert layer.weight.item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4)
+    assert layer.weight.item() == 4.0
+
+
+def test_minibatches_cover_the_rollout_once_in_a_seeded_order():
+    parts = list(range(6))
+    orders = [list(ppo_minibatches(parts, 2, seed=seed)) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(sum(orders[0], [])) == parts and [len(part) for part in orders[0]] == [2, 2, 2]
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def ranks_rollout_and_step(paths, tokenizer_path, stage, halves):
+    """One iteration; `halves` ranks share the prompts that a single rank would have alone. Greedy, so both sample alike."""
+    from utils import distributed
+    from utils.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    config = make_config(
+        paths, actor_zero_stage=stage, critic_zero_stage=stage, generation_batches=1, temperature=1e-4,
+        per_device_generation_batch_size=8 // halves, gradient_accumulation_steps=4 // halves,
+    )  # fmt: skip
+    whole = make_config(paths, generation_batches=1, per_device_generation_batch_size=8)
+    batch = prompt_batches(whole, len(tokenizer))[0]
+    engine = make_engine(config, tokenizer)
+    mine = {name: tensor[distributed.rank() :: halves] for name, tensor in batch.items()}
+    samples = rollout(engine, [mine], config, kl_ctl=0.1, seed=1)
+    minibatch = next(iter(ppo_minibatches(samples.micro_batches, len(samples.micro_batches), seed=0)))
+    metrics = ppo_step(engine, minibatch, config, what="test")
+    responses = sorted(row[mask].tolist() for e in samples.micro_batches for row, mask in zip(
+        e.sequences[:, -e.response_mask.size(1) :], e.response_mask, strict=True))  # fmt: skip
+    return samples.metrics | metrics, responses
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_give_the_gradients_of_one(paths, stage, tiny_tokenizer):
+    path = paths["actor_model_name_or_path"]
+    (alone, responses), = run_ranks(ranks_rollout_and_step, 1, paths, path, stage, 1)
+    (first, first_responses), (second, second_responses) = run_ranks(ranks_rollout_and_step, 2, paths, path, stage, 2)
+    assert sorted(first_responses + second_responses) == responses
+    for name in alone:
+        if name.startswith("ppo/"):
+            assert first[name] == second[name], name
+            assert first[name] == pytest.approx(alone[name], rel=2e-3, abs=2e-4), name
+
+
+def ranks_of_unequal_length(paths, tokenizer_path, stage):
+    """Rank 1 may write ten tokens, rank 0 two; a collective per token would hang."""
+    import dataclasses
+
+    from utils import distributed
+    from utils.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    config = make_config(paths, actor_zero_stage=stage, critic_zero_stage=stage, ppo_epochs=2)
+    engine = make_engine(config, tokenizer)
+    short = dataclasses.replace(config, max_answer_seq_len=2) if distributed.rank() == 0 else config
+    metrics = []
+    for seed in range(2):
+        samples = rollout(engine, prompt_batches(config, len(tokenizer)), short, kl_ctl=0.1, seed=seed)
+        for minibatch in ppo_minibatches(samples.micro_batches, 2, seed=seed):
+            metrics.append(ppo_step(engine, minibatch, config, what="test"))
+    return metrics
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_with_unequal_lengths_do_not_hang(paths, stage):
+    first, second = run_ranks(ranks_of_unequal_length, 2, paths, paths["actor_model_name_or_path"], stage)
+    assert first == second

@@ -1,0 +1,181 @@
+"""A rollout against straightforward recomputation, one sequence at a time and without padding."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from rlhf_setup import make_config, make_engine, prompt_batches, save_models
+
+from utils.models.scalar_head import ScalarHeadModel
+from utils.rlhf.generation import Generation, SamplingParams, generate
+from utils.rlhf.hybrid_engine import generation_mode
+from utils.rlhf.rollout import assemble, join, rollout
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_tokenizer, tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def setup(paths, tiny_tokenizer):
+    config = make_config(paths, whiten_advantages=False, temperature=0.8, missing_eos_penalty=0.75, gamma=0.9)
+    engine = make_engine(config, tiny_tokenizer)
+    with torch.no_grad():  # the actor must differ from its reference for a KL to show
+        for parameter in engine.actor.module.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    batches = prompt_batches(config, len(tiny_tokenizer))
+    return config, engine, batches, rollout(engine, batches, config, kl_ctl=0.1, seed=7)
+
+
+def sequence_of(experience, row):
+    """Real ids of one row, and how many of them are the prompt."""
+    real = experience.attention_mask[row]
+    length = int(experience.response_mask[row].sum())
+    ids = experience.sequences[row][real]
+    return ids, len(ids) - length
+
+
+def test_every_field_equals_a_recomputation_without_padding(setup, paths):
+    config, engine, _, samples = setup
+    reference = transformers.AutoModelForCausalLM.from_pretrained(paths["actor_model_name_or_path"]).eval()
+    reward = ScalarHeadModel(
+        transformers.AutoModelForSequenceClassification.from_pretrained(paths["critic_model_name_or_path"]).eval()
+    )
+    actor = engine.actor.module.model.eval()
+    checked = 0
+    for experience in samples.micro_batches:
+        for row in range(len(experience.scores)):
+            ids, start = sequence_of(experience, row)
+            count = len(ids) - start
+            mask = experience.response_mask[row]
+            with torch.no_grad():
+
+                def logprobs(model, ids=ids, start=start):
+                    distribution = torch.log_softmax(model(ids[None]).logits[0] / config.temperature, -1)
+                    return distribution[start - 1 : -1].gather(1, ids[start:, None])[:, 0]
+
+                mine, theirs = logprobs(actor), logprobs(reference)
+                token_scores = reward(ids[None], torch.ones(1, len(ids), dtype=torch.bool))[0]
+            torch.testing.assert_close(experience.logprobs[row][mask], mine, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(experience.ref_logprobs[row][mask], theirs, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(experience.values[row][mask], token_scores[start - 1 : -1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(experience.scores[row], token_scores[-1], atol=1e-4, rtol=1e-4)
+            ended = ids[-1].item() == 2
+            score = max(-5.0, min(5.0, (token_scores[-1].item() - 0.25) / 0.5)) - (0.0 if ended else 0.75)
+            rewards = [-0.1 * (mine[t] - theirs[t]).item() for t in range(count)]
+            rewards[-1] += score
+            values = token_scores[start - 1 : -1].tolist() + [0.0]
+            deltas = [rewards[t] + 0.9 * values[t + 1] - values[t] for t in range(count)]
+            advantages = [sum((0.9 * 0.95) ** (k - t) * deltas[k] for k in range(t, count)) for t in range(count)]
+            torch.testing.assert_close(experience.rewards[row][mask], torch.tensor(rewards), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(experience.advantages[row][mask], torch.tensor(advantages), atol=1e-3, rtol=1e-3)
+            for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+                assert not getattr(experience, name)[row][~mask].any(), name
+            checked += 1
+    assert checked == 8
+    assert samples.kl > 0.01
+
+
+def test_metrics_are_those_of_the_rows(setup):
+    _, _, _, samples = setup
+    scores = torch.cat([e.scores for e in samples.micro_batches])
+    kl = torch.cat([(e.logprobs - e.ref_logprobs).sum(1) for e in samples.micro_batches])
+    lengths = torch.cat([e.response_mask.sum(1) for e in samples.micro_batches]).float()
+    metrics = samples.metrics
+    assert metrics["ppo/score_mean"] == pytest.approx(scores.mean().item(), rel=1e-5)
+    assert metrics["ppo/score_std"] == pytest.approx(scores.std(unbiased=False).item(), rel=1e-5)
+    assert metrics["ppo/score_normalized"] == pytest.approx((scores.mean().item() - 0.25) / 0.5, rel=1e-5)
+    assert metrics["ppo/kl_k1"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert metrics["ppo/length_mean"] == pytest.approx(lengths.mean().item())
+    assert samples.num_sequences == 8
+
+
+def test_the_same_seed_gives_the_same_rollout_and_another_seed_another(setup):
+    config, engine, batches, samples = setup
+    again, other = (rollout(engine, batches, config, kl_ctl=0.1, seed=seed) for seed in (7, 8))
+    assert all(
+        torch.equal(a.sequences, b.sequences) for a, b in zip(samples.micro_batches, again.micro_batches, strict=True)
+    )
+    assert any(
+        a.sequences.shape != b.sequences.shape or not torch.equal(a.sequences, b.sequences)
+        for a, b in zip(samples.micro_batches, other.micro_batches, strict=True)
+    )
+
+
+def test_sampling_leaves_the_global_generator_alone(setup):
+    config, engine, batches, _ = setup
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    rollout(engine, batches, config, kl_ctl=0.1, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_rollout(paths, tiny_tokenizer):
+    config = make_config(paths)
+    engine = make_engine(config, tiny_tokenizer)
+    samples = rollout(engine, prompt_batches(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    values = torch.cat([e.advantages[e.response_mask] for e in samples.micro_batches])
+    assert values.mean().abs() < 1e-5 and abs(values.var(unbiased=False).item() - 1) < 1e-4
+    per_row = [e.advantages[0][e.response_mask[0]].mean().abs().item() for e in samples.micro_batches]
+    assert max(per_row) > 0.05  # good and bad answers still differ
+
+
+def test_sampling_follows_the_distribution_of_the_model(setup, tiny_tokenizer):
+    """Chi-square of first tokens against the softmax, over the dozen most likely ids and the rest."""
+    config, engine, _, _ = setup
+    prompt = torch.tensor([[1, 40, 50, 60]])
+    count = 4000
+    with generation_mode(engine.actor) as model:
+        probabilities = torch.softmax(model(prompt).logits[0, -1].float() / 0.9, -1)
+        first = generate(
+            model, prompt.repeat(count, 1), torch.ones(count, 4), SamplingParams(max_new_tokens=1, temperature=0.9),
+            eos_id=2, pad_id=0, seed=11,
+        ).tokens[:, 0]  # fmt: skip
+    top = probabilities.topk(12).indices
+    observed = torch.tensor([(first == token).sum().item() for token in top] + [0.0])
+    observed[-1] = count - observed.sum()
+    expected = torch.cat([probabilities[top], 1 - probabilities[top].sum()[None]]) * count
+    statistic = ((observed - expected).square() / expected).sum().item()
+    assert statistic < 32.9  # 12 degrees of freedom, p = 0.001
+
+
+def test_greedy_equals_transformers_row_by_row_without_padding(setup, tiny_tokenizer):
+    config, engine, batches, _ = setup
+    with generation_mode(engine.actor) as model:
+        batch = batches[0]
+        found = generate(
+            model, batch["input_ids"], batch["attention_mask"], SamplingParams(max_new_tokens=8, greedy=True),
+            eos_id=2, pad_id=0, seed=0,
+        )  # fmt: skip
+        for row in range(4):
+            prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
+            alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
+                                   eos_token_id=2, pad_token_id=0)[0, prompt.size(1):]  # fmt: skip
+            assert found.tokens[row][found.mask[row]].tolist() == alone.tolist()
+
+
+def test_joined_batches_keep_rows_and_trim_padding():
+    prompts = [
+        {"input_ids": torch.tensor([[0, 5]]), "attention_mask": torch.tensor([[0, 1]])},
+        {"input_ids": torch.tensor([[6, 7, 8]]), "attention_mask": torch.tensor([[1, 1, 1]])},
+    ]
+    responses = [
+        Generation(tokens=torch.tensor([[9, 2]]), mask=torch.tensor([[True, True]]), ended=torch.tensor([True])),
+        Generation(tokens=torch.tensor([[2]]), mask=torch.tensor([[True]]), ended=torch.tensor([True])),
+    ]
+    joined, merged = join(prompts, responses, pad_id=2)
+    sequences, attention, mask = assemble(joined, merged, torch.tensor([0, 1]))
+    assert sequences.tolist() == [[2, 0, 5, 9, 2], [6, 7, 8, 2, 2]]
+    assert attention.tolist() == [[False, False, True, True, True], [True, True, True, True, False]]
+    assert mask.tolist() == [[True, True], [True, False]]
+    sequences, attention, mask = assemble(joined, merged, torch.tensor([1]))
+    assert sequences.tolist() == [[6, 7, 8, 2]] and mask.tolist() == [[True]] and attention.all()
+
+
+def test_missing_score_scale_means_raw_scores(paths, tiny_tokenizer):
+    engine = make_engine(make_config(paths, normalize_scores=False), tiny_tokenizer)
+    assert (engine.score_mean, engine.score_std) == (0.0, 1.0)
+    assert math.isclose(make_engine(make_config(paths), tiny_tokenizer).score_std, 0.5)
