@@ -127,7 +127,7 @@ def test_kto_rows_serve_as_answers_and_as_prompts(build, write_jsonl):
     path = write_jsonl(rows)
     train, _ = build("sft", path, data_split="1,0,0")
     assert 0 < len(train) <= 20
-    assert "20 response labelled undesirable" in train.description
+    assert "20 with a response labelled undesirable" in train.description
     assert len(build("prompts", path, data_split="0,0,1")[0]) == 38
 
 
@@ -147,7 +147,7 @@ def test_long_rows_are_cut_and_counted(build, write_jsonl, pairs, tiny_tokenizer
 def test_pairs_that_differ_only_beyond_the_length_are_left_out(build, write_jsonl, pairs):
     same = "milk " * 40
     rows = [{**row, "chosen": f" {same}x", "rejected": f" {same}y"} for row in pairs]
-    with pytest.raises(InputError, match="no training row is left of 38 .*differ only beyond the maximal length"):
+    with pytest.raises(InputError, match="no training row is left of 38 .*differ only beyond it"):
         build("preference", write_jsonl(rows), max_seq_len=30, data_split="0,1,0")
 
 
@@ -254,13 +254,15 @@ def test_chat_that_ends_with_a_question_serves_as_prompts_only(build, write_json
 
 def test_everything_left_out(build, write_jsonl, pairs):
     ties = write_jsonl([{**row, "rejected": row["chosen"]} for row in pairs])
-    with pytest.raises(InputError, match=r"no training row is left of 38 \(40 chosen equals rejected\)"):
+    with pytest.raises(
+        InputError, match=r"no training row is left of 38 \(40 whose chosen equals its rejected response\)"
+    ):
         build("preference", ties, data_split="0,1,0")
     unwanted = write_jsonl([{"prompt": "q", "completion": "a", "label": False} for _ in range(9)])
-    with pytest.raises(InputError, match="9 response labelled undesirable"):
+    with pytest.raises(InputError, match="9 with a response labelled undesirable"):
         build("sft", unwanted)
     open_ended = {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant:"}
-    with pytest.raises(InputError, match=r"0 usable rows \(3 the last turn is empty\) are too few"):
+    with pytest.raises(InputError, match=r"0 usable rows \(3 with an empty last turn\) are too few"):
         build("preference", write_jsonl([open_ended] * 3))
 
 

@@ -149,11 +149,11 @@ def test_a_row_without_a_response(row):
 
 
 def test_rows_that_a_format_is_known_to_hold_are_dropped():
-    with pytest.raises(DroppedRow, match="the last turn is empty"):
+    with pytest.raises(DroppedRow, match="with an empty last turn"):
         convert({"chosen": HH + " ", "rejected": HH + " x"})
-    with pytest.raises(DroppedRow, match="part before their last turn"):
+    with pytest.raises(DroppedRow, match="part before the last turn"):
         convert({"chosen": HH + " a", "rejected": "\n\nHuman: Hi\n\nAssistant: Hello."})
-    with pytest.raises(DroppedRow, match="a tie"):
+    with pytest.raises(DroppedRow, match="with a tie"):
         convert({"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 1.5})
-    with pytest.raises(DroppedRow, match="blank text"):
+    with pytest.raises(DroppedRow, match="with blank text"):
         convert({"text": "  \n"})

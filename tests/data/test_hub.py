@@ -1,12 +1,15 @@
 """The hub cannot be reached from a test: loading is replaced, and what happens without a network is real."""
 
+import json
 import time
+from collections import Counter
 
 import datasets
 import pytest
 
 from utils.data import build_datasets, check_data_paths, hub
-from utils.data.sources import HubSource, open_source
+from utils.data.example import Example
+from utils.data.sources import HubSource, open_source, read_examples
 from utils.errors import InputError
 
 ROWS = [
@@ -40,7 +43,7 @@ def test_a_known_set_is_loaded_by_the_table(connected, tiny_tokenizer, tmp_path)
     assert connected == [("Dahoas/rm-static", None, "train", {}), ("Dahoas/rm-static", None, "test", {})]
     # The row without a response is dropped and counted, not refused: nobody can mend a published set.
     assert (len(train), len(held_out)) == (29, 3)
-    assert "2 no response" in train.description
+    assert "2 without a response" in train.description
 
 
 def test_configurations_splits_and_unknown_names(connected):
@@ -97,7 +100,7 @@ def test_a_hub_name_when_offline_by_choice(monkeypatch, tmp_path):
     message = refusal("Dahoas/rm-static")
     assert message.startswith("--data_path Dahoas/rm-static: no such local file or folder")
     assert "HF_HUB_OFFLINE is set" in message
-    assert "hf download --repo-type dataset Dahoas/rm-static --local-dir DIR" in message
+    assert "hf download --repo-type dataset Dahoas/rm-static --local-dir data/Dahoas/rm-static" in message
 
 
 def test_a_hub_name_without_a_network(monkeypatch):
@@ -131,3 +134,21 @@ def test_a_local_path_wins_over_a_known_name(tmp_path, monkeypatch):
     source = open_source("stanfordnlp/SHP")
     assert not isinstance(source, HubSource)
     assert source.copy_of == "stanfordnlp/SHP"
+
+
+def test_a_local_copy_is_read_as_the_set_it_is_called_like(tmp_path):
+    folder = tmp_path / "yitingxie" / "rlhf-reward-datasets"
+    folder.mkdir(parents=True)
+    row = {"prompt": "\n\nHuman: Why?\n\n", "chosen": "Assistant: Because.", "rejected": "Assistant: Dunno."}
+    (folder / "train.jsonl").write_text(json.dumps(row))
+    examples = list(read_examples(open_source(str(folder)), "train", "preference", Counter()))
+    assert examples == [Example("\n\nHuman: Why?\n\nAssistant:", " Because.", " Dunno.")]
+
+
+def test_a_configuration_is_a_subfolder_of_a_local_copy(tmp_path):
+    for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
+        (tmp_path / "wikitext" / config).mkdir(parents=True)
+        (tmp_path / "wikitext" / config / "train.jsonl").write_text('{"text": "x"}')
+    name = str(tmp_path / "wikitext")
+    assert [file.parent.name for file in open_source(name, "wikitext-2-raw-v1").training] == ["wikitext-2-raw-v1"]
+    assert [file.parent.name for file in open_source(name).training] == ["wikitext-103-raw-v1"]

@@ -166,7 +166,7 @@ def test_gpt4_comparisons_take_the_best_against_the_worst():
     }
     assert find_format(row, "preference").convert(row) == PAIR
     row["responses_and_scores"] = row["responses_and_scores"][:1]
-    with pytest.raises(DroppedRow, match="a tie"):
+    with pytest.raises(DroppedRow, match="with a tie"):
         find_format(row, "preference").convert(row)
 
 

@@ -90,7 +90,7 @@ def _pair(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> Example:
     """A pair from two whole dialogues that differ in their last turn, the assistant's."""
     answers = _last_answer(chosen, "chosen"), _last_answer(rejected, "rejected")
     if list(chosen[:-1]) != list(rejected[:-1]):
-        raise DroppedRow("the two dialogues part before their last turn")
+        raise DroppedRow("whose dialogues part before the last turn")
     if not any(speaker == "Human" for speaker, _ in chosen):
         raise RowError("the dialogue has no human turn")
     return Example(render_prompt(chosen[:-1]), *map(render_response, answers))
@@ -143,7 +143,7 @@ def dialogue_preference(row: Row) -> Example:
         if not any(speaker == "Assistant" for speaker, _ in turns):
             raise NoResponseError(f"has no response: `{column}` has no `Assistant:` turn")
         if turns[-1] == ("Assistant", ""):
-            raise DroppedRow("the last turn is empty")
+            raise DroppedRow("with an empty last turn")
     return _pair(*dialogues)
 
 
@@ -173,7 +173,7 @@ def alpaca_preference(row: Row) -> Example:
     answers = [render_response(response_in(row, column)) for column in ("output_1", "output_2")]
     better = number_in(row, "preference")
     if better in (0, 1.5):
-        raise DroppedRow("a tie")
+        raise DroppedRow("with a tie")
     if better not in (1, 2):
         raise RowError(f"`preference` must be 1 or 2, found {_describe(row['preference'])}")
     return Example(_instruction(row), *(answers if better == 1 else reversed(answers)))
@@ -231,5 +231,5 @@ def prompt_only(row: Row) -> Example:
 def plain_text(row: Row) -> Example:
     """Text to be learned as a whole: every token is trained, the prompt is empty."""
     if isinstance(require(row, "text"), str) and not row["text"].strip():
-        raise DroppedRow("blank text")
+        raise DroppedRow("with blank text")
     return Example("", text_in(row, "text"))

@@ -160,7 +160,7 @@ def _prepare(
             )
     (folder / "examples.arrow").unlink()
     report = f"{counts['train']} training rows and {counts['eval']} held-out rows"
-    for remark, reasons in (("left out of the whole", dropped), (f"to fit {max_len} tokens", cut)):
+    for remark, reasons in (("left out of all rows", dropped), (f"to fit {max_len} tokens", cut)):
         report += f"; {remark}: {_list(reasons)}" if any(reasons.values()) else ""
     (folder / "report.txt").write_text(report, encoding="utf-8")
 

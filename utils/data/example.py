@@ -40,8 +40,8 @@ def check_usable(example: Example, purpose: Purpose) -> None:
         if example.chosen is None or example.rejected is None:
             raise NoResponseError("has no pair of a chosen and a rejected response")
         if example.chosen == example.rejected:
-            raise DroppedRow("chosen equals rejected")
+            raise DroppedRow("whose chosen equals its rejected response")
     elif example.chosen is None:
         if example.rejected is None:
             raise NoResponseError("has no response")
-        raise DroppedRow("response labelled undesirable")
+        raise DroppedRow("with a response labelled undesirable")

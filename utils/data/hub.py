@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 _PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion, for sets published as a loading script
 
 
-def load_hub_split(label: str, hub: str, config: str | None, split: str) -> "Dataset":
-    """The rows of `split` of the hub's data set `hub`; `label` begins messages: the flag and what it was given.
+def load_hub_split(label: str, name: str, hub: str, config: str | None, split: str) -> "Dataset":
+    """The rows of `split` of the hub's data set `hub`, which is known here as `name`.
+
+    `label` begins messages: the flag and what it was given.
 
     Without a network only the local cache of `datasets` is searched, at once rather than after its retries (23 s).
     Raises InputError, in one line, with what to do.
@@ -35,18 +37,18 @@ def load_hub_split(label: str, hub: str, config: str | None, split: str) -> "Dat
                 folder = config or "default"
                 return datasets.load_dataset(hub, data_dir=folder, split=split, revision=_PARQUET_BRANCH)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise InputError(_failure(label, hub, reachable, error)) from error
+        raise InputError(_failure(label, name, hub, reachable, error)) from error
 
 
-def _failure(label: str, hub: str, reachable: bool, error: Exception) -> str:
+def _failure(label: str, name: str, hub: str, reachable: bool, error: Exception) -> str:
     if reachable:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{label}: cannot be loaded from the hub ({reason}); check the name, or give a local path"
     cause = "HF_HUB_OFFLINE is set" if _offline_by_choice() else f"no connection to {_endpoint().hostname}"
     return (
         f"{label}: no such local file or folder, and the hub's {hub} is not in the local cache ({cause}); "
-        f"download it where there is a network (`hf download --repo-type dataset {hub} --local-dir DIR`) and give DIR "
-        "instead"
+        f"download it where there is a network (`hf download --repo-type dataset {hub} --local-dir data/{name}`) and "
+        f"give data/{name}, under that name, instead"
     )
 
 

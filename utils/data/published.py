@@ -56,7 +56,7 @@ def webgpt_comparisons(row: Row) -> Example:
     scores = number_in(row, "score_0"), number_in(row, "score_1")
     answers = [_CITATION.sub("", response_in(row, column)) for column in ("answer_0", "answer_1")]
     if scores[0] == scores[1]:
-        raise DroppedRow("a tie")
+        raise DroppedRow("with a tie")
     return _answer(text_in(question, "full_text"), *(answers if scores[0] > scores[1] else reversed(answers)))
 
 
@@ -116,7 +116,7 @@ def scored_responses(row: Row) -> Example:
     ranked = sorted(responses, key=lambda response: number_in(response, "score"), reverse=True)
     best, worst = ranked[0], ranked[-1]
     if number_in(best, "score") == number_in(worst, "score"):
-        raise DroppedRow("a tie")
+        raise DroppedRow("with a tie")
     return _answer(text_in(row, "user_input"), response_in(best, "response"), response_in(worst, "response"))
 
 

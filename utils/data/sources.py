@@ -96,7 +96,7 @@ class HubSource:
     def _splits(self) -> dict[str, object]:
         names = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
         label = self.label + ("" if find_dataset(self.name) else _suggestion(self.name))
-        return {part: load_hub_split(label, self.hub, self.config, split) for part, split in names.items()}
+        return {part: load_hub_split(label, self.name, self.hub, self.config, split) for part, split in names.items()}
 
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
         split = self.train if part == "train" else self.held_out
@@ -110,12 +110,15 @@ class HubSource:
 def open_source(name: str, config: str | None = None, flag: str = "--data_path") -> LocalSource | HubSource:
     """What `name`, given to `flag`, means: a local path if there is one, else a known data set, else a name on the hub.
 
-    `config` chooses among a hub data set's configurations. Raises InputError for what can be none of these.
+    `config` chooses among a data set's configurations, which are subfolders in a local copy. Raises InputError for what
+    can be none of these.
     """
     path, label = Path(name).expanduser(), f"{flag} {name}"
     if path.exists():
-        training, held_out = find_files(path, label)
-        return LocalSource(label, tuple(training), tuple(held_out), _known_name(path))
+        copy_of = _known_name(path)
+        config = config or (DATASETS[copy_of].config if copy_of else None)
+        training, held_out = find_files(path / config if config and (path / config).is_dir() else path, label)
+        return LocalSource(label, tuple(training), tuple(held_out), copy_of)
     spec = find_dataset(name)
     if spec is None:
         if _looks_local(name):
@@ -129,7 +132,7 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
 def _known_name(path: Path) -> str | None:
     """The known data set that a folder is called like (.../stanfordnlp/SHP), as a copy from the hub is."""
     location = path.resolve().as_posix() if path.is_dir() else ""
-    return next((name for name in DATASETS if "/" in name and location.endswith(f"/{name}")), None)
+    return next((name for name, spec in DATASETS.items() if spec.hub and location.endswith(f"/{name}")), None)
 
 
 def _looks_local(name: str) -> bool:
@@ -166,7 +169,7 @@ def read_examples(source: Source, part: Part, purpose: Purpose, dropped: Counter
             except NoResponseError as error:
                 if not lenient:
                     raise _refusal(where, error) from error
-                dropped["no response"] += 1
+                dropped["without a response"] += 1
                 yield None
 
 
@@ -184,7 +187,7 @@ def _convert(
         except NoResponseError as error:
             if not lenient:
                 raise _refusal(where, error) from error
-            dropped["no response"] += 1
+            dropped["without a response"] += 1
         except RowError as error:
             raise _refusal(where, error) from error
 

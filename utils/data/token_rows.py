@@ -46,7 +46,7 @@ def _preference_rows(
     for prompt, *responses in zip(prompts, chosen, rejected, strict=True):
         short_prompt, (wanted, unwanted) = _fit(prompt, responses, max_len, encoder, tally)
         if wanted == unwanted:
-            tally["the two responses differ only beyond the maximal length"] += 1
+            tally["pairs left out that differ only beyond it"] += 1
             continue
         yield {"prompt_ids": short_prompt, "chosen_ids": wanted, "rejected_ids": unwanted}
 
