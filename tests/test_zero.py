@@ -40,7 +40,9 @@ def train_beside_plain_torch(folder: str, stage: int, dtype: str, max_grad_norm:
 
         def loss_of(network, rows, tokens=tokens):
             logits = network(input_ids=rows).logits[:, :-1].float()
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum") / tokens
+            return (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum") / tokens
+            )
 
         loss, norm = zero.optimizer_step(engine, list(ids[rank]), lambda rows: loss_of(engine, rows), what="step")
         network = copy.deepcopy(master).to(zero.TORCH_DTYPES[dtype])
@@ -80,7 +82,9 @@ def folder(tmp_path_factory):
 
 
 # (stage, dtype, gradient norm limit): clipping everywhere once, and off once
-CASES = [(stage, dtype, 0.5 if stage in (1, 3) else 0.0) for stage, dtype in itertools.product(range(4), ("fp32", "bf16"))]
+CASES = [
+    (stage, dtype, 0.5 if stage in (1, 3) else 0.0) for stage, dtype in itertools.product(range(4), ("fp32", "bf16"))
+]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -1,7 +1,7 @@
 """The process group, seeds, rank-0 logging and reductions over ranks.
 
 Every step works with one process or many, launched by `deepspeed`, by `torchrun` or as plain `python main.py`.
-Importing this module before `deepspeed` matters on machines without an accelerator: DeepSpeed picks its backend at import.
+On machines without an accelerator this module must be imported before `deepspeed`, which picks its backend at import.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch.distributed as dist
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402  (the accelerator is chosen above)
+import deepspeed
 
 _verbose = False
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
@@ -35,7 +35,9 @@ def init_distributed(verbose: bool = False) -> None:
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(local_rank())
     else:
@@ -132,7 +134,12 @@ def all_reduce(values: torch.Tensor, op: str = "sum") -> torch.Tensor:
     if world_size() == 1:
         return values
     reduced = values.to(device(), copy=True)
-    operations = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+    operations = {
+        "sum": dist.ReduceOp.SUM,
+        "mean": dist.ReduceOp.SUM,
+        "max": dist.ReduceOp.MAX,
+        "min": dist.ReduceOp.MIN,
+    }
     dist.all_reduce(reduced, op=operations[op])
     if op == "mean":
         reduced /= world_size()

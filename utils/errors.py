@@ -6,4 +6,4 @@ class InputError(ValueError):
 
 
 class DivergenceError(RuntimeError):
-    """Training produced NaN or infinite numbers. The message names the step, the likely cause and flags. Exit code 3."""
+    """Training produced NaN or infinity. The message names the step, the likely cause and the flags. Exit code 3."""

@@ -1,4 +1,4 @@
-"""A run from its first check to its summary: refuse what cannot work, join the processes, open the log, write the end."""
+"""A run from its first check to its summary: refusals, the process group, seeds, the log, the end."""
 
 import json
 import os
@@ -67,4 +67,6 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written ({os.strerror(error.errno)}); choose another folder") from error
+        raise InputError(
+            f"--output_dir {folder}: cannot be written ({os.strerror(error.errno)}); choose another folder"
+        ) from error

@@ -1,4 +1,4 @@
-"""DeepSpeed: complete configurations for every ZeRO stage, optimizers, schedules, and one optimiser step over micro-batches."""
+"""DeepSpeed: a complete configuration for every ZeRO stage, engines, and one optimiser step over micro-batches."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from utils import distributed  # before deepspeed: it chooses the accelerator
+
 import deepspeed  # isort: skip
 import transformers
 from transformers.integrations import HfDeepSpeedConfig
@@ -25,7 +26,7 @@ def effective_stage(stage: int, dtype: str) -> int:
     """The ZeRO stage that really runs.
 
     16-bit training at stage 0 runs as stage 1: the same mathematics on fp32 master weights, sharded over the ranks.
-    DeepSpeed's own stage-0 bf16 optimizer starts with a dummy step, which makes Adam's first update 0.75 times its size.
+    DeepSpeed's own stage-0 bf16 optimizer starts with a dummy step: Adam's first update becomes 0.75 times its size.
     """
     return 1 if stage == 0 and dtype != "fp32" else stage
 
@@ -45,7 +46,7 @@ def zero_config(
         stage: ZeRO stage 0 to 3. Engines that do not train exist at stages 0 and 3 only: 1 and 2 become 0.
         dtype: "bf16", "fp16" or "fp32", of parameters and activations. 16-bit types train on fp32 master weights.
         micro_batch_size: rows per process and micro-batch; DeepSpeed only keeps count with it.
-        max_grad_norm: global gradient norm limit; 0 turns clipping off (DeepSpeed's own default is 1.0, so it is always set).
+        max_grad_norm: global gradient norm limit; 0 turns clipping off. Always set: DeepSpeed's own default is 1.0.
         offload: optimizer state (training) or parameters (not training, stage 3) live in host memory.
     """
     stage = effective_stage(stage, dtype) if trainable else (3 if stage == 3 else 0)
@@ -107,7 +108,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 
 def gathered(parameters: Iterable[torch.nn.Parameter], *, write: bool = False):
-    """Context in which ZeRO-3 parameters are whole; with `write`, rank 0's changes reach every rank. No-op for others."""
+    """Context in which ZeRO-3 parameters are whole; with `write`, rank 0's changes reach every rank."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None, enabled=bool(partitioned))
 
@@ -135,7 +136,9 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict], *, betas: tuple[float, float], eps: float, offload: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict], *, betas: tuple[float, float], eps: float, offload: bool
+) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay: fused on a GPU, DeepSpeed's vectorised one where state is offloaded."""
     if offload and torch.accelerator.is_available():
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
@@ -207,14 +210,21 @@ def optimizer_step(
         engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
         loss = loss_function(micro_batch)
         total += loss.detach().double().cpu()
-        engine.backward(loss * world, scale_wrt_gas=False)  # DeepSpeed averages over ranks; our losses are shares of a sum
+        engine.backward(
+            loss * world, scale_wrt_gas=False
+        )  # DeepSpeed averages over ranks; our losses are shares of a sum
     loss_value = distributed.all_reduce(total).item()
     if loss_value != loss_value or loss_value in (float("inf"), float("-inf")):
         raise DivergenceError(
             f"{what}: the loss is {loss_value}. Likely causes: a learning rate that is too high, or 16-bit overflow. "
-            "Lower --learning_rate (--actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or use --dtype bf16 or fp32"
+            "Lower --learning_rate (step 3: --actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or use "
+            "--dtype bf16 or fp32"
         )
     unsharded = engine.zero_optimization_stage() == 0
-    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]) if unsharded else None
+    norm = (
+        torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        if unsharded
+        else None
+    )
     engine.step()
     return loss_value, float(norm if unsharded else engine.get_global_grad_norm())

@@ -71,7 +71,10 @@ def test_vocabulary_larger_than_embedding(folder, tiny_tokenizer):
     with pytest.raises(InputError, match="the tokenizer has"):
         load_matching_tokenizer(flags(folder), str(folder), [config])
     config.vocab_size += 1
-    assert len(load_matching_tokenizer(flags(folder, add_eot_token=True), str(folder), [config])) == len(tiny_tokenizer) + 1
+    assert (
+        len(load_matching_tokenizer(flags(folder, add_eot_token=True), str(folder), [config]))
+        == len(tiny_tokenizer) + 1
+    )
 
 
 def test_positions_are_checked(folder):

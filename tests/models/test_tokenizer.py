@@ -13,7 +13,15 @@ from utils.models.tokenizer import load_tokenizer
 @pytest.fixture(scope="module")
 def texts(shared_data):
     rows = json.loads((shared_data / "alpaca_en_demo.json").read_text())[:150]
-    odd = ["", " ", "  two  spaces", "\n\nHuman: hi\n\nAssistant:", "naïve café 日本語 🙂", "tab\there", "</s> <s> <unk>x"]
+    odd = [
+        "",
+        " ",
+        "  two  spaces",
+        "\n\nHuman: hi\n\nAssistant:",
+        "naïve café 日本語 🙂",
+        "tab\there",
+        "</s> <s> <unk>x",
+    ]
     return [row["output"] for row in rows] + [row["instruction"] for row in rows] + odd[:-1]
 
 

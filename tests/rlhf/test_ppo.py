@@ -186,7 +186,7 @@ def test_minibatches_cover_the_rollout_once_in_a_seeded_order():
 
 
 def ranks_rollout_and_step(paths, tokenizer_path, stage, halves):
-    """One iteration; `halves` ranks share the prompts that a single rank would have alone. Greedy, so both sample alike."""
+    """One iteration; `halves` ranks share the prompts of a single rank. (Nearly) greedy, so both sample alike."""
     from utils import distributed
     from utils.models.tokenizer import load_tokenizer
 
@@ -210,7 +210,7 @@ def ranks_rollout_and_step(paths, tokenizer_path, stage, halves):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_give_the_gradients_of_one(paths, stage, tiny_tokenizer):
     path = paths["actor_model_name_or_path"]
-    (alone, responses), = run_ranks(ranks_rollout_and_step, 1, paths, path, stage, 1)
+    ((alone, responses),) = run_ranks(ranks_rollout_and_step, 1, paths, path, stage, 1)
     (first, first_responses), (second, second_responses) = run_ranks(ranks_rollout_and_step, 2, paths, path, stage, 2)
     assert sorted(first_responses + second_responses) == responses
     for name in alone:

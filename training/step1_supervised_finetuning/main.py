@@ -1,7 +1,8 @@
 """Step 1: supervised fine-tuning (SFT). A causal language model learns to answer as the data answers.
 
 The loss is cross-entropy on response tokens only, averaged over all response tokens of an optimiser step. Perplexity on
-held-out rows and sample answers are shown before and after; the output folder opens in `transformers` and in steps 2 and 3.
+held-out rows and sample answers are shown before and after. The output folder opens in `transformers` and in the next
+steps.
 
     one GPU     python training/step1_supervised_finetuning/main.py \\
                     --model_name_or_path llama-2-7b --data_path data.jsonl --output_dir output/sft --lora_dim 64
@@ -76,7 +77,7 @@ def evaluate(engine, loader) -> dict[str, float]:
 
 
 def sample_answers(engine, tokenizer, rows, max_new_tokens: int) -> list[tuple[str, str]]:
-    """Greedy answers to the prompts of `rows`, as (prompt, answer) texts. Plain-text rows have no prompt and are skipped."""
+    """Greedy answers to the prompts of `rows`, as (prompt, answer) texts. Plain-text rows have no prompt: skipped."""
     prompts = [{"prompt_ids": row["input_ids"][: row["response_start"]]} for row in rows if row["response_start"] > 1]
     if not prompts:
         return []
@@ -104,7 +105,9 @@ def main(config: Config) -> dict[str, float]:
     model_config = check_model(config, "model_name_or_path")
     check_length(model_config, config.max_seq_len, "--max_seq_len")
     check_lora(model_config, config.lora_dim, config.lora_module_name)
-    check_data_paths([*config.data_path, *config.sft_only_data_path], purpose="sft", data_split=config.data_split)
+    check_data_paths(
+        config.data_path, purpose="sft", data_split=config.data_split, sft_only_data_path=config.sft_only_data_path
+    )
     tokenizer = load_matching_tokenizer(config, config.model_name_or_path, [model_config])
     start_run(config)
 
@@ -153,9 +156,12 @@ def main(config: Config) -> dict[str, float]:
                 step, step_started = step + 1, time.perf_counter()
                 micro_batches = [distributed.to_device(batch) for batch in micro_batches]
                 tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in micro_batches))
-                loss, norm = optimizer_step(
-                    engine, micro_batches, lambda batch: -engine(**batch)[0].sum() / tokens, what=f"step {step}"
-                )
+
+                def loss_function(batch, tokens=tokens):
+                    logprobs, _ = engine(**batch)
+                    return -logprobs.sum() / tokens
+
+                loss, norm = optimizer_step(engine, micro_batches, loss_function, what=f"step {step}")
                 metrics = {
                     "train/loss": loss,
                     "train/grad_norm": norm,

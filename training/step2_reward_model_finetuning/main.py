@@ -1,11 +1,11 @@
 """Step 2: the reward model. A language model with a scalar head learns which of two responses people prefer.
 
-The loss is -log sigmoid(chosen - rejected) on the score at the last response token (`--reward_loss last_token`), in fp32,
-averaged over the pairs of an optimiser step. The mean and deviation of the scores of held-out chosen responses are stored
-with the model: step 3 normalises its rewards with them.
+The loss is -log sigmoid(chosen - rejected) on the scores at the last response tokens (`--reward_loss last_token`), in
+fp32, averaged over the pairs of an optimiser step. Mean and deviation of the scores of held-out chosen responses are
+stored with the model: step 3 normalises its rewards with them.
 
     one GPU     python training/step2_reward_model_finetuning/main.py \\
-                    --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward --learning_rate 1e-5
+                    --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward
     eight GPUs  deepspeed --num_gpus 8 training/step2_reward_model_finetuning/main.py \\
                     --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward --zero_stage 3
 """
@@ -65,7 +65,9 @@ class Config(
     learning_rate: float = 5e-5
 
 
-def score_pairs(engine, batch: dict[str, torch.Tensor], reward_loss: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score_pairs(
+    engine, batch: dict[str, torch.Tensor], reward_loss: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses, chosen and rejected scores of B pairs, each (B,) fp32, from 2B rows with the chosen ones first.
 
     Pairs that only fill up a batch (`row_mask` false) are left out.

@@ -1,7 +1,7 @@
-"""Step 3: PPO. The SFT model (actor) learns to write responses that the reward model scores higher, without leaving itself.
+"""Step 3: PPO. The SFT model (actor) learns to write responses that the reward model scores higher.
 
-Each iteration samples one response per prompt, rewards it with the reward model's score at its last token minus a price on
-its distance (KL) to the SFT model, and improves actor and critic with clipped updates over a few epochs.
+Each iteration samples one response per prompt, rewards it with the reward model's score at its last token minus a price
+on its distance (KL) to the SFT model, and improves actor and critic with clipped updates over a few epochs.
 
     one GPU     python training/step3_rlhf_finetuning/main.py --actor_model_name_or_path output/sft \\
                     --critic_model_name_or_path output/reward --data_path prompts.jsonl --output_dir output/ppo
@@ -15,7 +15,6 @@ import itertools
 import math
 import time
 from dataclasses import dataclass
-
 
 from utils import distributed
 from utils.algorithms.kl import adaptive_kl_ctl
@@ -83,6 +82,9 @@ def main(config: Config) -> dict[str, float]:
         )
         check_lora(model_config, getattr(config, f"{role}_lora_dim"), getattr(config, f"{role}_lora_module_name"))
     check_data_paths(config.data_path, purpose="prompts", data_split=config.data_split)
+    text_source = config.unsupervised_dataset_name
+    if text_source:
+        check_data_paths([text_source], purpose="pretrain", config_name=config.unsupervised_dataset_config_name)
     tokenizer = load_matching_tokenizer(config, config.actor_model_name_or_path, [actor_config, critic_config])
     start_run(config)
 
@@ -108,10 +110,10 @@ def main(config: Config) -> dict[str, float]:
     prompt_loader = build_dataloader(prompt_rows, collate, batch_size, shuffle=True, drop_last=True, **ranks)
     eval_loader = build_dataloader(eval_rows, collate, batch_size, shuffle=False, **ranks)
     unsupervised_batches = None
-    if config.unsupervised_dataset_name:
+    if text_source:
         text_rows, _ = build_datasets(
             "pretrain",
-            data_path=[config.unsupervised_dataset_name],
+            data_path=[text_source],
             config_name=config.unsupervised_dataset_config_name,
             max_seq_len=config.max_prompt_seq_len + config.max_answer_seq_len,
             **source,

@@ -1,4 +1,4 @@
-"""The causal language model that trains: a `transformers` model behind one forward that answers in log-probabilities."""
+"""The causal language model that trains: a `transformers` model whose forward answers in log-probabilities."""
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class CausalLM(nn.Module):
     """Wraps a `transformers` causal LM; `forward` returns log-probabilities of the marked tokens only.
 
-    The vocabulary projection runs on those positions alone and in chunks. Everything goes through this `forward`, and so
-    through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
+    The vocabulary projection runs on those positions alone and in chunks. Everything goes through this `forward`, and
+    so through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
     """
 
     def __init__(self, model: nn.Module):
@@ -44,10 +44,14 @@ class CausalLM(nn.Module):
         arguments = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask), "use_cache": False}
         if any(getattr(self.model.config, name, None) for name in LOGIT_TRANSFORMS):
             logits = self.model(input_ids, **arguments).logits[:, :-1][predicting]
-            return token_logprobs(logits, targets, lambda piece: piece, temperature=temperature, with_entropy=with_entropy)
+            return token_logprobs(
+                logits, targets, lambda piece: piece, temperature=temperature, with_entropy=with_entropy
+            )
         hidden = self.model.base_model(input_ids, **arguments).last_hidden_state[:, :-1][predicting]
         head = self.model.get_output_embeddings()
         chunks = chunk_count(len(targets), head.out_features)
-        if is_partitioned(head.weight):  # every call of the head gathers it on all ranks, so they must call equally often
+        if is_partitioned(
+            head.weight
+        ):  # every call of the head gathers it on all ranks, so they must call equally often
             chunks = int(distributed.all_reduce_scalar(chunks, "max"))
         return token_logprobs(hidden, targets, head, chunks=chunks, temperature=temperature, with_entropy=with_entropy)

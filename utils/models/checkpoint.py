@@ -39,7 +39,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, state: dict | None = None, save_adapter: bool = False
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state: dict | None = None,
+    save_adapter: bool = False,
 ) -> None:
     """Write config, safetensors weights and tokenizer into `folder`. Every rank must call it.
 

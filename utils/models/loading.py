@@ -1,5 +1,6 @@
 """Models from a folder (or a hub name): checked before anything is loaded, whole or already split by ZeRO-3."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -16,12 +17,18 @@ from transformers import (
 )
 
 from utils.errors import InputError
+from utils.hub import is_reachable, offline
 from utils.models.causal_lm import CausalLM
 from utils.models.scalar_head import ScalarHeadModel
 from utils.models.tokenizer import has_tokenizer, load_tokenizer
 from utils.zero import TORCH_DTYPES, gathered, sharded_loading
 
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 HEAD_WEIGHT = "score.weight"
 
 
@@ -34,13 +41,19 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
     folder = Path(path)
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise InputError(f"{flag} {path}: no config.json there; give the folder that a step wrote or that holds a Hugging Face model")
+            raise InputError(
+                f"{flag} {path}: no config.json there; give the folder of a step's output or of a Hugging Face model"
+            )
         if not any((folder / name).is_file() for name in WEIGHT_FILES):
-            raise InputError(f"{flag} {path}: no weights there (model.safetensors or its index); copy them beside config.json")
+            raise InputError(
+                f"{flag} {path}: no weights there (model.safetensors or its index); copy them beside config.json"
+            )
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise InputError(f"{flag} {path}: no such folder")
+    reachable = folder.exists() or is_reachable()
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with contextlib.nullcontext() if reachable else offline():
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         if folder.exists():
@@ -93,12 +106,12 @@ def check_length(config: PreTrainedConfig, length: int, flags: str) -> None:
 
 
 def check_scalar_model(config, name: str) -> PreTrainedConfig:
-    """`check_model` for a flag that must give a model with a scalar head, as step 2 writes it. Reads names, no weights."""
+    """`check_model` for a flag that must give a model with a scalar head, as step 2 writes it."""
     model_config = check_model(config, name)
     architectures = model_config.architectures or ["no architecture"]
     if not architectures[0].endswith("ForSequenceClassification") or model_config.num_labels != 1:
         raise InputError(
-            f"--{name} {getattr(config, name)}: not a reward model ({architectures[0]}); give the output folder of step 2"
+            f"--{name} {getattr(config, name)}: not a reward model ({architectures[0]}); give step 2's output folder"
         )
     return model_config
 
@@ -112,10 +125,16 @@ def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
             setattr(config, name, dropout)
 
 
-def _from_pretrained(auto_class, path: str, config: PreTrainedConfig, zero_config: dict, dtype: str, trust_remote_code: bool):
+def _from_pretrained(
+    auto_class, path: str, config: PreTrainedConfig, zero_config: dict, dtype: str, trust_remote_code: bool
+):
     with sharded_loading(zero_config):
         model, report = auto_class.from_pretrained(
-            path, config=config, dtype=TORCH_DTYPES[dtype], trust_remote_code=trust_remote_code, output_loading_info=True
+            path,
+            config=config,
+            dtype=TORCH_DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     return model, set(report["missing_keys"]), set(report["unexpected_keys"])
 
@@ -163,7 +182,9 @@ def load_causal_lm(
     """
     config = load_config(path, "--model_name_or_path", trust_remote_code=trust_remote_code)
     _set_dropout(config, dropout)
-    model, missing, unexpected = _from_pretrained(AutoModelForCausalLM, path, config, zero_config, dtype, trust_remote_code)
+    model, missing, unexpected = _from_pretrained(
+        AutoModelForCausalLM, path, config, zero_config, dtype, trust_remote_code
+    )
     _refuse_key_mismatch(path, missing, unexpected)
     _grow_embedding(model, tokenizer)
     _carry_tokens(model, tokenizer)
@@ -206,9 +227,8 @@ def load_scalar_model(
     _refuse_key_mismatch(path, missing, unexpected)
     if new_head:
         weight = model.score.weight
-        with gathered([weight], write=True):
-            with torch.no_grad():
-                weight.normal_(0.0, 1 / math.sqrt(model.score.in_features + 1))
+        with gathered([weight], write=True), torch.no_grad():
+            weight.normal_(0.0, 1 / math.sqrt(model.score.in_features + 1))
     _grow_embedding(model, tokenizer)
     _carry_tokens(model, tokenizer)
     if gradient_checkpointing:

@@ -45,7 +45,13 @@ def check_lora(config: PreTrainedConfig, dim: int, patterns: str) -> None:
 
 
 def add_lora(
-    model: nn.Module, dim: int, *, module_name: str = "", alpha: float = 0, dropout: float = 0.0, only_lora: bool = False
+    model: nn.Module,
+    dim: int,
+    *,
+    module_name: str = "",
+    alpha: float = 0,
+    dropout: float = 0.0,
+    only_lora: bool = False,
 ) -> None:
     """Adapt linear layers of `model` with LoRA factors of rank `dim`, in place; 0 does nothing.
 

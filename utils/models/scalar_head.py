@@ -7,7 +7,7 @@ from utils.algorithms.masking import position_ids
 
 
 class ScalarHead(nn.Linear):
-    """A linear map to one number that computes in fp32 whatever the model's dtype: bf16 resolves a score of 3 to 1/64 only."""
+    """A linear map to one number, computed in fp32 in every model: bf16 resolves a score of 3 to 1/64 only."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden.float(), self.weight.float())
@@ -16,8 +16,8 @@ class ScalarHead(nn.Linear):
 class ScalarHeadModel(nn.Module):
     """Wraps a `transformers` `*ForSequenceClassification` with one label; `forward` gives its score at every token.
 
-    transformers' own forward looks for the last id that is not the pad id, which is wrong where pad and eos share an id;
-    here the caller picks positions by mask. Its checkpoint opens in transformers as it is.
+    transformers' own forward looks for the last id that is not the pad id, which is wrong where pad and eos share one.
+    Here the caller picks positions by mask. Its checkpoint opens in transformers as it is.
     """
 
     def __init__(self, model: nn.Module):

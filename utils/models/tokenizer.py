@@ -40,7 +40,9 @@ def load_tokenizer(
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: no usable tokenizer there ({_first_line(error)}); set --tokenizer_name_or_path") from error
+            raise InputError(
+                f"{path}: no usable tokenizer there ({_first_line(error)}); set --tokenizer_name_or_path"
+            ) from error
     if add_eot_token:
         if eot_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [eot_token]})
@@ -88,13 +90,21 @@ def _from_sentencepiece(file: Path, special_tokens: dict[str, str]) -> PreTraine
     unknown, begin, end = model.IdToPiece(model.unk_id()), "<s>", "</s>"
     byte_fallback = any(model.IsByte(index) for index in range(len(pieces)))
     tokenizer = Tokenizer(
-        BPE(vocabulary, generate_merges(vocabulary, scores), unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+        BPE(
+            vocabulary,
+            generate_merges(vocabulary, scores),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=byte_fallback,
+        )
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    controls = [AddedToken(piece, special=True, normalized=False) for piece in (unknown, begin, end) if piece in vocabulary]
+    controls = [
+        AddedToken(piece, special=True, normalized=False) for piece in (unknown, begin, end) if piece in vocabulary
+    ]
     tokenizer.add_special_tokens(controls)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, vocabulary[begin])]

@@ -13,7 +13,7 @@ from utils.zero import is_partitioned
 class ExponentialMovingAverage:
     """shadow <- decay * shadow + (1 - decay) * weight, in fp32, started from the weights themselves.
 
-    Under ZeRO-3 each rank averages the part it owns; otherwise, since all ranks hold the same weights, rank 0 does it alone.
+    Under ZeRO-3 each rank averages the part it owns. Otherwise all hold the same weights, and rank 0 does it alone.
     With LoRA the factors are averaged (the frozen base is its own average).
     """
 

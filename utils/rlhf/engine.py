@@ -1,9 +1,9 @@
 """The four models of PPO, each in its DeepSpeed engine.
 
-    actor   the policy that learns        starts from the SFT model (step 1)
-    ref     the SFT model, frozen         a model of its own, or the actor with its adapters off
-    critic  values, learns                starts from the reward model (step 2)
-    reward  scores whole responses        the reward model, frozen
+actor   the policy that learns        starts from the SFT model (step 1)
+ref     the SFT model, frozen         a model of its own, or the actor with its adapters off
+critic  values, learns                starts from the reward model (step 2)
+reward  scores whole responses        the reward model, frozen
 """
 
 import contextlib
@@ -31,9 +31,13 @@ class RlhfEngine:
         self.config, self.tokenizer = config, tokenizer
         training = {"micro_batch_size": config.per_device_training_batch_size, "dropout": 0.0}
         self.actor = build_engine(load_causal_lm, tokenizer, config, role="actor_", total_steps=actor_steps, **training)
-        self.critic = build_engine(load_scalar_model, tokenizer, config, role="critic_", total_steps=critic_steps, **training)
+        self.critic = build_engine(
+            load_scalar_model, tokenizer, config, role="critic_", total_steps=critic_steps, **training
+        )
         self.shares_reference = config.actor_lora_dim > 0 and config.only_optimize_lora
-        self.ref = None if self.shares_reference else self._frozen("actor", load_causal_lm, config.offload_reference_model)
+        self.ref = (
+            None if self.shares_reference else self._frozen("actor", load_causal_lm, config.offload_reference_model)
+        )
         self.reward = self._frozen("critic", load_scalar_model, config.offload_reward_model)
         self.score_mean, self.score_std = self._score_scale()
         self.ema = ExponentialMovingAverage(self.actor.module, config.ema_decay) if config.enable_ema else None
@@ -71,7 +75,9 @@ class RlhfEngine:
         output_dir, adapter = Path(output_dir), self.config.save_adapter
         actor, critic = self.actor.module.model, self.critic.module.model
         save_model(actor, self.tokenizer, output_dir / "actor", save_adapter=adapter and self.config.actor_lora_dim > 0)
-        save_model(critic, self.tokenizer, output_dir / "critic", save_adapter=adapter and self.config.critic_lora_dim > 0)
+        save_model(
+            critic, self.tokenizer, output_dir / "critic", save_adapter=adapter and self.config.critic_lora_dim > 0
+        )
         if self.ema:
             with self.ema.applied():
                 save_model(actor, self.tokenizer, output_dir / "actor_ema")

@@ -7,8 +7,8 @@
     response                 j=0 j=1 j=2     j=3
     mask                     1   1   1       0
 
-Column j describes the token `sequences[:, P + j]`, which is predicted at position P + j - 1; only `response_logprobs` and
-`response_values` know of that shift.
+Column j describes the token `sequences[:, P + j]`, which is predicted at position P + j - 1. Only `response_logprobs`
+and `response_values` know of that shift.
 """
 
 from dataclasses import dataclass, fields
@@ -59,7 +59,11 @@ def response_logprobs(
         temperature: that of the sampling, so that both sides of PPO's ratio speak of the same distribution.
     """
     flat_logprobs, flat_entropy = policy(
-        sequences, attention_mask, target_mask(sequences, response_mask), temperature=temperature, with_entropy=with_entropy
+        sequences,
+        attention_mask,
+        target_mask(sequences, response_mask),
+        temperature=temperature,
+        with_entropy=with_entropy,
     )
     blank = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)
     logprobs = blank.masked_scatter(response_mask, flat_logprobs)
@@ -69,7 +73,7 @@ def response_logprobs(
 def response_values(
     critic: nn.Module, sequences: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:
-    """The critic's values of the states in which the response tokens were chosen, (B, R) fp32, zero outside the mask."""
+    """The critic's values of the states in which response tokens were chosen, (B, R) fp32, zero off the mask."""
     values = critic(sequences, attention_mask)
     first = sequences.size(1) - response_mask.size(1)
     return values[:, first - 1 : -1].masked_fill(~response_mask, 0.0)

@@ -49,7 +49,11 @@ def generate(
         eos_token_id=eos_id,
         pad_token_id=pad_id,
         use_cache=True,
-        **({} if sampling.greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}),
+        **(
+            {}
+            if sampling.greedy
+            else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        ),
     )
     devices = [input_ids.device] if input_ids.device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=input_ids.device.type if devices else "cuda"):

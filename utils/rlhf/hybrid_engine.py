@@ -14,9 +14,9 @@ from utils.zero import gathered, is_partitioned
 def generation_mode(engine: deepspeed.DeepSpeedEngine) -> Iterator[nn.Module]:
     """Yield the engine's `transformers` model with whole weights and without training hooks.
 
-    Under ZeRO-3 the weights are gathered once, for as long as the block lasts. DeepSpeed's hooks are taken off meanwhile:
-    they would split the weights again after every forward, and ranks that finish at different lengths would wait for each
-    other for ever. Nothing inside may change a weight; training goes on afterwards with bit-identical state.
+    Under ZeRO-3 the weights are gathered once, for as long as the block lasts. DeepSpeed's hooks are off meanwhile:
+    they would split the weights again after every forward, and ranks that finish at different lengths would wait for
+    each other for ever. Nothing inside may change a weight; training goes on afterwards with bit-identical state.
     """
     model = engine.module.model
     training, checkpointing = engine.module.training, model.is_activation_checkpointing

@@ -102,7 +102,9 @@ def ppo_step(
         "entropy": "entropy",
     }
     metrics |= {f"ppo/{shown}": sums[name] / tokens for name, shown in names.items() if name in sums}
-    metrics |= {f"ppo/{name}": value for name, value in distributed.all_reduce_dict(largest, "max").items()} if largest else {}
+    metrics |= (
+        {f"ppo/{name}": value for name, value in distributed.all_reduce_dict(largest, "max").items()} if largest else {}
+    )
     if unsupervised_loss is not None:
         metrics["ppo/unsupervised_loss"] = distributed.all_reduce_scalar(unsupervised_loss)
     return metrics

@@ -140,9 +140,7 @@ def response_scores(engine: RlhfEngine, sequences, attention_mask, response_mask
 
 
 @torch.no_grad()
-def score(
-    engine: RlhfEngine, sequences, attention_mask, response_mask, ended, *, config, kl_ctl: float
-) -> Experience:
+def score(engine: RlhfEngine, sequences, attention_mask, response_mask, ended, *, config, kl_ctl: float) -> Experience:
     """One micro-batch of rollouts with its log-probabilities, values, rewards and (not yet whitened) advantages."""
     batch = (sequences, attention_mask, response_mask)
     logprobs, _ = response_logprobs(engine.actor, *batch, temperature=config.temperature)
@@ -175,7 +173,7 @@ def _moments(pairs) -> torch.Tensor:
 
 
 def whiten_over_ranks(experiences: list[Experience], config) -> list[Experience]:
-    """Rewards (scaled, mean kept) and advantages whitened with moments of the whole rollout on all ranks, as configured."""
+    """Rewards (mean kept) and advantages whitened over the whole rollout of all ranks, as configured."""
     if config.whiten_rewards:
         mean, var = moments_to_mean_var(_moments((e.rewards, e.response_mask) for e in experiences))
         rescaled = []

@@ -1,0 +1,396 @@
+"""The three scripts end to end on tiny models: in process, through DeepSpeed's launcher, and with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from step_scripts import REPOSITORY, STEPS, load_step
+from tiny_models import save_causal_lm, save_reward_model
+
+from utils.config import run
+from utils.metrics import read_metrics
+
+COLOURS = ["white", "black", "green", "red", "blue"]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_tokenizer):
+    """Models and a preference file: the chosen answer is always polite."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = [
+        {
+            "prompt": f" Human: what colour is thing {index} ? Assistant:",
+            "chosen": f" it is {COLOURS[index % 5]} . happy to help .",
+            "rejected": f" {COLOURS[index % 3]} , go away !",
+        }
+        for index in range(60)
+    ]
+    return {
+        "data": write_rows(folder / "pairs.jsonl", rows),
+        "model": str(save_causal_lm(folder / "model", tiny_tokenizer)),
+        "reward": str(save_reward_model(folder / "reward", tiny_tokenizer)),
+        "cache": str(folder / "cache"),
+    }
+
+
+def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
+    """A command line of `step` on the tiny world."""
+    values = {"data_path": world["data"], "data_output_path": world["cache"], "dtype": "fp32", "data_split": "1,1,1"}
+    if step < 3:
+        values |= {"model_name_or_path": world["model"], "max_seq_len": 64, "per_device_train_batch_size": 4}
+        values |= {"learning_rate": 1e-3}
+    else:
+        values |= {"actor_model_name_or_path": world["model"], "critic_model_name_or_path": world["reward"]}
+        values |= {"per_device_generation_batch_size": 4, "per_device_training_batch_size": 2, "max_steps": 2}
+        values |= {"max_prompt_seq_len": 32, "max_answer_seq_len": 8, "eval_prompts": 2, "num_warmup_steps": 0}
+    if output is not None:
+        values["output_dir"] = output
+    values |= changes
+    return [
+        part
+        for name, value in values.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", *str(value).split("|")])
+    ]
+
+
+def run_step(step: int, argv: list[str]) -> dict[str, float]:
+    script = load_step(step)
+    from utils.config import parse_config
+
+    return script.main(parse_config(script.Config, argv))
+
+
+def stopped(step: int, argv: list[str], capsys, code: int) -> list[str]:
+    """The lines on stderr of a step that stops with exit code `code`. Its process group stays for the other tests."""
+    script = load_step(step)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        run(script.main, script.Config, argv)
+    assert stop.value.code == code
+    return capsys.readouterr().err.strip().splitlines()
+
+
+def refused(step: int, argv: list[str], capsys) -> str:
+    """The one line that a step prints on stderr when it refuses its input with exit code 2."""
+    lines = stopped(step, argv, capsys, 2)
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# --- what the steps do -----------------------------------------------------------------------------------------------
+
+
+def test_step1_learns_and_its_loss_is_that_of_a_plain_loop(world, tmp_path):
+    summary = run_step(1, flags(world, 1, tmp_path, max_steps=12, per_device_train_batch_size=8, eval_interval=5))
+    assert summary["eval/loss"] < summary["eval/loss_before"] - 0.5
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    evaluations = [row["step"] for row in rows if "eval/perplexity" in row]
+    assert evaluations == [0, 5, 10, 12]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "curves.png", "run_config.yaml", "summary.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = run_step(1, flags(world, 1, model_name_or_path=tmp_path, max_steps=1, num_sample_generations=0))
+    assert again["eval/loss_before"] == pytest.approx(summary["eval/loss"], abs=1e-5)
+    assert reloaded.config.eos_token_id == tokenizer.eos_token_id and reloaded.config.pad_token_id is not None
+
+
+def test_step1_loss_on_held_out_rows_equals_a_hand_written_loop(world, tiny_tokenizer):
+    """Every held-out row by itself: cross-entropy over response tokens and EOS, averaged over all of them."""
+    script = load_step(1)
+    from utils.config import parse_config
+    from utils.data import build_datasets
+
+    config = parse_config(script.Config, flags(world, 1, max_steps=1, num_sample_generations=0))
+    summary = script.main(config)
+    _, rows = build_datasets(
+        "sft", data_path=config.data_path, data_split=config.data_split, tokenizer=tiny_tokenizer,
+        max_seq_len=64, seed=config.seed, cache_dir=config.data_output_path,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(world["model"]).eval()
+    total, count = 0.0, 0
+    for index in range(len(rows)):
+        ids, start = torch.tensor([rows[index]["input_ids"]]), rows[index]["response_start"]
+        labels = ids.clone()
+        labels[:, :start] = -100
+        with torch.no_grad():
+            total += model(ids, labels=labels).loss.item() * (ids.size(1) - start)
+        count += ids.size(1) - start
+        assert ids[0, -1] == tiny_tokenizer.eos_token_id
+    assert summary["eval/loss_before"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_step1_result_does_not_depend_on_how_rows_are_grouped(world, tmp_path):
+    """4 x 2 accumulation, 8 x 1, and 8 x 1 under ZeRO-2 end with the same weights."""
+    outputs = []
+    for name, changes in {
+        "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        "whole": {"per_device_train_batch_size": 8},
+        "sharded": {"per_device_train_batch_size": 8, "zero_stage": 2},
+    }.items():
+        run_step(1, flags(world, 1, tmp_path / name, max_steps=2, num_sample_generations=0, **changes))
+        outputs.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
+    for other in outputs[1:]:
+        for key, value in outputs[0].items():
+            torch.testing.assert_close(other[key], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reward_loss", ["last_token", "token_span"])
+def test_step2_learns_to_tell_answers_apart_and_stores_the_scale(world, tmp_path, reward_loss):
+    summary = run_step(2, flags(world, 2, tmp_path, reward_loss=reward_loss, num_train_epochs=8))
+    assert summary["eval/accuracy"] == 1.0 and summary["eval/loss"] < 0.3
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["score_mean"] == pytest.approx(summary["eval/chosen_mean"])
+    assert config["score_std"] == pytest.approx(summary["eval/chosen_std"])
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert classifier.score.weight.shape == (1, 32)
+
+
+def test_step3_saves_models_that_open_and_metrics_that_are_complete(world, tmp_path):
+    summary = run_step(3, flags(world, 3, tmp_path, enable_ema=True, ppo_epochs=2, kl_target=1.0, print_answers=True))
+    assert summary["iterations"] == 2
+    for name in ("actor", "actor_ema"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+    transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    row = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "ppo/kl_k1" in row][-1]
+    expected = (
+        "kl_k1 kl_k3 approx_kl_k1 approx_kl_k3 clip_fraction value_clip_fraction entropy ratio_mean ratio_max "
+        "explained_variance ended_fraction length_mean length_std score_mean score_std reward_mean actor_grad_norm "
+        "critic_grad_norm policy_loss value_loss first_ratio_mean kl_ctl"
+    )
+    assert {f"ppo/{name}" for name in expected.split()} <= set(row)
+    assert {"time/generation", "time/scoring", "time/training", "throughput/samples_per_second"} <= set(row)
+    assert row["ppo/first_ratio_mean"] == 1.0
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_step3_with_unsupervised_text(world, tmp_path):
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "the milk is white . " * 20} for _ in range(30)])
+    run_step(3, flags(world, 3, tmp_path, unsupervised_dataset_name=text))
+    row = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "ppo/kl_k1" in row][-1]
+    assert row["ppo/unsupervised_loss"] > 0
+
+
+def test_test_mode_stops_early(world):
+    argv = flags(world, 3, enable_test_mode=True, test_stop_step=1, eval_prompts=0)
+    assert run_step(3, argv)["iterations"] == 1
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "gpt_neox", "phi"])
+def test_other_architectures_take_the_same_path(world, tiny_tokenizer, tmp_path, architecture):
+    model = str(save_causal_lm(tmp_path / "model", tiny_tokenizer, architecture))
+    run_step(1, flags(world, 1, tmp_path / "sft", model_name_or_path=model, max_steps=1, num_sample_generations=1))
+    sft = str(tmp_path / "sft")
+    run_step(2, flags(world, 2, tmp_path / "reward", model_name_or_path=sft, max_steps=1))
+    paths = {"actor_model_name_or_path": sft, "critic_model_name_or_path": str(tmp_path / "reward")}
+    assert run_step(3, flags(world, 3, max_steps=1, **paths))["iterations"] == 1
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [0, 4])
+def test_saved_actor_has_the_logprobs_of_the_engine(world, tmp_path, monkeypatch, stage, lora):
+    """What `from_pretrained` gives is what trained, merged LoRA included; bf16 rounds a merge once more."""
+    script, captured = load_step(3), {}
+
+    class Spy(script.RlhfEngine):
+        def save(self, output_dir):
+            ids = torch.arange(3, 40)[None]
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            targets = mask.clone()
+            targets[:, 0] = False
+            with torch.no_grad():
+                captured["logprobs"], captured["ids"] = self.actor(ids, mask, targets)[0], ids
+            super().save(output_dir)
+
+    monkeypatch.setattr(script, "RlhfEngine", Spy)
+    rates = {"actor_learning_rate": 1e-3, "actor_lora_learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    stages = {"actor_zero_stage": stage, "critic_zero_stage": stage, "actor_gradient_checkpointing": True}
+    run_step(3, flags(world, 3, tmp_path, actor_lora_dim=lora, save_adapter=True, **rates, **stages))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "actor").eval()
+    ids = captured["ids"]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(captured["logprobs"], expected, atol=1e-4, rtol=1e-4)
+    if lora:
+        from peft import PeftModel
+
+        base = transformers.AutoModelForCausalLM.from_pretrained(world["model"])
+        names = {name for name, _ in base.named_parameters()}
+        assert names == {name for name, _ in model.named_parameters()}
+        adapted = PeftModel.from_pretrained(base, tmp_path / "actor" / "adapter")
+        assert any("lora_B" in name and p.abs().max() > 0 for name, p in adapted.named_parameters())
+    else:
+        assert not (tmp_path / "actor" / "adapter").exists()
+
+
+def test_saved_configuration_runs_again(world, tmp_path):
+    first = run_step(1, flags(world, 1, tmp_path, max_steps=2, num_sample_generations=0))
+    again = run_step(1, ["--config", str(tmp_path / "run_config.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert again["eval/loss"] == first["eval/loss"]
+
+
+# --- what the steps refuse -------------------------------------------------------------------------------------------
+
+BAD_FLAGS = [
+    (1, {"data_path": "nowhere.jsonl"}, "--data_path nowhere.jsonl"),
+    (1, {"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere"),
+    (1, {"max_seq_len": 512}, "the model has 256 positions"),
+    (1, {"lora_dim": 4, "lora_module_name": "decoder.layers."}, "matches no linear layer"),
+    (1, {"zero_stage": 4}, "--zero_stage"),
+    (1, {"per_device_train_batch_size": 0}, "--per_device_train_batch_size"),
+    (1, {"per_device_train_batch_size": -1}, "--per_device_train_batch_size"),
+    (1, {"data_split": "0,1,1"}, "--data_split"),
+    (1, {"data_split": "a,b,c"}, "--data_split"),
+    (1, {"learnig_rate": 1}, "did you mean --learning_rate"),
+    (1, {"output_dir": "/proc/nowhere"}, "--output_dir"),
+    (2, {"data_path": "some-org/some-data"}, "some-org/some-data"),
+    (3, {"critic_model_name_or_path": "MODEL"}, "not a reward model"),
+    (3, {"per_device_training_batch_size": 3}, "--per_device_training_batch_size"),
+    (3, {"inference_tp_size": 2}, "--inference_tp_size"),
+    (3, {"max_answer_seq_len": 250}, "--max_prompt_seq_len + --max_answer_seq_len"),
+]
+if not torch.accelerator.is_available():
+    BAD_FLAGS.append((1, {"dtype": "fp16"}, "--dtype fp16"))
+
+
+@pytest.mark.parametrize(("step", "changes", "message"), BAD_FLAGS, ids=[str(case[1]) for case in BAD_FLAGS])
+def test_bad_flags_are_one_line_before_any_model_is_loaded(world, capsys, monkeypatch, step, changes, message):
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
+    )
+    changes = {name: world["model"] if value == "MODEL" else value for name, value in changes.items()}
+    assert message in refused(step, flags(world, step, **changes), capsys)
+
+
+GOOD = '{"prompt": " Human: a Assistant:", "chosen": " b", "rejected": " c"}\n'
+BAD_FILES = [
+    ("", "is empty"),
+    ("\n\n", "holds no rows"),
+    (GOOD * 3 + '{"prompt": "x", \n', ":4"),
+    (GOOD * 3 + '{"prompt": "x", "chosen": "y"}\n', ":4"),
+    ('{"question": "x", "answer": "y"}\n' * 9, "question"),
+    (GOOD * 3 + '{"prompt": " Human: a Assistant:", "chosen": "", "rejected": " c"}\n', ":4"),
+    (GOOD * 3 + '{"prompt": " Human: a Assistant:", "chosen": 5, "rejected": " c"}\n', ":4"),
+    (GOOD, "data"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES)
+def test_bad_files_are_one_line_with_file_and_line(world, capsys, tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    line = refused(2, flags(world, 2, tmp_path / "out", data_path=tmp_path / "bad.jsonl"), capsys)
+    assert "bad.jsonl" in line
+    assert message in line.replace(", line ", ":").replace(" line ", ":"), line
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_divergence_stops_with_the_step_and_advice(world, capsys, tmp_path):
+    argv = flags(world, 1, tmp_path, learning_rate=1e20, max_steps=6, max_grad_norm=0, num_sample_generations=0)
+    line = stopped(1, argv, capsys, 3)[-1]
+    assert "step" in line and "--learning_rate" in line
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(step: int, argv: list[str], *, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    """Two ranks through DeepSpeed's launcher, started in `folder`."""
+    script = os.path.relpath(STEPS[step], folder)
+    return subprocess.run(
+        [*DEEPSPEED, free_port(), script, *argv],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", [REPOSITORY, REPOSITORY / "training"], ids=["root", "training"])
+def test_two_ranks_through_the_launcher(world, tmp_path, folder):
+    argv = flags(world, 3, tmp_path, actor_zero_stage=3, critic_zero_stage=3, dtype="bf16", eval_prompts=3)
+    result = launch(3, argv, folder=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "actor")
+    assert result.stdout.count("saved to") == 1
+
+
+def test_a_refusal_on_two_ranks_is_one_line_and_a_failing_exit(world):
+    result = launch(1, flags(world, 1, data_path="nowhere.jsonl"))
+    assert result.returncode == 2
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupt_leaves_nothing_half_written(world, tmp_path):
+    argv = flags(world, 1, tmp_path, num_train_epochs=10_000, num_sample_generations=0)
+    process = subprocess.Popen(
+        [sys.executable, str(STEPS[1]), *argv],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.time() + 120
+    while not (tmp_path / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "run_config.yaml"}
+
+
+NO_CONNECTIONS = """
+import ipaddress, runpy, socket, sys
+connect, lookup = socket.socket.connect, socket.getaddrinfo
+
+def guarded_connect(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not ipaddress.ip_address(address[0]).is_loopback:
+        sys.exit(f"opened a connection to {address}")
+    return connect(self, address)
+
+def guarded_lookup(host, *arguments, **options):
+    if host not in ("127.0.0.1", "localhost", socket.gethostname(), None):
+        sys.exit(f"looked up {host}")
+    return lookup(host, *arguments, **options)
+
+socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_lookup
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_with_local_paths_opens_no_connection(world, tmp_path):
+    """Without HF_HUB_OFFLINE: nothing may even ask for an address."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")}
+    argv = flags(world, 3, tmp_path, data_output_path=tmp_path / "cache")
+    result = subprocess.run(
+        [sys.executable, "-c", NO_CONNECTIONS, str(STEPS[3]), *argv],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]

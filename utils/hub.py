@@ -1,0 +1,54 @@
+"""The Hugging Face hub: whether it can be asked at all, before a library spends half a minute on finding out."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+
+def is_reachable(timeout_s: float = 3.0) -> bool:
+    """Whether the hub can be asked: not switched off by HF_HUB_OFFLINE, and its host (or a proxy is set) answers."""
+    if is_switched_off():
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("ALL_PROXY"):
+        return True
+    endpoint = _endpoint()
+    try:
+        port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+        with socket.create_connection((host(), port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
+
+
+def is_switched_off() -> bool:
+    """Whether HF_HUB_OFFLINE forbids connections."""
+    import datasets
+
+    return bool(datasets.config.HF_HUB_OFFLINE)
+
+
+def host() -> str:
+    """Name of the machine that answers for the hub."""
+    return _endpoint().hostname or ""
+
+
+def _endpoint():
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Make `datasets` and `huggingface_hub` look in their caches only, as HF_HUB_OFFLINE=1 at start would."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
