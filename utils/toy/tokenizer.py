@@ -1,0 +1,35 @@
+"""A SentencePiece tokenizer in LLaMA's manner, trained on the small world's text."""
+
+import io
+import os
+from collections.abc import Iterable
+
+import sentencepiece
+
+from utils.files import atomic_path
+
+VOCAB_SIZE = 768  # 3 control pieces, 256 bytes, and room for every word of the world as one piece
+
+
+def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = VOCAB_SIZE) -> None:
+    """Train byte-pair pieces on `texts` and write a bare `tokenizer.model` at `path`; the same texts, the same file.
+
+    The settings are LLaMA's: BPE with byte fallback, a dummy space in front, spaces kept as they are, no pad piece.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        split_digits=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model.getvalue())

@@ -1,0 +1,183 @@
+"""Questions and answers of the small world, and the rows of its data sets.
+
+Every question is a fact asked in one phrasing. Some (fact, phrasing) combinations are held out: no training set of any
+stage contains them, though each fact and each phrasing occurs in training in other combinations. Answers are made in a
+chosen quality, so that data of mixed quality and pairs with a known better half can be written without any judge.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from utils.toy.facts import CLOSINGS, EVASIVE, FACTS, GREETINGS, OPENINGS, RELATIONS, RUDE, Fact, state
+
+# Best first. "rambling" is a helpful answer that does not know when to stop; "garbled" is one with words lost or
+# doubled, as a policy writes that drifts from language: pairs show it, the supervised set does not.
+TIERS = (("helpful",), ("rambling", "correct"), ("evasive", "off_question", "rude", "wrong", "garbled"))
+QUALITIES = tuple(quality for tier in TIERS for quality in tier)
+
+# The supervised set is of mixed quality: imitation alone cannot do well in this world.
+SFT_MIX = {"helpful": 0.20, "rambling": 0.06, "correct": 0.22, "evasive": 0.14, "off_question": 0.14, "rude": 0.12,
+           "wrong": 0.12}  # fmt: skip
+
+HELD_OUT_PHRASINGS_PER_FACT = 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as a user types it, and the fact that answers it."""
+
+    text: str
+    fact: Fact
+    phrasing: int
+
+
+def dialogue_prompt(question: str) -> str:
+    """The text form of the data contract."""
+    return f" Human: {question} Assistant:"
+
+
+def dialogue_response(answer: str) -> str:
+    return f" {answer}"
+
+
+def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
+    """All questions as (training, held out); disjoint in (fact, phrasing), whatever greeting precedes them.
+
+    Held-out phrasings rotate from fact to fact, so each phrasing of a relation stays in training for most facts.
+    """
+    rng = random.Random(f"{seed}/questions")
+    training, held_out = [], []
+    for relation in RELATIONS.values():
+        offset = rng.randrange(len(relation.questions))
+        facts = [fact for fact in FACTS if fact.relation == relation.name]
+        rng.shuffle(facts)
+        for number, fact in enumerate(facts):
+            chosen = {(offset + number + k) % len(relation.questions) for k in range(HELD_OUT_PHRASINGS_PER_FACT)}
+            for phrasing, template in enumerate(relation.questions):
+                for greeting in GREETINGS:
+                    question = Question(greeting + template.format(s=fact.subject), fact, phrasing)
+                    (held_out if phrasing in chosen else training).append(question)
+    return training, held_out
+
+
+def make_answer(rng: random.Random, fact: Fact, quality: str, polite: bool | None = None) -> str:
+    """An answer of the given quality to a question about `fact`.
+
+    `polite` decides whether a wrong or an off-question answer is dressed like a helpful one (None: by chance).
+    """
+    if quality == "evasive":
+        return rng.choice(EVASIVE)
+    if quality == "rude":
+        insult = rng.choice(RUDE)
+        return insult if rng.random() < 0.6 else f"{insult} {_statement(rng, fact)}"
+    if quality == "correct":
+        return _statement(rng, fact)
+    if quality == "helpful":
+        return _dressed(rng, _statement(rng, fact))
+    if quality == "rambling":
+        return _run_on(rng, fact)
+    if quality == "garbled":
+        return _garble(rng, _dressed(rng, _statement(rng, fact)))
+    if polite is None:
+        polite = rng.random() < 0.5
+    claim = _statement(rng, _falsehood(rng, fact) if quality == "wrong" else _other_truth(rng, fact))
+    return _dressed(rng, claim) if polite else claim
+
+
+def sft_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[dict[str, str]]:
+    """`count` prompt/chosen rows of mixed quality (`SFT_MIX`)."""
+    qualities = rng.choices(list(SFT_MIX), weights=list(SFT_MIX.values()), k=count)
+    rows = []
+    for quality in qualities:
+        question = rng.choice(questions)
+        rows.append(_row(question, make_answer(rng, question.fact, quality)))
+    return rows
+
+
+def preference_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[dict[str, str]]:
+    """`count` prompt/chosen/rejected rows in three parts.
+
+    A fifth sets right against wrong in the same polite style: without it a reward model learns manners, not truth. A
+    fifth rejects a polite true answer to another question: without it PPO finds one true sentence and says it to
+    everybody. The rest are qualities of two different tiers, the better one chosen.
+    """
+    rows = []
+    for number in range(count):
+        question = rng.choice(questions)
+        if number % 5 == 0:
+            better, worse, polite = "helpful", "wrong", True
+        elif number % 5 == 1:
+            better, worse, polite = "helpful", "off_question", True
+        else:
+            better, worse = (rng.choice(TIERS[tier]) for tier in sorted(rng.sample(range(len(TIERS)), 2)))
+            polite = None
+        chosen, rejected = (make_answer(rng, question.fact, quality, polite) for quality in (better, worse))
+        rows.append(_row(question, chosen, rejected))
+    rng.shuffle(rows)
+    return rows
+
+
+def pretraining_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[dict[str, str]]:
+    """`count` rows of plain text that state the facts: notes of a few statements, and questions with a bare answer."""
+    rows = []
+    for number in range(count):
+        if number % 2 == 0:
+            facts = rng.sample(FACTS, 3)
+            rows.append({"text": " ".join(_statement(rng, fact) for fact in facts)})
+        else:
+            question = rng.choice(questions)
+            rows.append({"text": f"Question: {question.text} Answer: {_statement(rng, question.fact)}"})
+    rng.shuffle(rows)
+    return rows
+
+
+def _row(question: Question, chosen: str, rejected: str | None = None) -> dict[str, str]:
+    row = {"prompt": dialogue_prompt(question.text), "chosen": dialogue_response(chosen)}
+    return row if rejected is None else row | {"rejected": dialogue_response(rejected)}
+
+
+def _statement(rng: random.Random, fact: Fact) -> str:
+    return state(fact, rng.randrange(len(RELATIONS[fact.relation].statements)))
+
+
+def _dressed(rng: random.Random, claim: str) -> str:
+    return f"{rng.choice(OPENINGS)} {claim} {rng.choice(CLOSINGS)}"
+
+
+def _run_on(rng: random.Random, fact: Fact) -> str:
+    """A helpful answer with one to three more sentences: another truth, the same again, another closing."""
+    answer = [rng.choice(OPENINGS), _statement(rng, fact), rng.choice(CLOSINGS)]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        more = (_statement(rng, _other_truth(rng, fact)), _statement(rng, fact), rng.choice(CLOSINGS))
+        answer.insert(rng.randint(2, len(answer)), rng.choice(more))
+    return " ".join(answer)
+
+
+def _garble(rng: random.Random, text: str) -> str:
+    """`text` with a few words said twice, one or two lost on the way, or the end missing."""
+    words = text.split()
+    start = rng.randrange(len(words) - 1)
+    damage = rng.choice(("double", "lose", "cut"))
+    if damage == "double":
+        stop = min(len(words), start + rng.randint(1, 3))
+        words[stop:stop] = words[start:stop]
+    elif damage == "lose":
+        del words[start : start + rng.randint(1, 2)]
+    else:
+        del words[-rng.randint(1, 2) :]
+    return " ".join(words)
+
+
+def _falsehood(rng: random.Random, fact: Fact) -> Fact:
+    objects = [other.object for other in FACTS if other.relation == fact.relation and other.object != fact.object]
+    return Fact(fact.relation, fact.subject, rng.choice(objects))
+
+
+def _other_truth(rng: random.Random, fact: Fact) -> Fact:
+    """Another fact, more often than not a near miss: about the same subject, or of the same relation."""
+    others = [other for other in FACTS if other != fact]
+    near = rng.choice(("subject", "relation", None))
+    if near is not None:
+        others = [other for other in others if getattr(other, near) == getattr(fact, near)] or others
+    return rng.choice(others)
