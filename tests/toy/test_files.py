@@ -10,8 +10,9 @@ from utils.data import build_datasets, check_data_paths
 from utils.models.tokenizer import load_tokenizer
 from utils.toy.files import WorldSizes, write_world
 from utils.toy.tokenizer import VOCAB_SIZE
+from utils.toy.world import make_questions
 
-SIZES = WorldSizes(pretraining=400, sft=400, preference=60, prompts=50, held_out=20)
+SIZES = WorldSizes(pretraining=400, sft=400, preference=60, held_out=20)
 
 
 @pytest.fixture(scope="module")
@@ -70,4 +71,7 @@ def test_the_ordinary_loaders_read_every_row(world, folder, purpose, length, tmp
         cache_dir=str(tmp_path),
         **limit,
     )
-    assert (len(train), len(held_out)) == (getattr(SIZES, folder), SIZES.held_out)
+    training, asked_only_at_the_end = make_questions(7)
+    prompts = (len(training), len(asked_only_at_the_end))
+    expected = prompts if folder == "prompts" else (getattr(SIZES, folder), SIZES.held_out)
+    assert (len(train), len(held_out)) == expected

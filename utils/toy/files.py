@@ -12,26 +12,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.files import atomic_path, atomic_write_text
 from utils.toy.tokenizer import VOCAB_SIZE, train_tokenizer
-from utils.toy.world import (
-    Question,
-    dialogue_prompt,
-    make_questions,
-    preference_rows,
-    pretraining_rows,
-    sft_rows,
-)
+from utils.toy.world import dialogue_prompt, make_questions, preference_rows, pretraining_rows, sft_rows
 
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class WorldSizes:
-    """Rows of each data set. Training rows ask training questions only, held-out rows held-out questions only."""
+    """Rows of each data set; the prompts of step 3 are all questions, once each.
+
+    Training rows ask training questions only, held-out rows held-out questions only.
+    """
 
     pretraining: int = 9600
     sft: int = 6400
     preference: int = 12000
-    prompts: int = 7680
     held_out: int = 512
 
 
@@ -55,7 +50,6 @@ def write_world(folder: str | os.PathLike, seed: int, sizes: WorldSizes | None =
         files.pretraining: (pretraining_rows, sizes.pretraining),
         files.sft: (sft_rows, sizes.sft),
         files.preference: (preference_rows, sizes.preference),
-        files.prompts: (_prompt_rows, sizes.prompts),
     }
     texts: list[str] = []
     for path, (make, count) in makers.items():
@@ -65,6 +59,8 @@ def write_world(folder: str | os.PathLike, seed: int, sizes: WorldSizes | None =
         _write_rows(path / "eval.jsonl", eval_rows)
         if path in (files.pretraining, files.sft):
             texts += ["".join(row.values()) for row in train_rows]
+    for name, questions in (("train", training), ("eval", held_out)):
+        _write_rows(files.prompts / f"{name}.jsonl", [{"prompt": dialogue_prompt(q.text)} for q in questions])
     write_random_llama(files.random_model, texts, seed)
     return files
 
@@ -89,14 +85,6 @@ def write_random_llama(folder: str | os.PathLike, texts: Sequence[str], seed: in
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         train_tokenizer(texts, temporary / "tokenizer.model")
-
-
-def _prompt_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[Row]:
-    """`count` prompts: all questions in random order, again and again."""
-    rows: list[Row] = []
-    while len(rows) < count:
-        rows += [{"prompt": dialogue_prompt(question.text)} for question in rng.sample(questions, len(questions))]
-    return rows[:count]
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:
