@@ -84,3 +84,11 @@ def tiny_tokenizer():
 def gpt_tokenizer():
     """The same in GPT-2's manner: nothing is prepended, and pad is EOS."""
     return _byte_level_tokenizer(add_bos=False, pad_is_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def keep_process_group(monkeypatch):
+    """Scripts that tests run in this process leave its process group standing: DeepSpeed cannot make a second one."""
+    import torch
+
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)

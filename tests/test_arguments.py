@@ -159,7 +159,6 @@ def test_refused_step_flags(step, argv, message, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--enable_hybrid_engine"], "--enable_hybrid_engine is not available yet"),
         (["--inference_tp_size", "2"], "--inference_tp_size 2 is not available yet"),
         (["--unpin_actor_parameters"], "--unpin_actor_parameters is not available yet"),
         (["--release_inference_cache"], "--release_inference_cache is not available yet"),

@@ -73,10 +73,9 @@ def run_step(step: int, argv: list[str]) -> dict[str, float]:
 
 
 def stopped(step: int, argv: list[str], capsys, code: int) -> list[str]:
-    """The lines on stderr of a step that stops with exit code `code`. Its process group stays for the other tests."""
+    """The lines on stderr of a step that stops with exit code `code`."""
     script = load_step(step)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with pytest.raises(SystemExit) as stop:
         run(script.main, script.Config, argv)
     assert stop.value.code == code
     return capsys.readouterr().err.strip().splitlines()

@@ -217,8 +217,8 @@ def optimizer_step(
     if loss_value != loss_value or loss_value in (float("inf"), float("-inf")):
         raise DivergenceError(
             f"{what}: the loss is {loss_value}. Likely causes: a learning rate that is too high, or 16-bit overflow. "
-            "Lower --learning_rate (step 3: --actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or use "
-            "--dtype bf16 or fp32"
+            "Lower --learning_rate (step 3: --actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or "
+            "use --dtype bf16 or fp32"
         )
     unsharded = engine.zero_optimization_stage() == 0
     norm = (

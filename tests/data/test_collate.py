@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.data.collate import collate_preference, collate_prompts, collate_sft
+from utils.data.collate import collate_preference, collate_sft, pad
 
 T, F = True, False
 PAD = 2  # equal to EOS on purpose: masks must not look at ids
@@ -43,10 +43,9 @@ def test_pairs_become_one_batch_chosen_first():
 
 
 def test_prompts_are_padded_on_the_left():
-    batch = collate_prompts([{"prompt_ids": [1, 5, 6], "prompt": "x"}, {"prompt_ids": [1, 2], "prompt": "y"}], PAD)
-    assert batch["input_ids"].tolist() == [[1, 5, 6], [PAD, 1, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert batch["row_mask"].tolist() == [True, True]
+    ids, mask = pad([[1, 5, 6], [1, 2]], PAD, left=True)
+    assert ids.tolist() == [[1, 5, 6], [PAD, 1, 2]]
+    assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
 
 
 @pytest.mark.parametrize("pad_id", [0, 1, 2, 7])

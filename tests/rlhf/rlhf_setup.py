@@ -1,4 +1,4 @@
-"""A complete tiny PPO: models on disk, a Config, an engine, and batches of prompts."""
+"""A complete tiny PPO: models on disk, a Config, an engine, and prompts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +62,9 @@ def make_engine(config: Config, tokenizer):
     return RlhfEngine(config, tokenizer, actor_steps=100, critic_steps=100)
 
 
-def prompt_batches(config: Config, vocabulary_size: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Left-padded random prompts of unequal length."""
+def make_prompts(config: Config, vocabulary_size: int, *, seed: int = 0) -> list[list[int]]:
+    """Random prompts of unequal length, enough for a rollout."""
     generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for index in range(config.generation_batches):
-        rows, width = config.per_device_generation_batch_size, 6 + 2 * index
-        mask = torch.ones(rows, width, dtype=torch.long)
-        mask[0, :3], mask[1, :1] = 0, 0
-        ids = torch.randint(3, vocabulary_size, (rows, width), generator=generator)
-        batches.append({"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask})
-    return batches
+    count = config.per_device_generation_batch_size * config.generation_batches
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    return [torch.randint(3, vocabulary_size, (length,), generator=generator).tolist() for length in lengths]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from processes import run_ranks
-from rlhf_setup import make_config, make_engine, prompt_batches, save_models
+from rlhf_setup import make_config, make_engine, make_prompts, save_models
 
 from utils.rlhf.experience import response_logprobs, response_values
 from utils.rlhf.ppo import mean_metrics, ppo_minibatches, ppo_step
@@ -24,7 +24,7 @@ def changed(before, module):
 
 
 def iterate(engine, config, tokenizer, *, seed=7, **step_options):
-    samples = rollout(engine, prompt_batches(config, len(tokenizer)), config, kl_ctl=0.1, seed=seed)
+    samples = rollout(engine, make_prompts(config, len(tokenizer)), config, kl_ctl=0.1, seed=seed)
     steps = [
         ppo_step(engine, minibatch, config, what="test", **step_options)
         for epoch in range(config.ppo_epochs)
@@ -55,7 +55,7 @@ def test_first_ratio_is_exactly_one_although_the_models_ask_for_dropout(paths, t
 def test_loss_equals_the_formula_on_one_minibatch(paths, tiny_tokenizer):
     config = make_config(paths, per_device_generation_batch_size=8, generation_batches=1)
     engine = make_engine(config, tiny_tokenizer)
-    samples = rollout(engine, prompt_batches(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    samples = rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
     minibatch = next(iter(ppo_minibatches(samples.micro_batches, 2, seed=0)))
     ppo_step(engine, minibatch, config, what="move away from ratio 1")
     policy, value, count = 0.0, 0.0, 0
@@ -130,7 +130,7 @@ def test_unsupervised_text_adds_its_mean_loss(paths, tiny_tokenizer):
     targets = mask.clone()
     targets[:, 0] = False
     text = {"input_ids": ids, "attention_mask": mask, "target_mask": targets}
-    samples = rollout(engine, prompt_batches(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    samples = rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
     minibatch = next(iter(ppo_minibatches(samples.micro_batches, 2, seed=0)))
     with torch.no_grad():
         logits = engine.ref.module.model(ids).logits[:, :-1]
@@ -186,20 +186,19 @@ def test_minibatches_cover_the_rollout_once_in_a_seeded_order():
 
 
 def ranks_rollout_and_step(paths, tokenizer_path, stage, halves):
-    """One iteration; `halves` ranks share the prompts of a single rank. (Nearly) greedy, so both sample alike."""
+    """One iteration; `halves` ranks share the prompts of a single rank. A prompt's samples are its own."""
     from utils import distributed
     from utils.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     config = make_config(
-        paths, actor_zero_stage=stage, critic_zero_stage=stage, generation_batches=1, temperature=1e-4,
+        paths, actor_zero_stage=stage, critic_zero_stage=stage, generation_batches=1, temperature=0.7,
         per_device_generation_batch_size=8 // halves, gradient_accumulation_steps=4 // halves,
     )  # fmt: skip
     whole = make_config(paths, generation_batches=1, per_device_generation_batch_size=8)
-    batch = prompt_batches(whole, len(tokenizer))[0]
+    prompts = make_prompts(whole, len(tokenizer))
     engine = make_engine(config, tokenizer)
-    mine = {name: tensor[distributed.rank() :: halves] for name, tensor in batch.items()}
-    samples = rollout(engine, [mine], config, kl_ctl=0.1, seed=1)
+    samples = rollout(engine, prompts[distributed.rank() :: halves], config, kl_ctl=0.1, seed=1)
     minibatch = next(iter(ppo_minibatches(samples.micro_batches, len(samples.micro_batches), seed=0)))
     metrics = ppo_step(engine, minibatch, config, what="test")
     responses = sorted(row[mask].tolist() for e in samples.micro_batches for row, mask in zip(
@@ -232,7 +231,7 @@ def ranks_of_unequal_length(paths, tokenizer_path, stage):
     short = dataclasses.replace(config, max_answer_seq_len=2) if distributed.rank() == 0 else config
     metrics = []
     for seed in range(2):
-        samples = rollout(engine, prompt_batches(config, len(tokenizer)), short, kl_ctl=0.1, seed=seed)
+        samples = rollout(engine, make_prompts(config, len(tokenizer)), short, kl_ctl=0.1, seed=seed)
         for minibatch in ppo_minibatches(samples.micro_batches, 2, seed=seed):
             metrics.append(ppo_step(engine, minibatch, config, what="test"))
     return metrics

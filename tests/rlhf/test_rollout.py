@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import transformers
-from rlhf_setup import make_config, make_engine, prompt_batches, save_models
+from rlhf_setup import make_config, make_engine, make_prompts, save_models
 
 from utils.models.scalar_head import ScalarHeadModel
-from utils.rlhf.generation import Generation, SamplingParams, generate
-from utils.rlhf.hybrid_engine import generation_mode
-from utils.rlhf.rollout import assemble, join, rollout
+from utils.rlhf.generation import Generation
+from utils.rlhf.rollout import assemble, rollout
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def setup(paths, tiny_tokenizer):
     with torch.no_grad():  # the actor must differ from its reference for a KL to show
         for parameter in engine.actor.module.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    batches = prompt_batches(config, len(tiny_tokenizer))
+    batches = make_prompts(config, len(tiny_tokenizer))
     return config, engine, batches, rollout(engine, batches, config, kl_ctl=0.1, seed=7)
 
 
@@ -116,63 +115,42 @@ def test_sampling_leaves_the_global_generator_alone(setup):
 def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_rollout(paths, tiny_tokenizer):
     config = make_config(paths)
     engine = make_engine(config, tiny_tokenizer)
-    samples = rollout(engine, prompt_batches(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    samples = rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
     values = torch.cat([e.advantages[e.response_mask] for e in samples.micro_batches])
     assert values.mean().abs() < 1e-5 and abs(values.var(unbiased=False).item() - 1) < 1e-4
     per_row = [e.advantages[0][e.response_mask[0]].mean().abs().item() for e in samples.micro_batches]
     assert max(per_row) > 0.05  # good and bad answers still differ
 
 
-def test_sampling_follows_the_distribution_of_the_model(setup, tiny_tokenizer):
-    """Chi-square of first tokens against the softmax, over the dozen most likely ids and the rest."""
-    config, engine, _, _ = setup
-    prompt = torch.tensor([[1, 40, 50, 60]])
-    count = 4000
-    with generation_mode(engine.actor) as model:
-        probabilities = torch.softmax(model(prompt).logits[0, -1].float() / 0.9, -1)
-        first = generate(
-            model, prompt.repeat(count, 1), torch.ones(count, 4), SamplingParams(max_new_tokens=1, temperature=0.9),
-            eos_id=2, pad_id=0, seed=11,
-        ).tokens[:, 0]  # fmt: skip
-    top = probabilities.topk(12).indices
-    observed = torch.tensor([(first == token).sum().item() for token in top] + [0.0])
-    observed[-1] = count - observed.sum()
-    expected = torch.cat([probabilities[top], 1 - probabilities[top].sum()[None]]) * count
-    statistic = ((observed - expected).square() / expected).sum().item()
-    assert statistic < 32.9  # 12 degrees of freedom, p = 0.001
-
-
-def test_greedy_equals_transformers_row_by_row_without_padding(setup, tiny_tokenizer):
-    config, engine, batches, _ = setup
-    with generation_mode(engine.actor) as model:
-        batch = batches[0]
-        found = generate(
-            model, batch["input_ids"], batch["attention_mask"], SamplingParams(max_new_tokens=8, greedy=True),
-            eos_id=2, pad_id=0, seed=0,
-        )  # fmt: skip
-        for row in range(4):
-            prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
-            alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
-                                   eos_token_id=2, pad_token_id=0)[0, prompt.size(1):]  # fmt: skip
-            assert found.tokens[row][found.mask[row]].tolist() == alone.tolist()
-
-
-def test_joined_batches_keep_rows_and_trim_padding():
-    prompts = [
-        {"input_ids": torch.tensor([[0, 5]]), "attention_mask": torch.tensor([[0, 1]])},
-        {"input_ids": torch.tensor([[6, 7, 8]]), "attention_mask": torch.tensor([[1, 1, 1]])},
-    ]
-    responses = [
-        Generation(tokens=torch.tensor([[9, 2]]), mask=torch.tensor([[True, True]]), ended=torch.tensor([True])),
-        Generation(tokens=torch.tensor([[2]]), mask=torch.tensor([[True]]), ended=torch.tensor([True])),
-    ]
-    joined, merged = join(prompts, responses, pad_id=2)
-    sequences, attention, mask = assemble(joined, merged, torch.tensor([0, 1]))
-    assert sequences.tolist() == [[2, 0, 5, 9, 2], [6, 7, 8, 2, 2]]
+def test_assembled_rows_are_trimmed_to_the_longest_of_them():
+    prompts = [[5], [6, 7, 8]]
+    responses = Generation(
+        tokens=torch.tensor([[9, 2], [2, 0]]),
+        mask=torch.tensor([[True, True], [True, False]]),
+        ended=torch.tensor([True, True]),
+    )
+    sequences, attention, mask = assemble(prompts, responses, [0, 1], pad_id=0)
+    assert sequences.tolist() == [[0, 0, 5, 9, 2], [6, 7, 8, 2, 0]]
     assert attention.tolist() == [[False, False, True, True, True], [True, True, True, True, False]]
     assert mask.tolist() == [[True, True], [True, False]]
-    sequences, attention, mask = assemble(joined, merged, torch.tensor([1]))
+    sequences, attention, mask = assemble(prompts, responses, [1], pad_id=0)
     assert sequences.tolist() == [[6, 7, 8, 2]] and mask.tolist() == [[True]] and attention.all()
+
+
+def test_the_engine_and_transformers_generate_give_the_same_experience_when_greedy(paths, tiny_tokenizer):
+    """top_k 1 leaves one token to sample, on both sides."""
+    outcomes = []
+    for enable in (True, False):
+        config = make_config(paths, enable_hybrid_engine=enable, top_k=1)
+        engine = make_engine(config, tiny_tokenizer)
+        assert (engine.decoder is not None) == enable
+        prompts = make_prompts(config, len(tiny_tokenizer))
+        outcomes.append(rollout(engine, prompts, config, kl_ctl=0.1, seed=3))
+    for mine, theirs in zip(*(outcome.micro_batches for outcome in outcomes), strict=True):
+        for name in ("sequences", "attention_mask", "response_mask", "logprobs", "values", "rewards", "advantages"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
+    assert outcomes[0].metrics["ppo/sampling_logprob_difference_max"] < 1e-4
+    assert "ppo/sampling_logprob_difference_max" not in outcomes[1].metrics
 
 
 def test_missing_score_scale_means_raw_scores(paths, tiny_tokenizer):

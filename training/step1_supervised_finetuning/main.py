@@ -29,13 +29,14 @@ from utils.arguments import (
     TokenizerArguments,
 )
 from utils.config import run
-from utils.data import build_dataloader, build_datasets, check_data_paths, collate_prompts, collate_sft
+from utils.data import build_dataloader, build_datasets, check_data_paths, collate_sft
 from utils.models.checkpoint import save_model
 from utils.models.loading import check_length, check_model, load_causal_lm, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.models.training_engine import build_engine
-from utils.rlhf.generation import SamplingParams, generate
+from utils.rlhf.generation import generate
 from utils.rlhf.hybrid_engine import generation_mode
+from utils.rlhf.sampling import SamplingParams
 from utils.session import check_run, open_metrics, save_summary, start_run
 from utils.zero import accumulation_groups, optimizer_step
 
@@ -78,24 +79,17 @@ def evaluate(engine, loader) -> dict[str, float]:
 
 def sample_answers(engine, tokenizer, rows, max_new_tokens: int) -> list[tuple[str, str]]:
     """Greedy answers to the prompts of `rows`, as (prompt, answer) texts. Plain-text rows have no prompt: skipped."""
-    prompts = [{"prompt_ids": row["input_ids"][: row["response_start"]]} for row in rows if row["response_start"] > 1]
+    prompts = [row["input_ids"][: row["response_start"]] for row in rows if row["response_start"] > 1]
     if not prompts:
         return []
-    batch = distributed.to_device(collate_prompts(prompts, tokenizer.pad_token_id))
     sampling = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
     with generation_mode(engine) as model:
         answers = generate(
-            model,
-            batch["input_ids"],
-            batch["attention_mask"],
-            sampling,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            seed=0,
+            model, prompts, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=0
         )
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     responses = [decode(ids[mask]) for ids, mask in zip(answers.tokens, answers.mask, strict=True)]
-    return [(decode(row["prompt_ids"]), response) for row, response in zip(prompts, responses, strict=True)]
+    return [(decode(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def main(config: Config) -> dict[str, float]:

@@ -30,7 +30,7 @@ from utils.arguments import (
     TokenizerArguments,
 )
 from utils.config import run
-from utils.data import build_dataloader, build_datasets, check_data_paths, collate_prompts, collate_sft, endless
+from utils.data import build_dataloader, build_datasets, check_data_paths, collate_sft, endless
 from utils.models.loading import check_length, check_model, check_scalar_model, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.rlhf.engine import RlhfEngine
@@ -104,11 +104,10 @@ def main(config: Config) -> dict[str, float]:
     )
     eval_rows = eval_rows.head(config.eval_prompts)
     distributed.log(f"data: {prompt_rows.description}")
-    collate = functools.partial(collate_prompts, pad_id=tokenizer.pad_token_id)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
     batch_size = config.per_device_generation_batch_size
-    prompt_loader = build_dataloader(prompt_rows, collate, batch_size, shuffle=True, drop_last=True, **ranks)
-    eval_loader = build_dataloader(eval_rows, collate, batch_size, shuffle=False, **ranks)
+    prompt_loader = build_dataloader(prompt_rows, list, batch_size, shuffle=True, drop_last=True, **ranks)
+    eval_loader = build_dataloader(eval_rows, list, batch_size, shuffle=False, **ranks)
     unsupervised_batches = None
     if text_source:
         text_rows, _ = build_datasets(
@@ -150,7 +149,8 @@ def main(config: Config) -> dict[str, float]:
                 if iteration == iterations or len(prompt_batches) < config.generation_batches:
                     break
                 iteration += 1
-                samples = rollout(engine, prompt_batches, config, kl_ctl=kl_ctl, seed=config.seed + iteration)
+                prompts = [row["prompt_ids"] for batch in prompt_batches for row in batch]
+                samples = rollout(engine, prompts, config, kl_ctl=kl_ctl, seed=config.seed + iteration)
                 metrics = samples.metrics | {
                     "ppo/kl_ctl": kl_ctl,
                     "ppo/explained_variance": explained_variance_over_ranks(samples.micro_batches),

@@ -144,7 +144,11 @@ class RlhfSystemArguments(MachineArguments):
     critic_gradient_checkpointing: bool = flag(False, "recompute the critic's activations: less memory, more time")
     offload_reference_model: bool = flag(False, "keep the reference model in CPU memory")
     offload_reward_model: bool = flag(False, "keep the reward model in CPU memory")
-    enable_hybrid_engine: bool = flag(False, "generate with the decode engine, on the training weights")
+    enable_hybrid_engine: bool = flag(
+        True,
+        "generate with the decode engine (LLaMA), on the training weights; off, or for other architectures, with "
+        "transformers' generate",
+    )
     unpin_actor_parameters: bool = flag(False, "give the generation copy of the actor's weights back during training")
     release_inference_cache: bool = flag(False, "give the generation cache back during training")
     inference_tp_size: int = flag(1, "processes that share a model in generation", at_least=1)

@@ -1,6 +1,6 @@
 """Data: from files and hub data sets to batches of token ids with exact prompt and response spans."""
 
-from utils.data.collate import collate_preference, collate_prompts, collate_sft
+from utils.data.collate import collate_preference, collate_sft
 from utils.data.dataloader import RankDataLoader, build_dataloader, endless
 from utils.data.dataset import TokenDataset, build_datasets
 from utils.data.dialogue import render_prompt, render_response
@@ -15,7 +15,6 @@ __all__ = [
     "build_datasets",
     "check_data_paths",
     "collate_preference",
-    "collate_prompts",
     "collate_sft",
     "endless",
     "render_prompt",

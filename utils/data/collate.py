@@ -1,6 +1,6 @@
 """From dataset rows to padded batches. Masks come from the lengths of the rows, never from comparing ids with pad.
 
-Notation: B rows, T columns (the longest row of the batch), P prompt columns. All ids are int64. `attention_mask` is
+Notation: B rows, T columns (the longest row of the batch). All ids are int64. `attention_mask` is
 int64 with 1 where a token is; the other masks are bool.
 
 A row with `"filler": True` repeats another row only to give every rank the same number of batches (see
@@ -65,12 +65,3 @@ def collate_preference(rows: Sequence[Row], pad_id: int) -> Batch:
         "response_mask": _span_mask(starts, attention_mask),
         "row_mask": _row_mask(rows),
     }
-
-
-def collate_prompts(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Rows of purpose "prompts", padded on the left so that generation continues every row at the same column.
-
-    Returns input_ids (B, P), attention_mask (B, P) and row_mask (B,), false for filler rows.
-    """
-    ids, attention_mask = pad([row["prompt_ids"] for row in rows], pad_id, left=True)
-    return {"input_ids": ids, "attention_mask": attention_mask, "row_mask": _row_mask(rows)}

@@ -28,9 +28,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
         if ".lora_" in name:
             continue
         if prefix in layers and name.endswith(".base_layer.weight"):
-            value = merged_weight(layers[prefix])
-            if distributed.is_main():
-                state[f"{prefix}.weight"] = value.cpu()
+            with gathered(layers[prefix].parameters()):
+                if distributed.is_main():
+                    state[f"{prefix}.weight"] = merged_weight(layers[prefix]).cpu()
             continue
         with gathered([tensor]):
             if distributed.is_main():

@@ -11,7 +11,6 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from utils.errors import InputError
-from utils.zero import gathered
 
 ADAPTER = "default"
 
@@ -96,8 +95,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_weight(layer: LoraLayer) -> torch.Tensor:
-    """W + (alpha / r) B A of one adapted layer, computed in fp32 into new memory; the layer itself is not touched."""
+    """W + (alpha / r) B A of one adapted layer, computed in fp32 into new memory; the layer itself is not touched.
+
+    The weights must be whole: under ZeRO-3, call it inside `gathered(layer.parameters())`.
+    """
     weight = layer.get_base_layer().weight
-    with gathered([weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]):
-        update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float() * layer.scaling[ADAPTER]
-        return (weight.float() + (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)
+    update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float() * layer.scaling[ADAPTER]
+    return (weight.float() + (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)

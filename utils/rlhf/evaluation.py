@@ -1,6 +1,6 @@
 """How the actor does on held-out prompts, and what it writes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,19 +12,21 @@ from utils.rlhf.rollout import assemble, generate_responses, response_scores, sa
 
 
 @torch.no_grad()
-def evaluate_prompts(engine: RlhfEngine, loader: Iterable[dict[str, torch.Tensor]], config) -> dict[str, float]:
+def evaluate_prompts(engine: RlhfEngine, loader: Iterable[Sequence[dict]], config) -> dict[str, float]:
     """Reward-model score, length and share of finished greedy responses to the prompts of `loader`, over all ranks."""
-    prompt_batches = [distributed.to_device(batch) for batch in loader]
-    responses = generate_responses(engine, prompt_batches, sampling_params(config, greedy=True), seed=config.seed)
-    sums = {"sequences": 0, "score": 0.0, "length": 0, "ended": 0}
-    for prompts, generation in zip(prompt_batches, responses, strict=True):
-        real = prompts["row_mask"]
-        for rows in torch.arange(len(real)).split(config.per_device_training_batch_size):
-            scores = response_scores(engine, *assemble(prompts, generation, rows))
-            sums["score"] += scores[real[rows]].sum().item()
-        sums["sequences"] += int(real.sum())
-        sums["length"] += int(generation.mask[real].sum())
-        sums["ended"] += int(generation.ended[real].sum())
+    rows = [row for batch in loader for row in batch]
+    prompts = [row["prompt_ids"] for row in rows]
+    real = torch.tensor([not row.get("filler", False) for row in rows], device=distributed.device())
+    responses = generate_responses(engine, prompts, sampling_params(config, greedy=True), seed=config.seed)
+    parts = torch.arange(len(rows)).split(config.per_device_training_batch_size)
+    batches = [assemble(prompts, responses, part.tolist(), engine.tokenizer.pad_token_id) for part in parts]
+    scores = torch.cat([response_scores(engine, *batch) for batch in batches])
+    sums = {
+        "sequences": real.sum(),
+        "score": scores[real].sum(),
+        "length": responses.mask[real].sum(),
+        "ended": responses.ended[real].sum(),
+    }
     sums = distributed.all_reduce_dict(sums)
     count = sums.pop("sequences")
     return {

@@ -1,20 +1,20 @@
 """From prompts to experience: sample responses, score them with all four models, and turn scores into advantages."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from utils import distributed
 from utils.algorithms.advantages import gae, masked_moments, moments_to_mean_var, whiten
 from utils.algorithms.kl import kl_penalty, normalize_scores, per_token_rewards
 from utils.algorithms.masking import last_index, masked_sum
+from utils.data.collate import pad
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.experience import Experience, response_logprobs, response_values
-from utils.rlhf.generation import Generation, SamplingParams, generate
+from utils.rlhf.generation import Generation, respond
 from utils.rlhf.hybrid_engine import generation_mode
+from utils.rlhf.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,31 @@ class Rollout:
     num_sequences: int  # over all ranks
 
 
-def rollout(
-    engine: RlhfEngine, prompt_batches: Sequence[dict[str, torch.Tensor]], config, *, kl_ctl: float, seed: int
-) -> Rollout:
+def rollout(engine: RlhfEngine, prompts: list[list[int]], config, *, kl_ctl: float, seed: int) -> Rollout:
     """Sample one response per prompt and compute everything that PPO needs.
 
     Rows are scored in exactly the micro-batches that train, so the first epoch's first ratio is 1 to the last bit.
 
     Args:
-        prompt_batches: each {"input_ids", "attention_mask"} of (per_device_generation_batch_size, P), left-padded.
+        prompts: token ids of this rank's prompts.
         config: step 3's.
         kl_ctl: price of a nat of KL to the reference.
-        seed: of this rollout; ranks draw different samples from it.
+        seed: of this rollout's samples.
     """
     started = time.perf_counter()
-    generations = generate_responses(engine, prompt_batches, sampling_params(config), seed=seed)
+    responses = generate_responses(engine, prompts, sampling_params(config), seed=seed)
     generated = time.perf_counter()
 
-    prompts, responses = join(prompt_batches, generations, engine.tokenizer.pad_token_id)
-    rows = torch.arange(len(responses.tokens)).split(config.per_device_training_batch_size)
-    micro_batches = [(*assemble(prompts, responses, part), responses.ended[part]) for part in rows]
-    scored = [score(engine, *batch, config=config, kl_ctl=kl_ctl) for batch in micro_batches]
-    experiences = whiten_over_ranks(scored, config)
+    rows = torch.arange(len(prompts)).split(config.per_device_training_batch_size)
+    micro_batches = [assemble(prompts, responses, part.tolist(), engine.tokenizer.pad_token_id) for part in rows]
+    experiences = [
+        score(engine, *batch, responses.ended[part], config=config, kl_ctl=kl_ctl)
+        for batch, part in zip(micro_batches, rows, strict=True)
+    ]
+    experiences = whiten_over_ranks(experiences, config)
     finished = time.perf_counter()
 
-    metrics = rollout_metrics(experiences, engine, responses.ended)
+    metrics = rollout_metrics(experiences, engine, responses)
     tokens = metrics.pop("response_tokens")
     metrics |= {
         "time/generation": generated - started,
@@ -74,61 +74,37 @@ def sampling_params(config, *, greedy: bool = False) -> SamplingParams:
 
 
 def generate_responses(
-    engine: RlhfEngine, prompt_batches: Sequence[dict[str, torch.Tensor]], sampling: SamplingParams, *, seed: int
-) -> list[Generation]:
-    """Responses of the current actor to each batch of prompts; whole weights are made once for all of them."""
-    tokenizer, device = engine.tokenizer, distributed.device()
+    engine: RlhfEngine, prompts: list[list[int]], sampling: SamplingParams, *, seed: int
+) -> Generation:
+    """Responses of the current actor, on whole weights that are made once for all of them."""
     with generation_mode(engine.actor) as model:
-        return [
-            generate(
-                model,
-                prompts["input_ids"].to(device),
-                prompts["attention_mask"].to(device),
-                sampling,
-                eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                seed=hash((seed, index, distributed.rank())) % 2**63,
-            )
-            for index, prompts in enumerate(prompt_batches)
-        ]
-
-
-def join(
-    prompt_batches: Sequence[dict[str, torch.Tensor]], generations: Sequence[Generation], pad_id: int
-) -> tuple[dict[str, torch.Tensor], Generation]:
-    """The batches of a rollout as one: prompts padded on the left to the longest, responses on the right."""
-
-    def stack(tensors: Sequence[torch.Tensor], side: str, value: int) -> torch.Tensor:
-        width = max(tensor.size(1) for tensor in tensors)
-        missing = [width - tensor.size(1) for tensor in tensors]
-        pads = [(gap, 0) if side == "left" else (0, gap) for gap in missing]
-        return torch.cat([nn.functional.pad(t, pad, value=value) for t, pad in zip(tensors, pads, strict=True)])
-
-    device = generations[0].tokens.device
-    prompts = {
-        name: stack([batch[name].to(device) for batch in prompt_batches], "left", fill)
-        for name, fill in (("input_ids", pad_id), ("attention_mask", 0))
-    }
-    return prompts, Generation(
-        tokens=stack([generation.tokens for generation in generations], "right", pad_id),
-        mask=stack([generation.mask for generation in generations], "right", 0),
-        ended=torch.cat([generation.ended for generation in generations]),
-    )
+        return respond(
+            model,
+            prompts,
+            sampling,
+            eos_id=engine.tokenizer.eos_token_id,
+            pad_id=engine.tokenizer.pad_token_id,
+            seed=seed,
+            slots=engine.config.per_device_generation_batch_size,
+            decoder=engine.decoder,
+        )
 
 
 def assemble(
-    prompts: dict[str, torch.Tensor], generation: Generation, rows: torch.Tensor
+    prompts: list[list[int]], responses: Generation, rows: list[int], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prompts and responses of `rows` as (B, P+R) sequences, attention mask, and (B, R) response mask.
 
-    Columns that are padding in all of the rows are dropped on both sides.
+    P and R are the longest prompt and response among these rows.
     """
-    prompt_ids, prompt_mask = prompts["input_ids"][rows], prompts["attention_mask"][rows]
-    tokens, mask = generation.tokens[rows], generation.mask[rows]
-    prompt_width, response_width = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
-    prompt_ids, prompt_mask = prompt_ids[:, -prompt_width:], prompt_mask[:, -prompt_width:].bool()
-    tokens, mask = tokens[:, :response_width], mask[:, :response_width]
-    return torch.cat([prompt_ids, tokens], 1), torch.cat([prompt_mask, mask], 1), mask
+    prompt_ids, prompt_mask = (
+        tensor.to(responses.tokens.device) for tensor in pad([prompts[row] for row in rows], pad_id, left=True)
+    )
+    mask = responses.mask[rows]
+    width = int(mask.sum(1).max())
+    mask = mask[:, :width]
+    sequences = torch.cat([prompt_ids, responses.tokens[rows, :width]], 1)
+    return sequences, torch.cat([prompt_mask.bool(), mask], 1), mask
 
 
 @torch.no_grad()
@@ -192,13 +168,13 @@ def _replace(experience: Experience, **changes: torch.Tensor) -> Experience:
     return Experience(**(vars(experience) | changes))
 
 
-def rollout_metrics(experiences: list[Experience], engine: RlhfEngine, ended: torch.Tensor) -> dict[str, float]:
+def rollout_metrics(experiences: list[Experience], engine: RlhfEngine, responses: Generation) -> dict[str, float]:
     """Numbers of a rollout over all ranks: scores, KL to the reference, lengths, share of responses that ended."""
     lengths = [e.response_mask.sum(1).float() for e in experiences]
     sums = {
         "sequences": sum(len(e.scores) for e in experiences),
         "tokens": sum(length.sum() for length in lengths),
-        "ended": ended.sum(),
+        "ended": responses.ended.sum(),
         "reward": sum(e.rewards.sum() for e in experiences),
         "k1": sum(masked_sum(kl_penalty(e.logprobs, e.ref_logprobs, "k1", 1e9), e.response_mask) for e in experiences),
         "k3": sum(masked_sum(kl_penalty(e.logprobs, e.ref_logprobs, "k3", 1e9), e.response_mask) for e in experiences),
@@ -209,7 +185,7 @@ def rollout_metrics(experiences: list[Experience], engine: RlhfEngine, ended: to
     scores = [e.scores for e in experiences]
     score_mean, score_var = moments_to_mean_var(_moments(zip(scores, everything, strict=True)))
     length_mean, length_var = moments_to_mean_var(_moments(zip(lengths, everything, strict=True)))
-    return {
+    metrics = {
         "ppo/score_mean": score_mean.item(),
         "ppo/score_std": score_var.sqrt().item(),
         "ppo/score_normalized": (score_mean.item() - engine.score_mean) / engine.score_std,
@@ -221,4 +197,18 @@ def rollout_metrics(experiences: list[Experience], engine: RlhfEngine, ended: to
         "ppo/ended_fraction": sums["ended"] / count,
         "ppo/sequences": count,
         "response_tokens": sums["tokens"],
+    }
+    if responses.logprobs is not None:
+        metrics |= _sampling_difference(experiences, responses)
+    return metrics
+
+
+def _sampling_difference(experiences: list[Experience], responses: Generation) -> dict[str, float]:
+    """How far the log-probabilities of generation are from those of the training forward, per token, over all ranks."""
+    trained = torch.cat([e.logprobs[e.response_mask] for e in experiences])
+    difference = (trained - responses.logprobs[responses.mask]).abs()
+    sums = distributed.all_reduce_dict({"sum": difference.sum(), "tokens": difference.numel()})
+    return {
+        "ppo/sampling_logprob_difference_mean": sums["sum"] / sums["tokens"],
+        "ppo/sampling_logprob_difference_max": distributed.all_reduce_scalar(difference.max(), "max"),
     }

@@ -1,0 +1,283 @@
+"""The decode engine against `transformers`, and against itself in other company."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from processes import run_ranks
+from rlhf_setup import make_config, make_engine, make_prompts, save_models
+from tiny_models import SIZES
+
+import utils.rlhf.generation as generation_module
+from utils.models.lora import adapters_off, add_lora
+from utils.rlhf.decoder import LlamaDecoder, supports
+from utils.rlhf.generation import decode, respond
+from utils.rlhf.hybrid_engine import generation_mode
+from utils.rlhf.ppo import ppo_step
+from utils.rlhf.rollout import rollout
+from utils.rlhf.sampling import SamplingParams
+
+VOCABULARY, EOS, PAD = 97, 2, 0
+TOKENS = {"eos_id": EOS, "pad_id": PAD}
+GREEDY = SamplingParams(max_new_tokens=24, greedy=True)
+SAMPLED = SamplingParams(max_new_tokens=24)
+
+
+def make_model(architecture: str = "llama", *, seed: int = 0, **changes) -> torch.nn.Module:
+    config = SIZES[architecture](VOCABULARY)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(6.0)
+    return model
+
+
+def prompts_of(lengths, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+PROMPTS = prompts_of([3, 17, 9, 9, 1, 30, 12, 5])
+
+
+def responses(found) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(found.tokens, found.mask, strict=True)]
+
+
+def greedy_of_transformers(model, prompts, limit: int = 24, eos_id: int = EOS) -> list[list[int]]:
+    """`generate` on each prompt by itself: no batch and no padding."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=eos_id,
+            pad_token_id=PAD,
+        )  # fmt: skip
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+def a_token_that_ends_some(model) -> int:
+    """An id to take for EOS: greedy responses hold it at different places, some not at all."""
+    answers = greedy_of_transformers(model, PROMPTS, eos_id=VOCABULARY)
+    places = {token: {answer.index(token) for answer in answers if token in answer} for token in range(VOCABULARY)}
+    return max(places, key=lambda token: len(places[token]))
+
+
+def run(model, prompts, sampling, *, slots: int = 8, seed: int = 0, eos_id: int = EOS):
+    decoder = LlamaDecoder()
+    decoder.load(model)
+    return decode(decoder, prompts, sampling, seed=seed, slots=slots, eos_id=eos_id, pad_id=PAD)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 16},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16, "rope_theta": 1e4,
+            }
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16,
+            }
+        },
+    ],
+    ids=["plain", "tied", "one-kv-head", "no-gqa", "bias", "wide-heads", "rope-linear", "rope-llama3", "rope-yarn"],
+)  # fmt: skip
+def test_greedy_tokens_equal_transformers_in_fp32(changes, slots):
+    model = make_model(**changes)
+    for parameter in model.parameters():  # biases start at zero
+        if parameter.ndim == 1 and parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.03)
+    assert supports(model)
+    eos_id = a_token_that_ends_some(model)
+    expected = greedy_of_transformers(model, PROMPTS, eos_id=eos_id)
+    assert len({len(answer) for answer in expected}) > 2, "the test wants responses of different length"
+    assert responses(run(model, PROMPTS, GREEDY, slots=slots, eos_id=eos_id)) == expected
+
+
+def test_greedy_tokens_in_bf16_differ_only_at_near_ties():
+    """Where the engine first leaves `generate`, the two tokens' logits are within bf16's rounding of each other."""
+    model = make_model().bfloat16()
+    expected = greedy_of_transformers(model, PROMPTS)
+    for prompt, mine, theirs in zip(PROMPTS, responses(run(model, PROMPTS, GREEDY)), expected, strict=True):
+        places = [place for place, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]]
+        if places:
+            context = torch.tensor([prompt + mine[: places[0]]])
+            logits = model(context).logits[0, -1].float()
+            gap = (logits[mine[places[0]]] - logits[theirs[places[0]]]).abs().item()
+            assert gap <= 0.02 * logits.abs().max().item()
+
+
+def test_lengths_reasons_and_padding():
+    model = make_model()
+    eos_id = a_token_that_ends_some(model)
+    found = run(model, PROMPTS, GREEDY, eos_id=eos_id)
+    for tokens, mask, ended in zip(found.tokens, found.mask, found.ended, strict=True):
+        length = int(mask.sum())
+        assert mask[:length].all() and not mask[length:].any() and (tokens[length:] == PAD).all()
+        assert (eos_id in tokens[:length].tolist()) == bool(ended)
+        assert ended == (tokens[length - 1] == eos_id)
+        assert bool(ended) or length == GREEDY.max_new_tokens
+    assert found.ended.any() and not found.ended.all()
+
+
+def test_a_row_is_the_same_in_any_company():
+    model = make_model()
+    together = responses(run(model, PROMPTS, SAMPLED))
+    for slots in (1, 2, 5):
+        assert responses(run(model, PROMPTS, SAMPLED, slots=slots)) == together
+    order = [6, 0, 3, 7, 1]
+    assert responses(run(model, [PROMPTS[row] for row in order], SAMPLED, slots=3)) == [together[row] for row in order]
+    alone = [responses(run(model, [prompt], SAMPLED))[0] for prompt in PROMPTS]
+    assert alone == together
+    assert responses(run(model, PROMPTS, SAMPLED, seed=1)) != together
+
+
+def test_the_prefill_budget_changes_nothing(monkeypatch):
+    model = make_model()
+    together = responses(run(model, PROMPTS, SAMPLED))
+    monkeypatch.setattr(generation_module, "PREFILL_TOKENS", 20)
+    assert responses(run(model, PROMPTS, SAMPLED)) == together
+
+
+def test_looking_at_finished_rows_less_often_changes_nothing(monkeypatch):
+    """As on a GPU, where every look waits for the device."""
+    model = make_model()
+    together = run(model, PROMPTS, SAMPLED)
+    monkeypatch.setattr(generation_module, "CHECK_INTERVAL", {"cpu": 5})
+    later = run(model, PROMPTS, SAMPLED, slots=3)
+    assert responses(later) == responses(together)
+    torch.testing.assert_close(later.logprobs, together.logprobs, atol=1e-5, rtol=1e-5)
+    limit_is_the_cache = SamplingParams(max_new_tokens=34, greedy=True)  # 30 + 34 fills the cache to the last column
+    assert responses(run(model, PROMPTS, limit_is_the_cache)) == greedy_of_transformers(model, PROMPTS, 34)
+
+
+def test_identical_prompts_get_different_samples():
+    found = responses(run(make_model(), [PROMPTS[0]] * 4, SAMPLED))
+    assert len({tuple(answer) for answer in found}) == 4
+
+
+def test_first_tokens_follow_the_distribution_of_the_model():
+    model, prompt = make_model(), PROMPTS[1]
+    with torch.no_grad():
+        probabilities = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / 1.3, -1)
+    count = 3000
+    sampling = SamplingParams(max_new_tokens=1, temperature=1.3)
+    first = run(model, [prompt] * count, sampling, slots=512).tokens[:, 0]
+    top = probabilities.topk(8).indices
+    observed = torch.tensor([(first == token).sum().item() for token in top] + [0.0])
+    observed[-1] = count - observed.sum()
+    expected = torch.cat([probabilities[top], 1 - probabilities[top].sum()[None]]) * count
+    assert ((observed - expected).square() / expected).sum().item() < 26.1  # 8 degrees of freedom, p = 0.001
+
+
+def test_log_probabilities_are_those_of_the_training_forward():
+    model = make_model()
+    found = run(model, PROMPTS, SamplingParams(max_new_tokens=24, temperature=0.8, top_p=0.9), slots=3)
+    for prompt, tokens, mask, logprobs in zip(PROMPTS, found.tokens, found.mask, found.logprobs, strict=True):
+        answer = tokens[mask]
+        with torch.no_grad():
+            logits = model(torch.cat([torch.tensor(prompt), answer])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / 0.8, -1).gather(1, answer[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[mask], expected, atol=1e-4, rtol=1e-4)
+        assert not logprobs[~mask].any()
+
+
+def test_minimum_length_is_kept():
+    found = run(make_model(), PROMPTS, SamplingParams(max_new_tokens=12, min_new_tokens=10))
+    assert found.mask.sum(1).min() >= 10
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "phi", "gpt_neox"])
+def test_other_architectures_generate_through_transformers(architecture):
+    model = make_model(architecture)
+    assert not supports(model)
+    found = respond(model, PROMPTS, GREEDY, seed=0, slots=3, **TOKENS)
+    assert len(found.tokens) == len(PROMPTS) and found.logprobs is None
+
+
+def test_rope_tables_that_follow_the_length_are_left_to_transformers():
+    assert not supports(make_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
+
+
+def test_the_cache_is_kept_between_rollouts_and_released():
+    model, decoder = make_model(), LlamaDecoder()
+    first = respond(model, PROMPTS, SAMPLED, seed=0, slots=4, decoder=decoder, **TOKENS)
+    cache = decoder._cache[0]
+    again = respond(model, PROMPTS[:4], SAMPLED, seed=0, slots=4, decoder=decoder, **TOKENS)
+    assert decoder._cache[0] is cache and responses(again) == responses(first)[:4]
+    assert decoder.layers is None and decoder.head is None  # no weights are held
+    decoder.release_cache()
+    assert decoder._cache is None
+
+
+def test_adapters_are_applied_without_touching_the_weights_and_skipped_when_off():
+    model = make_model()
+    plain = responses(run(model, PROMPTS, GREEDY))
+    add_lora(model, 4)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    before = copy.deepcopy(model.state_dict())
+    adapted = responses(run(model, PROMPTS, GREEDY))
+    assert adapted == greedy_of_transformers(model, PROMPTS) and adapted != plain
+    with adapters_off(model):
+        assert responses(run(model, PROMPTS, GREEDY)) == plain
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# --- on the weights being trained ------------------------------------------------------------------------------------
+
+
+def switch_and_compare(paths, tokenizer_path: str, cases: list[dict]) -> list[int]:
+    """For each case: the engine's greedy tokens equal transformers' on the same weights, before and after a step."""
+    from utils.models.tokenizer import load_tokenizer
+
+    tokenizer, agreements = load_tokenizer(tokenizer_path), []
+    for case in cases:
+        config = make_config(paths, **case)
+        engine = make_engine(config, tokenizer)
+        prompts = make_prompts(config, len(tokenizer))
+        seen = []
+        for _ in range(2):
+            with generation_mode(engine.actor) as model:
+                mine = responses(respond(model, prompts, GREEDY, seed=0, slots=3, decoder=engine.decoder, **TOKENS))
+                assert mine == greedy_of_transformers(model, prompts), case
+            samples = rollout(engine, prompts, config, kl_ctl=0.1, seed=1)
+            assert samples.metrics["ppo/sampling_logprob_difference_max"] < 1e-3, case
+            ppo_step(engine, samples.micro_batches, config, what="test")
+            seen.append(mine)
+        agreements.append(sum(a == b for a, b in zip(*seen, strict=True)))
+    return agreements
+
+
+CASES = [
+    {"actor_zero_stage": stage, "actor_lora_dim": lora, "actor_learning_rate": 0.05, "actor_lora_learning_rate": 0.05}
+    for stage in range(4)
+    for lora in (0, 4)
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_greedy_equals_transformers_at_every_stage_with_and_without_lora(tiny_tokenizer, tmp_path, world_size):
+    paths = save_models(tmp_path, tiny_tokenizer)
+    arguments = (paths, paths["actor_model_name_or_path"], CASES)
+    for agreements in run_ranks(switch_and_compare, world_size, *arguments):
+        # after an optimiser step with a large rate the next rollout must show the new weights
+        assert all(agreement < 8 for agreement in agreements), agreements
