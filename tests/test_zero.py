@@ -126,6 +126,26 @@ def test_nan_on_one_rank_stops_all_ranks_before_the_update(folder):
         assert message.startswith("step 7: the loss is nan") and "--learning_rate" in message
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_frozen_bf16_model_computes_bit_for_bit_what_the_training_one_does(folder, stage):
+    from utils import distributed, zero
+
+    distributed.init_distributed()
+    ids, logits = torch.arange(60)[None], []
+    for trainable in (True, False):
+        config = zero.zero_config(stage, "bf16", trainable=trainable)
+        with zero.sharded_loading(config):
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        rates = {"learning_rate": 1e-3, "weight_decay": 0.0, "lora_learning_rate": 0.0}
+        groups = zero.parameter_groups(model, **rates) if trainable else None
+        engine = zero.initialize_engine(model, config, groups=groups)
+        engine.eval()
+        assert all(buffer.dtype == torch.float32 for buffer in engine.module.buffers())  # rotary frequencies
+        with torch.no_grad():
+            logits.append(engine(input_ids=ids).logits)
+    assert logits[0].dtype == torch.bfloat16 and torch.equal(*logits)
+
+
 def test_fp16_needs_a_gpu():
     from utils.zero import check_precision
 

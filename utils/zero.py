@@ -156,7 +156,7 @@ def initialize_engine(
     warmup_steps: int = 0,
     total_steps: int = 1,
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap `model` in a DeepSpeed engine; without `groups` the engine only evaluates.
+    """Wrap `model`, loaded in the dtype of `config`, in a DeepSpeed engine; without `groups` it only evaluates.
 
     Args:
         groups: from `parameter_groups`.
@@ -164,9 +164,8 @@ def initialize_engine(
         warmup_steps, total_steps: in optimiser steps.
     """
     if groups is None:
-        dtype = torch.bfloat16 if "bf16" in config else torch.float16 if "fp16" in config else torch.float32
         if config["zero_optimization"]["stage"] != 3:
-            model.to(distributed.device(), dtype)
+            model.to(distributed.device())  # not to a dtype: rotary frequencies, a buffer, must stay fp32
         with distributed.quiet():
             engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=config)
         engine.eval()
