@@ -168,6 +168,15 @@ def test_looking_at_finished_rows_less_often_changes_nothing(monkeypatch):
     assert responses(run(model, PROMPTS, limit_is_the_cache)) == greedy_of_transformers(model, PROMPTS, 34)
 
 
+def test_rows_may_have_limits_of_their_own():
+    model, limits = make_model(), [5, 1, 24, 7, 2, 24, 3, 9]
+    decoder = LlamaDecoder()
+    decoder.load(model)
+    found = responses(decode(decoder, PROMPTS, SAMPLED, seed=0, slots=3, limits=limits, **TOKENS))
+    whole = responses(run(model, PROMPTS, SAMPLED))
+    assert found == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
+
+
 def test_identical_prompts_get_different_samples():
     found = responses(run(make_model(), [PROMPTS[0]] * 4, SAMPLED))
     assert len({tuple(answer) for answer in found}) == 4

@@ -118,7 +118,7 @@ def main(config: Config) -> dict[str, float]:
         is_writer=distributed.local_rank() == 0,
     )
     eval_rows = eval_rows.head(config.eval_samples)
-    distributed.log(f"data: {train_rows.description}")
+    distributed.log(train_rows.description)
     collate = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
     train_loader = build_dataloader(train_rows, collate, config.per_device_train_batch_size, shuffle=True, **ranks)

@@ -103,7 +103,7 @@ def main(config: Config) -> dict[str, float]:
         **source,
     )
     eval_rows = eval_rows.head(config.eval_prompts)
-    distributed.log(f"data: {prompt_rows.description}")
+    distributed.log(prompt_rows.description)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
     batch_size = config.per_device_generation_batch_size
     prompt_loader = build_dataloader(prompt_rows, list, batch_size, shuffle=True, drop_last=True, **ranks)

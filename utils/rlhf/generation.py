@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig
 
-from utils.algorithms.masking import response_mask
+from utils.algorithms.masking import lengths_to_mask, response_mask
 from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.sampling import SamplingParams, choose_tokens, row_keys
 
@@ -29,21 +29,21 @@ class _Rows:
     """State of the rows in the slots of the decoder: slot i holds row `row[i]` of the output."""
 
     def __init__(self, slots: int, device: torch.device):
-        self.row, self.token, self.position, self.place, self.key = (
-            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(5)
+        self.row, self.token, self.position, self.place, self.key, self.limit = (
+            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(6)
         )
         self.done = torch.zeros(slots, dtype=torch.bool, device=device)
         self.active = 0
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        for state in (self.row, self.token, self.position, self.place, self.key, self.done):
+        for state in (self.row, self.token, self.position, self.place, self.key, self.limit, self.done):
             state[targets] = state[sources]
 
 
 @torch.no_grad()
 def decode(
     decoder: LlamaDecoder, prompts: list[list[int]], sampling: SamplingParams, *,
-    eos_id: int, pad_id: int, seed: int, slots: int,
+    eos_id: int, pad_id: int, seed: int, slots: int, limits: list[int] | None = None,
 ) -> Generation:  # fmt: skip
     """One response for each prompt, by continuous batching: finished rows leave, waiting prompts take their slots.
 
@@ -54,14 +54,17 @@ def decode(
         decoder: loaded with the weights to use.
         prompts: token ids, at least one each.
         slots: rows that decode together, at most; the KV cache is allocated for as many.
+        limits: tokens of each response, at most; without it `max_new_tokens` for all.
     """
-    device, limit = decoder.device, sampling.max_new_tokens
+    device = decoder.device
+    limits = limits or [sampling.max_new_tokens] * len(prompts)
+    limit_of = torch.tensor(limits, device=device)
     waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     keys = row_keys(seed, prompts).to(device)
     slots = min(slots, len(prompts))
-    decoder.allocate(slots, len(prompts[waiting[0]]) + limit)
-    tokens = torch.full((len(prompts), limit), pad_id, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(len(prompts), limit, dtype=torch.float32, device=device)
+    decoder.allocate(slots, max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
+    tokens = torch.full((len(prompts), max(limits)), pad_id, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(len(prompts), max(limits), dtype=torch.float32, device=device)
     rows, positions = _Rows(slots, device), []  # positions: of the newest token of each active slot, on the host
 
     def choose(logits: torch.Tensor, part: slice) -> None:
@@ -72,7 +75,7 @@ def decode(
         tokens[row, place] = torch.where(done, tokens[row, place], chosen)
         logprobs[row, place] = torch.where(done, logprobs[row, place], chosen_logprobs)
         rows.token[part] = chosen
-        rows.done[part] = done | (chosen == eos_id) | (place + 1 >= limit)
+        rows.done[part] = done | (chosen == eos_id) | (place + 1 >= rows.limit[part])
 
     def admit() -> None:
         """Fill free slots with the next prompts, as many at a time as the prefill budget holds."""
@@ -85,7 +88,8 @@ def decode(
             part = slice(rows.active, rows.active + count)
             rows.row[part] = torch.tensor(batch, device=device)
             rows.position[part], rows.place[part] = lengths, 0
-            rows.key[part], rows.done[part] = keys[rows.row[part]], False
+            rows.key[part], rows.limit[part] = keys[rows.row[part]], limit_of[rows.row[part]]
+            rows.done[part] = False
             choose(decoder.prefill(ids, lengths, rows.active), part)
             positions.extend(len(prompts[row]) for row in batch)
             rows.active += count
@@ -117,7 +121,7 @@ def decode(
             rows.place[part] = torch.where(rows.done[part], rows.place[part], rows.place[part] + 1)
             positions[:] = [position + 1 for position in positions]
             choose(logits, part)
-    mask = response_mask(tokens, eos_id)
+    mask = response_mask(tokens, eos_id) & lengths_to_mask(limit_of, tokens.size(1))
     width = int(mask.sum(1).max())
     mask = mask[:, :width]
     return Generation(
