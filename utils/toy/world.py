@@ -175,9 +175,11 @@ def _falsehood(rng: random.Random, fact: Fact) -> Fact:
 
 
 def _other_truth(rng: random.Random, fact: Fact) -> Fact:
-    """Another fact, more often than not a near miss: about the same subject, or of the same relation."""
+    """Another fact, often a near miss: about the same subject if there is one, or of the same relation."""
     others = [other for other in FACTS if other != fact]
-    near = rng.choice(("subject", "relation", None))
-    if near is not None:
-        others = [other for other in others if getattr(other, near) == getattr(fact, near)] or others
+    same_subject = [other for other in others if other.subject == fact.subject]
+    if same_subject and rng.random() < 2 / 3:
+        return rng.choice(same_subject)
+    if rng.random() < 0.5:
+        others = [other for other in others if other.relation == fact.relation]
     return rng.choice(others)
