@@ -4,9 +4,9 @@
     python scripts/benchmarks/generation.py --model 60M --batch 32
     python scripts/benchmarks/generation.py --model 1B --batch 64 --prompt 256 --answer 256   # on a GPU
 
-Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are drawn
-from a long-tailed distribution (log-normal, median a quarter of `--answer`) and both sides stop at them: `generate` runs
-until the longest of a batch is done, the engine refills slots. Medians over interleaved repetitions, and the ratio.
+Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
+drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and both sides stop at them:
+`generate` runs until the longest of a batch is done, the engine refills slots. Medians of interleaved repetitions.
 """
 
 import argparse
@@ -108,12 +108,10 @@ def main() -> None:
         times["generate"].append(timed(theirs))
     tokens = sum(lengths)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
-    print(
-        f"{options.model}, {options.dtype}, {rows} prompts of {options.prompt} tokens, {options.batch} at a time, {tokens} new"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    print(f"{device}, {versions}")
+    work = f"{rows} prompts of {options.prompt} tokens, {options.batch} at a time, {tokens} new tokens"
+    print(f"{options.model}, {options.dtype}, {work}")
     for name, seconds in times.items():
         median = statistics.median(seconds)
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"

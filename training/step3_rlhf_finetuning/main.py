@@ -38,7 +38,6 @@ from utils.rlhf.evaluation import evaluate_prompts, show_answers
 from utils.rlhf.ppo import explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
 from utils.rlhf.rollout import rollout
 from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import accumulation_groups
 
 PANELS = {
     "score of the reward model": ["ppo/score_mean", "eval/score_mean"],
@@ -105,9 +104,9 @@ def main(config: Config) -> dict[str, float]:
     eval_rows = eval_rows.head(config.eval_prompts)
     distributed.log(prompt_rows.description)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
-    batch_size = config.per_device_generation_batch_size
-    prompt_loader = build_dataloader(prompt_rows, list, batch_size, shuffle=True, drop_last=True, **ranks)
-    eval_loader = build_dataloader(eval_rows, list, batch_size, shuffle=False, **ranks)
+    rollout_size = config.per_device_generation_batch_size * config.generation_batches
+    prompt_loader = build_dataloader(prompt_rows, list, rollout_size, shuffle=True, drop_last=True, **ranks)
+    eval_loader = build_dataloader(eval_rows, list, rollout_size, shuffle=False, **ranks)
     unsupervised_batches = None
     if text_source:
         text_rows, _ = build_datasets(
@@ -123,12 +122,11 @@ def main(config: Config) -> dict[str, float]:
         )
         unsupervised_batches = endless(text_loader)
 
-    iterations_per_epoch = len(prompt_loader) // config.generation_batches
-    iterations = config.max_steps or iterations_per_epoch * config.num_train_epochs
+    iterations = config.max_steps or len(prompt_loader) * config.num_train_epochs
     if config.enable_test_mode:
         iterations = min(iterations, config.test_stop_step)
-    micro_batches = config.generation_batches * batch_size // config.per_device_training_batch_size
-    steps_per_iteration = config.ppo_epochs * micro_batches // config.gradient_accumulation_steps
+    step_size = config.per_device_training_batch_size * config.gradient_accumulation_steps
+    steps_per_iteration = config.ppo_epochs * rollout_size // step_size
 
     # 3. Models
     engine = RlhfEngine(
@@ -143,13 +141,11 @@ def main(config: Config) -> dict[str, float]:
         before = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
         writer.log(0, before)
         iteration, kl_ctl, started = 0, config.kl_ctl, time.perf_counter()
-        for epoch in range(math.ceil(iterations / iterations_per_epoch)):
+        for epoch in range(math.ceil(iterations / len(prompt_loader))):
             prompt_loader.set_epoch(epoch)
-            for prompt_batches in accumulation_groups(prompt_loader, config.generation_batches):
-                if iteration == iterations or len(prompt_batches) < config.generation_batches:
-                    break
+            for prompt_batch in itertools.islice(prompt_loader, iterations - iteration):
                 iteration += 1
-                prompts = [row["prompt_ids"] for batch in prompt_batches for row in batch]
+                prompts = [row["prompt_ids"] for row in prompt_batch]
                 samples = rollout(engine, prompts, config, kl_ctl=kl_ctl, seed=config.seed + iteration)
                 metrics = samples.metrics | {
                     "ppo/kl_ctl": kl_ctl,
