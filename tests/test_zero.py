@@ -92,7 +92,7 @@ def test_steps_equal_plain_torch_at_every_stage(folder, world_size):
     for found, (stage, dtype, _) in zip(run_ranks(all_cases, world_size, folder)[0], CASES, strict=True):
         where = f"stage {stage} {dtype}"
         assert max(found["loss"]) < (2e-6 if dtype == "fp32" else 1e-2), where
-        assert max(found["norm"]) < (1e-5 if dtype == "fp32" else 1e-2), where
+        assert max(found["norm"]) < (1e-5 if dtype == "fp32" else 3e-2), where
         # In units of the learning rate: Adam's first step moves every weight by about one. A first step of 0.75 would
         # show as 0.25, a lost micro-batch as more.
         assert found["update"][0] < (1e-4 if dtype == "fp32" else 2e-2), where
