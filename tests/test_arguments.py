@@ -161,7 +161,6 @@ def test_refused_step_flags(step, argv, message, capsys):
     [
         (["--inference_tp_size", "2"], "--inference_tp_size 2 is not available yet"),
         (["--unpin_actor_parameters"], "--unpin_actor_parameters is not available yet"),
-        (["--release_inference_cache"], "--release_inference_cache is not available yet"),
         (["--enable_mixed_precision_lora"], "--enable_mixed_precision_lora is not available yet"),
         (["--align_overflow", "--dtype", "fp16"], "--align_overflow with fp16 is not available yet"),
         (["--gradient_accumulation_steps", "2"], "for example --generation_batches 2"),

@@ -157,3 +157,11 @@ def test_missing_score_scale_means_raw_scores(paths, tiny_tokenizer):
     engine = make_engine(make_config(paths, normalize_scores=False), tiny_tokenizer)
     assert (engine.score_mean, engine.score_std) == (0.0, 1.0)
     assert math.isclose(make_engine(make_config(paths), tiny_tokenizer).score_std, 0.5)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_release_inference_cache_gives_the_memory_back_between_rollouts(paths, tiny_tokenizer, release):
+    config = make_config(paths, release_inference_cache=release)
+    engine = make_engine(config, tiny_tokenizer)
+    rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    assert (engine.decoder._cache is None) == release

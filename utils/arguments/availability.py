@@ -8,7 +8,6 @@ from utils.errors import InputError
 # name -> the value that asks for nothing, and what to do instead
 _UNAVAILABLE = {
     "unpin_actor_parameters": (False, "leave it out: generation keeps no second copy of the weights"),
-    "release_inference_cache": (False, "leave it out: the generation cache does not outlive a rollout"),
     "inference_tp_size": (1, "leave it out, or shard the actor with --actor_zero_stage 3"),
     "enable_mixed_precision_lora": (False, "leave it out, or shard the frozen weights with --actor_zero_stage 3"),
 }

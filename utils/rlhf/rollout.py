@@ -78,7 +78,7 @@ def generate_responses(
 ) -> Generation:
     """Responses of the current actor, on whole weights that are made once for all of them."""
     with generation_mode(engine.actor) as model:
-        return respond(
+        responses = respond(
             model,
             prompts,
             sampling,
@@ -88,6 +88,9 @@ def generate_responses(
             slots=engine.config.per_device_generation_batch_size,
             decoder=engine.decoder,
         )
+    if engine.decoder is not None and engine.config.release_inference_cache:
+        engine.decoder.release_cache()
+    return responses
 
 
 def assemble(
