@@ -155,11 +155,12 @@ def main(config: Config) -> dict[str, float]:
                     logprobs, _ = engine(**batch)
                     return -logprobs.sum() / tokens
 
+                learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
                 loss, norm = optimizer_step(engine, micro_batches, loss_function, what=f"step {step}")
                 metrics = {
                     "train/loss": loss,
                     "train/grad_norm": norm,
-                    "train/learning_rate": engine.get_lr()[0],
+                    "train/learning_rate": learning_rate,
                     "train/epoch": epoch + 1,
                     "train/response_tokens_per_second": tokens / (time.perf_counter() - step_started),
                 }

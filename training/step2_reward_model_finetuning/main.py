@@ -172,6 +172,7 @@ def main(config: Config) -> dict[str, float]:
                     margins.append((chosen - rejected).detach())
                     return losses.sum() / pairs
 
+                learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
                 loss, norm = optimizer_step(engine, micro_batches, loss_function, what=f"step {step}")
                 margin = torch.cat(margins)
                 sums = distributed.all_reduce_dict({"margin": margin.sum(), "correct": (margin > 0).sum()})
@@ -180,7 +181,7 @@ def main(config: Config) -> dict[str, float]:
                     "train/accuracy": sums["correct"] / pairs,
                     "train/margin": sums["margin"] / pairs,
                     "train/grad_norm": norm,
-                    "train/learning_rate": engine.get_lr()[0],
+                    "train/learning_rate": learning_rate,
                     "train/epoch": epoch + 1,
                     "train/pairs_per_second": pairs / (time.perf_counter() - step_started),
                 }

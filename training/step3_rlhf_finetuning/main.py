@@ -172,10 +172,11 @@ def main(config: Config) -> dict[str, float]:
                             )
                         )
                 metrics |= mean_metrics(steps) | {"time/training": time.perf_counter() - training_started}
-                metrics["throughput/samples_per_second"] = samples.num_sequences / sum(
-                    metrics[f"time/{phase}"] for phase in ("generation", "scoring", "training")
-                )
-                writer.log(iteration, metrics, bar=["ppo/score_mean", "ppo/kl_k1", "throughput/samples_per_second"])
+                seconds = sum(metrics[f"time/{phase}"] for phase in ("generation", "scoring", "training"))
+                metrics["throughput/samples_per_second"] = samples.num_sequences / seconds
+                metrics["throughput/tokens_per_second"] = samples.num_sequences * metrics["ppo/length_mean"] / seconds
+                bar = ["ppo/score_mean", "ppo/kl_k1", "ppo/value_loss", "throughput/tokens_per_second"]
+                writer.log(iteration, metrics, bar=bar)
                 if config.print_answers and iteration % config.print_answers_interval == 0:
                     writer.print(show_answers(samples.micro_batches[0], tokenizer))
                 if config.kl_target is not None:

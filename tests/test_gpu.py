@@ -1,0 +1,48 @@
+"""What only a GPU can show: the same code in bf16 and fp16 on the device. Skipped, with the reason, elsewhere."""
+
+import pytest
+import torch
+import transformers
+from test_steps import flags, run_step, world  # noqa: F401 (a fixture)
+from tiny_models import SIZES
+
+from utils.rlhf.decoder import LlamaDecoder
+from utils.rlhf.generation import decode, generate
+from utils.rlhf.sampling import SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_three_steps_run_on_the_device(world, tmp_path, dtype, stage):  # noqa: F811
+    sft, reward, ppo = (tmp_path / name for name in ("sft", "reward", "ppo"))
+    run_step(1, flags(world, 1, sft, max_steps=4, dtype=dtype, zero_stage=stage))
+    run_step(2, flags(world, 2, reward, max_steps=4, dtype=dtype, zero_stage=stage, model_name_or_path=sft))
+    models = {"actor_model_name_or_path": sft, "critic_model_name_or_path": reward}
+    stages = {"actor_zero_stage": stage, "critic_zero_stage": stage}
+    assert run_step(3, flags(world, 3, ppo, dtype=dtype, **models, **stages))["iterations"] == 2
+
+
+def test_offloaded_optimizer_and_parameters(world, tmp_path):  # noqa: F811
+    offload = {"offload": True, "offload_reference_model": True, "offload_reward_model": True, "dtype": "bf16"}
+    argv = flags(world, 3, tmp_path, actor_zero_stage=3, critic_zero_stage=2, **offload)
+    assert run_step(3, argv)["iterations"] == 2
+
+
+def test_the_decode_engine_equals_generate_on_the_device():
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(SIZES["llama"](97)).cuda().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(6.0)
+    prompts = [list(range(3, 3 + length)) for length in (3, 17, 9, 1, 30)]
+    sampling = SamplingParams(max_new_tokens=24, greedy=True)
+    decoder = LlamaDecoder()
+    decoder.load(model)
+    mine = decode(decoder, prompts, sampling, eos_id=2, pad_id=0, seed=0, slots=3)
+    theirs = generate(model, prompts, sampling, eos_id=2, pad_id=0, seed=0)
+    assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.mask, theirs.mask)
