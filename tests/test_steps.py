@@ -11,65 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from step_scripts import REPOSITORY, STEPS, load_step
-from tiny_models import save_causal_lm, save_reward_model
+from step_scripts import REPOSITORY, STEPS, flags, load_step, run_step, write_rows
+from tiny_models import save_causal_lm
 
 from utils.config import run
 from utils.metrics import read_metrics
-
-COLOURS = ["white", "black", "green", "red", "blue"]
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_tokenizer):
-    """Models and a preference file: the chosen answer is always polite."""
-    folder = tmp_path_factory.mktemp("world")
-    rows = [
-        {
-            "prompt": f" Human: what colour is thing {index} ? Assistant:",
-            "chosen": f" it is {COLOURS[index % 5]} . happy to help .",
-            "rejected": f" {COLOURS[index % 3]} , go away !",
-        }
-        for index in range(60)
-    ]
-    return {
-        "data": write_rows(folder / "pairs.jsonl", rows),
-        "model": str(save_causal_lm(folder / "model", tiny_tokenizer)),
-        "reward": str(save_reward_model(folder / "reward", tiny_tokenizer)),
-        "cache": str(folder / "cache"),
-    }
-
-
-def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
-    """A command line of `step` on the tiny world."""
-    values = {"data_path": world["data"], "data_output_path": world["cache"], "dtype": "fp32", "data_split": "1,1,1"}
-    if step < 3:
-        values |= {"model_name_or_path": world["model"], "max_seq_len": 64, "per_device_train_batch_size": 4}
-        values |= {"learning_rate": 1e-3}
-    else:
-        values |= {"actor_model_name_or_path": world["model"], "critic_model_name_or_path": world["reward"]}
-        values |= {"per_device_generation_batch_size": 4, "per_device_training_batch_size": 2, "max_steps": 2}
-        values |= {"max_prompt_seq_len": 32, "max_answer_seq_len": 8, "eval_prompts": 2, "num_warmup_steps": 0}
-    if output is not None:
-        values["output_dir"] = output
-    values |= changes
-    return [
-        part
-        for name, value in values.items()
-        for part in ([f"--{name}"] if value is True else [f"--{name}", *str(value).split("|")])
-    ]
-
-
-def run_step(step: int, argv: list[str]) -> dict[str, float]:
-    script = load_step(step)
-    from utils.config import parse_config
-
-    return script.main(parse_config(script.Config, argv))
 
 
 def stopped(step: int, argv: list[str], capsys, code: int) -> list[str]:
@@ -97,6 +43,8 @@ def test_step1_learns_and_its_loss_is_that_of_a_plain_loop(world, tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     evaluations = [row["step"] for row in rows if "eval/perplexity" in row]
     assert evaluations == [0, 5, 10, 12]
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert rates[0] == 1e-3 and rates[-1] > 0  # those that the steps used
     assert {"config.json", "model.safetensors", "tokenizer.json", "curves.png", "run_config.yaml", "summary.json"} <= {
         path.name for path in tmp_path.iterdir()
     }

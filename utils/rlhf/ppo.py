@@ -77,16 +77,15 @@ def ppo_step(
         add({name: value for name, value in stats.items() if name != "tokens"})
         return loss
 
-    metrics = {}
+    metrics = {"ppo/critic_lr": engine.critic.get_lr()[0]}  # before the step, which moves the schedule on
     if train_actor:
+        metrics["ppo/actor_lr"] = engine.actor.get_lr()[0]
         _, metrics["ppo/actor_grad_norm"] = optimizer_step(
             engine.actor, [*minibatch, *unsupervised], actor_loss, what=f"{what}, actor"
         )
-        metrics["ppo/actor_lr"] = engine.actor.get_lr()[0]
         if engine.ema:
             engine.ema.update()
     _, metrics["ppo/critic_grad_norm"] = optimizer_step(engine.critic, minibatch, critic_loss, what=f"{what}, critic")
-    metrics["ppo/critic_lr"] = engine.critic.get_lr()[0]
 
     largest = {"ratio_max": statistics.pop("ratio_max")} if train_actor else {}
     unsupervised_loss = statistics.pop("unsupervised_loss", None)
