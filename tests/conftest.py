@@ -92,3 +92,27 @@ def keep_process_group(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tiny_tokenizer):
+    """Models and a preference file for the three scripts: the chosen answer is always polite."""
+    from step_scripts import write_rows
+    from tiny_models import save_causal_lm, save_reward_model
+
+    colours = ["white", "black", "green", "red", "blue"]
+    folder = tmp_path_factory.mktemp("world")
+    rows = [
+        {
+            "prompt": f" Human: what colour is thing {index} ? Assistant:",
+            "chosen": f" it is {colours[index % 5]} . happy to help .",
+            "rejected": f" {colours[index % 3]} , go away !",
+        }
+        for index in range(60)
+    ]
+    return {
+        "data": write_rows(folder / "pairs.jsonl", rows),
+        "model": str(save_causal_lm(folder / "model", tiny_tokenizer)),
+        "reward": str(save_reward_model(folder / "reward", tiny_tokenizer)),
+        "cache": str(folder / "cache"),
+    }

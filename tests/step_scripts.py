@@ -1,10 +1,13 @@
-"""The three steps' main.py files, loaded by path: they are scripts, not modules of a package."""
+"""The three steps' main.py files, loaded by path (they are scripts, not modules), and command lines for them."""
 
 import functools
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+
+from utils.config import parse_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = {
@@ -22,3 +25,33 @@ def load_step(step: int) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
+    """A command line of `step` on the tiny world."""
+    values = {"data_path": world["data"], "data_output_path": world["cache"], "dtype": "fp32", "data_split": "1,1,1"}
+    if step < 3:
+        values |= {"model_name_or_path": world["model"], "max_seq_len": 64, "per_device_train_batch_size": 4}
+        values |= {"learning_rate": 1e-3}
+    else:
+        values |= {"actor_model_name_or_path": world["model"], "critic_model_name_or_path": world["reward"]}
+        values |= {"per_device_generation_batch_size": 4, "per_device_training_batch_size": 2, "max_steps": 2}
+        values |= {"max_prompt_seq_len": 32, "max_answer_seq_len": 8, "eval_prompts": 2, "num_warmup_steps": 0}
+    if output is not None:
+        values["output_dir"] = output
+    values |= changes
+    return [
+        part
+        for name, value in values.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", *str(value).split("|")])
+    ]
+
+
+def run_step(step: int, argv: list[str]) -> dict[str, float]:
+    script = load_step(step)
+    return script.main(parse_config(script.Config, argv))

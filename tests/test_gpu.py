@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from test_steps import flags, run_step, world  # noqa: F401 (a fixture)
+from step_scripts import flags, run_step
 from tiny_models import SIZES
 
 from utils.rlhf.decoder import LlamaDecoder
@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_three_steps_run_on_the_device(world, tmp_path, dtype, stage):  # noqa: F811
+def test_three_steps_run_on_the_device(world, tmp_path, dtype, stage):
     sft, reward, ppo = (tmp_path / name for name in ("sft", "reward", "ppo"))
     run_step(1, flags(world, 1, sft, max_steps=4, dtype=dtype, zero_stage=stage))
     run_step(2, flags(world, 2, reward, max_steps=4, dtype=dtype, zero_stage=stage, model_name_or_path=sft))
@@ -27,7 +27,7 @@ def test_three_steps_run_on_the_device(world, tmp_path, dtype, stage):  # noqa: 
     assert run_step(3, flags(world, 3, ppo, dtype=dtype, **models, **stages))["iterations"] == 2
 
 
-def test_offloaded_optimizer_and_parameters(world, tmp_path):  # noqa: F811
+def test_offloaded_optimizer_and_parameters(world, tmp_path):
     offload = {"offload": True, "offload_reference_model": True, "offload_reward_model": True, "dtype": "bf16"}
     argv = flags(world, 3, tmp_path, actor_zero_stage=3, critic_zero_stage=2, **offload)
     assert run_step(3, argv)["iterations"] == 2
