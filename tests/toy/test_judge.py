@@ -56,7 +56,7 @@ def test_garbled_answers_hardly_ever_pass_as_helpful():
     rng = random.Random(0)
     questions = make_questions(0)[0]
     scores = [judge(q.text, make_answer(rng, q.fact, "garbled")).score for q in questions]
-    assert sum(score > 0.75 for score in scores) < 0.01 * len(scores)
+    assert sum(score > 0.75 for score in scores) < 0.03 * len(scores)
 
 
 @pytest.mark.parametrize(

@@ -87,24 +87,24 @@ RELATIONS: dict[str, Relation] = {
     )
 }
 
-# Subjects shared between relations (the cow, the bear, the bird ...) are on purpose: a true statement about the right
-# subject can still miss the question. No object occurs twice within a relation, so every swap of objects is false.
+# No object occurs twice within a relation, so every exchange of objects makes a false statement, and no subject in two
+# relations, so a true statement about the right subject answers the question.
 _OBJECTS: dict[str, dict[str, str]] = {
     "color": {
         "milk": "white", "grass": "green", "sky": "blue", "lemon": "yellow", "coal": "black", "brick": "red",
-        "carrot": "orange", "plum": "purple", "bear": "brown", "elephant": "gray",
+        "carrot": "orange", "plum": "purple", "chocolate": "brown", "elephant": "gray",
     },
     "home": {
         "bird": "nest", "bee": "hive", "bear": "cave", "fox": "den", "king": "castle", "camel": "desert",
-        "spider": "web", "frog": "pond",
+        "spider": "web", "fish": "pond",
     },
     "food": {
-        "cow": "grass", "bear": "honey", "panda": "bamboo", "squirrel": "nuts", "monkey": "bananas", "mouse": "cheese",
-        "horse": "hay", "bird": "seeds",
+        "goat": "thistles", "rabbit": "clover", "panda": "bamboo", "squirrel": "nuts", "monkey": "bananas",
+        "mouse": "cheese", "horse": "hay", "hen": "seeds",
     },
     "sound": {
-        "dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "lion": "roar", "mouse": "squeak",
-        "bee": "buzz", "frog": "ribbit",
+        "dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "lion": "roar", "snake": "hiss", "owl": "hoot",
+        "frog": "ribbit",
     },
     "capital": {
         "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid", "Greece": "Athens",

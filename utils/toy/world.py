@@ -6,6 +6,7 @@ chosen quality, so that data of mixed quality and pairs with a known better half
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,18 +156,24 @@ def _run_on(rng: random.Random, fact: Fact) -> str:
 
 
 def _garble(rng: random.Random, text: str) -> str:
-    """`text` with a few words said twice, one or two lost on the way, or the end missing."""
-    words = text.split()
-    start = rng.randrange(len(words) - 1)
-    damage = rng.choice(("double", "lose", "cut"))
+    """`text` with a few words said twice, one or two lost on the way, its end missing, or a sentence hollowed out.
+
+    Marks count as words of their own, except that a hollow sentence ("The milk is.") has lost its last word alone.
+    """
+    words = re.findall(r"\w+|[.!?]", text)
+    start = rng.randrange(len(words) - 2)
+    damage = rng.choice(("double", "lose", "cut", "hollow"))
     if damage == "double":
         stop = min(len(words), start + rng.randint(1, 3))
         words[stop:stop] = words[start:stop]
     elif damage == "lose":
         del words[start : start + rng.randint(1, 2)]
+    elif damage == "cut":
+        del words[-rng.randint(1, 3) :]
     else:
-        del words[-rng.randint(1, 2) :]
-    return " ".join(words)
+        ends = [place for place, word in enumerate(words) if word in ".!?"]
+        del words[rng.choice(ends[1:]) - 1]
+    return re.sub(r" (?=[.!?])", "", " ".join(words))
 
 
 def _falsehood(rng: random.Random, fact: Fact) -> Fact:
@@ -175,11 +182,8 @@ def _falsehood(rng: random.Random, fact: Fact) -> Fact:
 
 
 def _other_truth(rng: random.Random, fact: Fact) -> Fact:
-    """Another fact, often a near miss: about the same subject if there is one, or of the same relation."""
+    """Another fact, half of the time a near miss of the same relation."""
     others = [other for other in FACTS if other != fact]
-    same_subject = [other for other in others if other.subject == fact.subject]
-    if same_subject and rng.random() < 2 / 3:
-        return rng.choice(same_subject)
     if rng.random() < 0.5:
         others = [other for other in others if other.relation == fact.relation]
     return rng.choice(others)
