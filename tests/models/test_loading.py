@@ -59,6 +59,11 @@ def test_hub_name_while_offline_says_what_to_do():
         check_model(flags("some-org/some-model"), "model_name_or_path")
 
 
+def test_a_reward_model_is_not_an_actor(tiny_tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"--model_name_or_path .*: a reward model \(LlamaForSequenceClassification\)"):
+        check_model(flags(save_reward_model(tmp_path, tiny_tokenizer)), "model_name_or_path")
+
+
 def test_broken_config_is_one_line(folder):
     (folder / "config.json").write_text('{"model_type": "no_such_architecture"}')
     with pytest.raises(InputError, match=r"config\.json cannot be used"):

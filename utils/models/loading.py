@@ -21,14 +21,9 @@ from utils.hub import is_reachable, offline
 from utils.models.causal_lm import CausalLM
 from utils.models.scalar_head import ScalarHeadModel
 from utils.models.tokenizer import has_tokenizer, load_tokenizer
+from utils.models.weight_files import check_weight_files
 from utils.zero import TORCH_DTYPES, gathered, sharded_loading
 
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 HEAD_WEIGHT = "score.weight"
 
 
@@ -36,7 +31,8 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
     """The `config.json` of a model, read without its weights.
 
     Raises:
-        InputError: naming `flag`: no such folder, no config or no weights in it, or a hub name that cannot be reached.
+        InputError: naming `flag`: no such folder, no config or no whole weights in it, or a hub name that cannot be
+            reached.
     """
     folder = Path(path)
     if folder.exists():
@@ -44,10 +40,7 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
             raise InputError(
                 f"{flag} {path}: no config.json there; give the folder of a step's output or of a Hugging Face model"
             )
-        if not any((folder / name).is_file() for name in WEIGHT_FILES):
-            raise InputError(
-                f"{flag} {path}: no weights there (model.safetensors or its index); copy them beside config.json"
-            )
+        check_weight_files(folder, f"{flag} {path}")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise InputError(f"{flag} {path}: no such folder")
     reachable = folder.exists() or is_reachable()
@@ -65,11 +58,25 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
 
 
 def check_model(config, name: str) -> PreTrainedConfig:
-    """Config of the model that the flag `name` of `config` gives, after looking for its weights and its tokenizer.
+    """Config of the language model that the flag `name` of `config` gives, after a look at its weights and tokenizer.
 
     Raises:
-        InputError: naming the flag and what is missing.
+        InputError: naming the flag and what is missing, or that it is a reward model, which cannot write.
     """
+    model_config = _check_folder(config, name)
+    if _has_scalar_head(model_config):
+        raise InputError(
+            f"--{name} {getattr(config, name)}: a reward model ({model_config.architectures[0]}); give a language "
+            "model, such as step 1's output folder"
+        )
+    return model_config
+
+
+def _has_scalar_head(model_config: PreTrainedConfig) -> bool:
+    return (model_config.architectures or [""])[0].endswith("ForSequenceClassification")
+
+
+def _check_folder(config, name: str) -> PreTrainedConfig:
     path = getattr(config, name)
     model_config = load_config(path, f"--{name}", trust_remote_code=config.trust_remote_code)
     tokenizer = config.tokenizer_name_or_path or path
@@ -107,11 +114,11 @@ def check_length(config: PreTrainedConfig, length: int, flags: str) -> None:
 
 def check_scalar_model(config, name: str) -> PreTrainedConfig:
     """`check_model` for a flag that must give a model with a scalar head, as step 2 writes it."""
-    model_config = check_model(config, name)
-    architectures = model_config.architectures or ["no architecture"]
-    if not architectures[0].endswith("ForSequenceClassification") or model_config.num_labels != 1:
+    model_config = _check_folder(config, name)
+    if not _has_scalar_head(model_config) or model_config.num_labels != 1:
+        architecture = (model_config.architectures or ["no architecture"])[0]
         raise InputError(
-            f"--{name} {getattr(config, name)}: not a reward model ({architectures[0]}); give step 2's output folder"
+            f"--{name} {getattr(config, name)}: not a reward model ({architecture}); give step 2's output folder"
         )
     return model_config
 

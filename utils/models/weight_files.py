@@ -1,0 +1,60 @@
+"""The weight files of a model folder, looked at without reading the weights: are all there, and is each whole?"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from utils.errors import InputError
+
+INDEX_SUFFIX = ".index.json"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+GIT_LFS_POINTER = b"version https://git-lfs"
+
+
+def check_weight_files(folder: Path, label: str) -> None:
+    """Refuse a folder whose weights are missing, incomplete or cut short; only the beginnings of files are read.
+
+    Args:
+        label: the flag and what it was given, for messages.
+
+    Raises:
+        InputError: one line that names the file and what to do.
+    """
+    first = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if first is None:
+        raise InputError(f"{label}: no weights there (model.safetensors or its index); copy them beside config.json")
+    names = _shards(first, label) if first.name.endswith(INDEX_SUFFIX) else [first.name]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{label}: {first.name} lists {len(names)} files, of which {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''} are missing; copy the model again"
+        )
+    for name in names:
+        _check_whole(folder / name, label)
+
+
+def _shards(index: Path, label: str) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{label}: {index.name} cannot be used ({error}); copy the model again") from error
+
+
+def _check_whole(file: Path, label: str) -> None:
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(len(GIT_LFS_POINTER))
+        if head == GIT_LFS_POINTER:
+            raise InputError(f"{label}: {file.name} is git-lfs's pointer to the weights: run `git lfs pull` there")
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{label}: {file.name} cannot be read whole ({error}); copy the model again") from error
