@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.rlhf.sampling import SamplingParams, choose_tokens, mix, row_keys, uniform
+from utils.rlhf.sampling import SamplingParams, choose_tokens, invert, mix, row_keys, uniform
 
 
 def draw(logits: torch.Tensor, count: int, **params) -> torch.Tensor:
@@ -70,6 +70,23 @@ def test_no_end_before_the_minimum():
     keys = torch.zeros(4, dtype=torch.int64)
     tokens, _ = choose_tokens(LOGITS.repeat(4, 1), sampling, keys, torch.tensor([0, 1, 2, 3]), eos_id=0)
     assert tokens.tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 5000, 32_000])
+def test_a_large_vocabulary_is_searched_like_a_small_one(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(64, vocabulary, generator=generator, dtype=torch.float32).pow(8)
+    weights[:, ::3] = 0.0
+    weights[0] = 0.0
+    weights[0, 77] = 1e-20  # everything on one word
+    quantiles = torch.linspace(0, 1 - 2.0**-23, 64)[:, None]
+    found = invert(weights, quantiles)
+    assert found[0] == 77 and (weights.gather(1, found[:, None]) > 0).all()
+    wide = weights.double().cumsum(-1)
+    share = wide / wide[:, -1:]
+    after = share.gather(1, found[:, None])
+    before = after - weights.double().gather(1, found[:, None]) / wide[:, -1:]
+    assert (before <= quantiles + 1e-5).all() and (quantiles <= after + 1e-5).all()
 
 
 def test_uniform_numbers_are_uniform_and_uncorrelated():

@@ -3,7 +3,9 @@
     n   rows that decode together          H   hidden size            D   size of a head
     Q   query heads                        K   key-value heads        G = Q / K
 
-The cache holds keys and values as (layers, slots, K, length, D). The first n slots are the active rows.
+The cache holds keys as (layers, slots, K, D, length) and values as (layers, slots, K, length, D): a part of the length
+is then a matrix that batched products read in place (bf16 on a CPU copies `keys[:, :length].transpose`, which takes
+three times as long as the product). The first n slots are the active rows.
 """
 
 import math
@@ -17,7 +19,7 @@ from torch import nn
 from utils.models.lora import merged_weight
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
-CACHE_STEP = 64  # the cache is read up to a multiple of this, so that few shapes occur
+CACHE_STEP = 16  # the cache is read up to a multiple of this, so that few shapes occur
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,16 @@ class LlamaDecoder:
         length = math.ceil(length / CACHE_STEP) * CACHE_STEP
         shape = (len(self.layers), slots, self.kv_heads, length, self.head_size)
         if self._cache is not None:
-            keys = self._cache[0]
-            fits = all(have >= need for have, need in zip(keys.shape[1:4], shape[1:4], strict=True))
-            if fits and (keys.dtype, keys.device, keys.shape[0]) == (self.dtype, self.device, shape[0]):
-                length = keys.shape[3]
+            values = self._cache[1]
+            fits = all(have >= need for have, need in zip(values.shape[1:4], shape[1:4], strict=True))
+            if fits and (values.dtype, values.device, values.shape[0]) == (self.dtype, self.device, shape[0]):
+                length = values.shape[3]
             else:
                 self._cache = None
         if self._cache is None:
             # zeros: a masked column must hold numbers, since 0 * nan would reach the result
-            self._cache = tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            self._cache = torch.zeros_like(values.transpose(3, 4), memory_format=torch.contiguous_format), values
         positions = torch.arange(length, device=self.device)[None]
         cos, sin = self._rotary(torch.empty(1, dtype=self.dtype, device=self.device), positions)
         sign = torch.ones(self.head_size, dtype=self.dtype, device=self.device)
@@ -127,7 +130,7 @@ class LlamaDecoder:
     @property
     def capacity(self) -> int:
         """Tokens that a slot of the cache holds."""
-        return self._cache[0].shape[3]
+        return self._cache[1].shape[3]
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy the cached rows of slots `sources` to slots `targets`, where others have finished."""
@@ -149,7 +152,7 @@ class LlamaDecoder:
         for index, layer in enumerate(self.layers):
             query, key, value = self._project(layer, hidden, cos, sin)
             query, key, value = (x.view(rows, width, -1, self.head_size).transpose(1, 2) for x in (query, key, value))
-            keys[index, first_slot : first_slot + rows, :, :width] = key
+            keys[index, first_slot : first_slot + rows, :, :, :width] = key.transpose(2, 3)
             values[index, first_slot : first_slot + rows, :, :width] = value
             attended = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=self.query_heads != self.kv_heads
@@ -168,26 +171,26 @@ class LlamaDecoder:
         """
         rows = len(tokens)
         keys, values = self._cache
-        length = min((longest // CACHE_STEP + 1) * CACHE_STEP, keys.shape[3])
+        length = min((longest // CACHE_STEP + 1) * CACHE_STEP, self.capacity)
         hidden = F.embedding(tokens, self.embedding)
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         future = torch.arange(length, device=tokens.device) > positions[:, None]
         bias = torch.zeros(rows, length, dtype=self.dtype, device=tokens.device).masked_fill_(future, float("-inf"))
         group = self.query_heads // self.kv_heads
         bias = bias[:, None, None].expand(rows, self.kv_heads, group, length).reshape(-1, group, length)
-        slots, scale = torch.arange(rows, device=tokens.device), 1 / math.sqrt(self.head_size)
+        scale = 1 / math.sqrt(self.head_size)
+        row, head = torch.arange(rows, device=tokens.device)[:, None], torch.arange(self.kv_heads, device=tokens.device)
+        place = positions[:, None]
         for index, layer in enumerate(self.layers):
             query, key, value = self._project(layer, hidden, cos, sin)
-            keys[index].index_put_((slots[:, None], self._heads(tokens.device)[None], positions[:, None]), key)
-            values[index].index_put_((slots[:, None], self._heads(tokens.device)[None], positions[:, None]), value)
-            cached_keys, cached_values = (cache[index, :rows].flatten(0, 1)[:, :length] for cache in (keys, values))
+            keys[index].transpose(2, 3).index_put_((row, head, place), key)
+            values[index].index_put_((row, head, place), value)
+            cached_keys = keys[index, :rows].flatten(0, 1)[:, :, :length]
+            cached_values = values[index, :rows].flatten(0, 1)[:, :length]
             query = query.reshape(-1, group, self.head_size)
-            weights = torch.baddbmm(bias, query, cached_keys.transpose(1, 2), alpha=scale).softmax(-1)
+            weights = torch.baddbmm(bias, query, cached_keys, alpha=scale).softmax(-1)
             hidden = self._finish(layer, hidden, torch.bmm(weights, cached_values).view(rows, -1))
         return self._logits(hidden)
-
-    def _heads(self, device: torch.device) -> torch.Tensor:
-        return torch.arange(self.kv_heads, device=device)
 
     def _project(self, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         """Rotated queries (n, Q, D), rotated keys (n, K, D) and values (n, K, D) of n tokens."""

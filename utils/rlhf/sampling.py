@@ -12,6 +12,7 @@ import torch
 _GAMMA = -0x61C8864680B583EB
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
+BLOCK = 128  # words whose weights are added up before the search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +81,34 @@ def choose_tokens(
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     probabilities = torch.softmax(logits, -1)
-    cumulative = _filtered(probabilities, sampling).cumsum(-1)
-    threshold = uniform(keys, counters)[:, None] * cumulative[:, -1:]
-    # right=True: the first token whose cumulative probability exceeds the threshold, never one of probability 0
-    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=logits.size(1) - 1)
+    tokens = invert(_filtered(probabilities, sampling), uniform(keys, counters)[:, None])
     return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
+
+
+def invert(weights: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
+    """Where the cumulative sum of each row first exceeds the given share of its total: (n, V), (n, 1) -> (n,).
+
+    A large vocabulary is searched in two levels, first among the sums of blocks and then inside one, since a cumulative
+    sum over all words takes longer than everything else in sampling. A word of weight 0 is never found.
+    """
+    rows, vocabulary = weights.shape
+    if vocabulary < 16 * BLOCK:
+        return _search(weights.cumsum(-1), quantiles * weights.sum(-1, keepdim=True)).squeeze(1)
+    if vocabulary % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, BLOCK - vocabulary % BLOCK))
+    blocks = weights.view(rows, -1, BLOCK)
+    sums = blocks.sum(-1).cumsum(-1)
+    targets = quantiles * sums[:, -1:]
+    block = _search(sums, targets)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
+    return (block * BLOCK + _search(inside, targets - before)).squeeze(1)
+
+
+def _search(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(n, 1) first column of each row whose value exceeds the target, which is kept below the row's last value."""
+    targets = torch.minimum(targets.clamp(min=0.0), cumulative[:, -1:] * (1 - 2.0**-23))
+    return torch.searchsorted(cumulative, targets, right=True).clamp_(max=cumulative.size(1) - 1)
 
 
 def _filtered(probabilities: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
