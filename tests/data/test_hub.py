@@ -145,6 +145,15 @@ def test_a_local_copy_is_read_as_the_set_it_is_called_like(tmp_path):
     assert examples == [Example("\n\nHuman: Why?\n\nAssistant:", " Because.", " Dunno.")]
 
 
+def test_a_copy_of_hh_rlhf_leaves_its_other_rows_out(tmp_path):
+    folder = tmp_path / "Anthropic" / "hh-rlhf"
+    for name in ("harmless-base/train.jsonl", "harmless-base/test.jsonl", "red-team-attempts/red_team_attempts.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    source = open_source(str(folder))
+    assert [file.name for file in (*source.training, *source.held_out)] == ["train.jsonl", "test.jsonl"]
+
+
 def test_a_configuration_is_a_subfolder_of_a_local_copy(tmp_path):
     for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
         (tmp_path / "wikitext" / config).mkdir(parents=True)

@@ -26,11 +26,12 @@ _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 LocatedRow = tuple[str, Row]
 
 
-def find_files(path: Path, label: str) -> tuple[list[Path], list[Path]]:
+def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], list[Path]]:
     """The training files and the held-out files that `path` (a file, or a folder searched to its leaves) names.
 
     In a folder a file is held out if a word of its path below the folder is one of HELD_OUT_WORDS (test.jsonl,
-    data/validation-00000-of-00001.parquet). Raises InputError, beginning with `label`, if nothing is there to train on.
+    data/validation-00000-of-00001.parquet). Folders called `left_out` are passed over. Raises InputError, beginning
+    with `label`, if nothing is there to train on.
     """
     if path.is_file():
         return [path], []
@@ -40,7 +41,7 @@ def find_files(path: Path, label: str) -> tuple[list[Path], list[Path]]:
         if file.is_file()
         and file.name.endswith(SUFFIXES)
         and file.name not in _DESCRIPTIONS
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and not any(part.startswith(".") or part == left_out for part in file.relative_to(path).parts)
     )
     if not found:
         raise InputError(f"{label}: the folder holds no data file ({', '.join(SUFFIXES[:4])}); add one")

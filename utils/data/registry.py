@@ -85,6 +85,7 @@ class DatasetSpec:
 
     hub None: the set is published as plain files; `files` says which, and --data_path takes their path.
     format None: the columns tell it.
+    left_out: folder of a copy that holds rows of another kind.
     """
 
     hub: str | None
@@ -93,6 +94,7 @@ class DatasetSpec:
     train: str = "train"
     held_out: str | None = None
     files: str = ""
+    left_out: str = ""
 
 
 DATASETS = {
@@ -114,7 +116,7 @@ DATASETS = {
     "mkqa-Japanese": DatasetSpec("apple/mkqa", MKQA_JAPANESE, config="mkqa"),
     "lmqg/qg_jaquad": DatasetSpec("lmqg/qg_jaquad", JAQUAD, held_out="validation"),
     "lmqg/qag_jaquad": DatasetSpec("lmqg/qag_jaquad", JAQUAD_ALL, held_out="validation"),
-    "Anthropic/hh-rlhf": DatasetSpec("Anthropic/hh-rlhf", HH_RLHF, held_out="test"),
+    "Anthropic/hh-rlhf": DatasetSpec("Anthropic/hh-rlhf", HH_RLHF, held_out="test", left_out="red-team-attempts"),
     "tatsu-lab/alpaca": DatasetSpec("tatsu-lab/alpaca", ALPACA),
     "alpaca_gpt4": DatasetSpec("vicgalle/alpaca-gpt4", ALPACA),
     "OpenAssistant/oasst1": DatasetSpec("OpenAssistant/oasst1", OASST, held_out="validation"),

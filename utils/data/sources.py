@@ -117,7 +117,8 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
     if path.exists():
         copy_of = _known_name(path)
         config = config or (DATASETS[copy_of].config if copy_of else None)
-        training, held_out = find_files(path / config if config and (path / config).is_dir() else path, label)
+        folder = path / config if config and (path / config).is_dir() else path
+        training, held_out = find_files(folder, label, left_out=DATASETS[copy_of].left_out if copy_of else "")
         return LocalSource(label, tuple(training), tuple(held_out), copy_of)
     spec = find_dataset(name)
     if spec is None:
