@@ -190,6 +190,9 @@ def test_flags_that_change_nothing_are_named():
     named = [remark.split()[0] for remark in remarks]
     assert sorted(named) == sorted(token for token in argv if token.startswith("--"))
     assert meaningless_flags(parse_config(load_step(3).Config, [*MODELS[3], "--offload"])) == []
+    for step, dim, remarks in ((1, "--lora_dim", 0), (3, "--critic_lora_dim", 1)):
+        config = parse_config(load_step(step).Config, [*MODELS[step], dim, "4", "--lora_dropout", "0.1"])
+        assert len(meaningless_flags(config)) == remarks
 
 
 def test_no_flag_is_ignored_in_silence():

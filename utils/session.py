@@ -62,6 +62,8 @@ def save_summary(config, summary: dict[str, float]) -> None:
 
 
 def _check_writable(folder: Path) -> None:
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder}: is a file; name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

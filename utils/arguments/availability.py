@@ -89,3 +89,5 @@ def _idle_lora_flags(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name in ("only_optimize_lora", "save_adapter", "lora_alpha", "lora_dropout"):
             if given.get(name):
                 yield name, "no model has LoRA"
+    elif given.get("lora_dropout") and "actor_lora_dim" in given:
+        yield "lora_dropout", "PPO runs without dropout, which would make noise of its ratios"

@@ -103,7 +103,7 @@ class PpoOptimizationArguments(ScheduleArguments):
 
 @dataclass(kw_only=True)
 class PpoArguments(Arguments):
-    """PPO: the constants of the algorithm (the defaults are those that DeepSpeed-Chat hard-codes)."""
+    """PPO: the constants of the algorithm."""
 
     kl_ctl: float = flag(0.1, "weight of the KL penalty against the reference model", at_least=0)
     kl_estimator: Literal["k1", "k2", "k3"] = flag(
@@ -149,9 +149,13 @@ class RlhfSystemArguments(MachineArguments):
         "generate with the decode engine (LLaMA), on the training weights; off, or for other architectures, with "
         "transformers' generate",
     )
-    unpin_actor_parameters: bool = flag(False, "give the generation copy of the actor's weights back during training")
+    unpin_actor_parameters: bool = flag(
+        False, "not available yet: give the generation copy of the actor's weights back"
+    )
     release_inference_cache: bool = flag(False, "give the generation cache back during training")
-    inference_tp_size: int = flag(1, "processes that share a model in generation", at_least=1)
+    inference_tp_size: int = flag(
+        1, "above 1 not available yet: processes that share a model in generation", at_least=1
+    )
     tp_gather_partition_size: int = flag(8, "partitions gathered at a time for such sharing", at_least=1)
     align_overflow: bool = flag(
         False, "fp16: skip an optimiser step of actor and critic together when either overflows"
@@ -178,4 +182,4 @@ class RlhfLoraArguments(AdapterArguments):
     critic_lora_dim: int = flag(0, "rank of the critic's LoRA matrices; 0 = no LoRA", at_least=0)
     critic_lora_module_name: str = flag("", "the same for the critic")
     critic_lora_learning_rate: float = flag(5e-4, "learning rate of the critic's LoRA matrices", above=0)
-    enable_mixed_precision_lora: bool = flag(False, "keep frozen weights in a shorter number format than LoRA's")
+    enable_mixed_precision_lora: bool = flag(False, "not available yet: keep frozen weights in a shorter number format")

@@ -76,7 +76,7 @@ class AdapterArguments(Arguments):
     """LoRA flags that every step shares."""
 
     lora_alpha: float = flag(0.0, "LoRA updates are scaled by alpha / dim; 0 = twice the dimension", at_least=0)
-    lora_dropout: float = flag(0.0, "dropout in front of the LoRA matrices", at_least=0, below=1)
+    lora_dropout: float = flag(0.0, "dropout in front of the LoRA matrices (not in PPO)", at_least=0, below=1)
     only_optimize_lora: bool = flag(
         False, "freeze everything but the LoRA matrices; a reward model's or critic's scalar head trains nevertheless"
     )

@@ -6,6 +6,7 @@ import deepspeed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from utils import distributed
 from utils.models.lora import add_lora
 from utils.zero import initialize_engine, parameter_groups, zero_config
 
@@ -34,6 +35,8 @@ def build_engine(
     def of_role(name: str):
         return getattr(config, role + name)
 
+    if remark := _warmup_remark(config, total_steps):
+        distributed.log(f"note: {role.removesuffix('_') or 'model'}: {remark}")
     zero = zero_config(
         of_role("zero_stage"),
         config.dtype,
@@ -76,3 +79,13 @@ def build_engine(
     )
     engine.train()
     return engine
+
+
+def _warmup_remark(config, total_steps: int) -> str:
+    """What a user should know of a warm-up that does not do what it is for; nothing where it does."""
+    steps = config.num_warmup_steps
+    if steps and config.lr_scheduler_type == "constant":
+        return f"--num_warmup_steps {steps} changes nothing: the schedule is constant, not constant_with_warmup"
+    if steps and steps >= total_steps > 0:
+        return f"--num_warmup_steps {steps} but {total_steps} optimiser steps: the learning rate never reaches its peak"
+    return ""
