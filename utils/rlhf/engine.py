@@ -47,6 +47,7 @@ class RlhfEngine:
 
     def _frozen(self, role: str, load, offload: bool):
         config = self.config
+        offload = offload and torch.accelerator.is_available()
         stage = 3 if offload else getattr(config, f"{role}_zero_stage")  # parameters can only be offloaded at stage 3
         zero = zero_config(stage, config.dtype, offload=offload, trainable=False)
         model = load(
