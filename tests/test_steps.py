@@ -196,6 +196,7 @@ BAD_FLAGS = [
     (1, {"data_path": "nowhere.jsonl"}, "--data_path nowhere.jsonl"),
     (1, {"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere"),
     (1, {"output_dir": __file__}, "is a file; name a folder"),
+    (1, {"output_dir": "MODEL"}, "is the folder of --model_name_or_path"),
     (1, {"max_seq_len": 512}, "the model has 256 positions"),
     (1, {"lora_dim": 4, "lora_module_name": "decoder.layers."}, "matches no linear layer"),
     (1, {"zero_stage": 4}, "--zero_stage"),

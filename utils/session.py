@@ -29,6 +29,7 @@ def check_run(config) -> None:
     check_precision(config.dtype)
     if config.output_dir:
         _check_writable(Path(config.output_dir))
+        _check_inputs_stay(config)
 
 
 def start_run(config) -> None:
@@ -59,6 +60,14 @@ def save_summary(config, summary: dict[str, float]) -> None:
     if config.output_dir and distributed.is_main():
         atomic_write_text(Path(config.output_dir) / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         distributed.log(f"saved to {config.output_dir}")
+
+
+def _check_inputs_stay(config) -> None:
+    """A run that wrote over the model it starts from could not be repeated."""
+    for name in ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"):
+        path = getattr(config, name, None)
+        if path and Path(path).resolve() == Path(config.output_dir).resolve():
+            raise InputError(f"--output_dir {config.output_dir} is the folder of --{name}; name another")
 
 
 def _check_writable(folder: Path) -> None:

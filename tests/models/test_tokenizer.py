@@ -7,7 +7,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from utils.errors import InputError
-from utils.models.tokenizer import load_tokenizer
+from utils.models.tokenizer import check_same_tokens, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,19 @@ def test_eot_token_ends_responses_and_survives_saving(tiny_tokenizer, tmp_path):
     assert tokenizer.eos_token == "<|end|>" and tokenizer.eos_token_id == len(tiny_tokenizer)
     tokenizer.save_pretrained(tmp_path / "after")
     assert load_tokenizer(tmp_path / "after").eos_token_id == tokenizer.eos_token_id
+
+
+def test_actor_and_critic_must_share_their_tokens(tiny_tokenizer, tmp_path):
+    plain, ended = tmp_path / "plain", tmp_path / "ended"
+    tiny_tokenizer.save_pretrained(plain)
+    load_tokenizer(plain, add_eot_token=True, eot_token="<|end|>").save_pretrained(ended)
+    check_same_tokens(load_tokenizer(plain), plain, "--critic")
+    check_same_tokens(load_tokenizer(ended), ended, "--critic")
+    check_same_tokens(load_tokenizer(plain), tmp_path / "without a tokenizer", "--critic")
+    with pytest.raises(InputError, match=r"^--critic: its tokenizer is not the actor's \(token '<\|end\|>'\)"):
+        check_same_tokens(load_tokenizer(plain), ended, "--critic")
+    with pytest.raises(InputError, match=r"responses that end with </s>, the actor ends them with <\|end\|>"):
+        check_same_tokens(load_tokenizer(ended), plain, "--critic")
 
 
 def test_missing_pad_becomes_unk_or_eos(tiny_tokenizer, tmp_path):

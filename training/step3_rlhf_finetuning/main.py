@@ -33,6 +33,7 @@ from utils.config import run
 from utils.data import build_dataloader, build_datasets, check_data_paths, collate_sft, endless
 from utils.models.loading import check_length, check_model, check_scalar_model, load_matching_tokenizer
 from utils.models.lora import check_lora
+from utils.models.tokenizer import check_same_tokens
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.evaluation import evaluate_prompts, show_answers
 from utils.rlhf.ppo import explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
@@ -85,6 +86,8 @@ def main(config: Config) -> dict[str, float]:
     if text_source:
         check_data_paths([text_source], purpose="pretrain", config_name=config.unsupervised_dataset_config_name)
     tokenizer = load_matching_tokenizer(config, config.actor_model_name_or_path, [actor_config, critic_config])
+    critic = config.critic_model_name_or_path
+    check_same_tokens(tokenizer, critic, f"--critic_model_name_or_path {critic}")
     start_run(config)
 
     # 2. Data

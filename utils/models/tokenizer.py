@@ -55,6 +55,27 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, folder: str | Path, label: str) -> None:
+    """Raise InputError when the model in `folder` was trained with other tokens than those of `tokenizer`.
+
+    It must give every token that it knows the same id, and end responses with the same one. A model without a
+    tokenizer of its own, or one on the hub, is taken at its word. `label` begins the message: the flag and its value.
+    """
+    if not has_tokenizer(folder):
+        return
+    other, vocabulary = load_tokenizer(folder), tokenizer.get_vocab()
+    different = [token for token, index in other.get_vocab().items() if vocabulary.get(token) != index]
+    if different:
+        raise InputError(
+            f"{label}: its tokenizer is not the actor's (token {different[0]!r}); train both models with the same one"
+        )
+    if other.eos_token != tokenizer.eos_token:
+        raise InputError(
+            f"{label}: it was trained on responses that end with {other.eos_token}, the actor ends them with "
+            f"{tokenizer.eos_token}; use --add_eot_token in every step or in none"
+        )
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
