@@ -247,6 +247,15 @@ def test_bad_files_are_one_line_with_file_and_line(world, capsys, tmp_path, cont
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_divergence_in_the_last_step_saves_nothing(world, capsys, tmp_path, step):
+    rates = {"actor_learning_rate": 1e20, "eval_prompts": 0} if step == 3 else {"learning_rate": 1e20}
+    argv = flags(world, step, tmp_path, max_steps=1, max_grad_norm=0, **rates)
+    line = stopped(step, argv, capsys, 3)[-1]
+    assert line.startswith("error: ") and "learning_rate" in line
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
 def test_divergence_stops_with_the_step_and_advice(world, capsys, tmp_path):
     argv = flags(world, 1, tmp_path, learning_rate=1e20, max_steps=6, max_grad_norm=0, num_sample_generations=0)
     line = stopped(1, argv, capsys, 3)[-1]

@@ -1,6 +1,7 @@
 """DeepSpeed: a complete configuration for every ZeRO stage, engines, and one optimiser step over micro-batches."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -13,6 +14,10 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from utils.errors import DivergenceError, InputError
 
+DIVERGENCE_ADVICE = (
+    "Likely causes: a learning rate that is too high, or 16-bit overflow. Lower --learning_rate (step 3: "
+    "--actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or use --dtype bf16 or fp32"
+)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -187,6 +192,21 @@ def accumulation_groups(loader: Iterable, accumulation_steps: int) -> Iterator[l
         yield group
 
 
+def check_finite(loss: float, what: str) -> None:
+    """Raise `DivergenceError` when `loss`, which all ranks share so that all raise, is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise DivergenceError(f"{what}: the loss is {loss}. {DIVERGENCE_ADVICE}")
+
+
+@torch.no_grad()
+def check_weights(model: torch.nn.Module) -> None:
+    """Raise `DivergenceError` on all ranks when any of them holds a weight that is NaN or infinite."""
+    tensors = (parameter.ds_tensor if is_partitioned(parameter) else parameter for parameter in model.parameters())
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    if not distributed.all_reduce_scalar(float(finite), "min"):
+        raise DivergenceError(f"the trained weights hold NaN or infinite values; not saved. {DIVERGENCE_ADVICE}")
+
+
 def optimizer_step(
     engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence, loss_function: Callable[..., torch.Tensor], *, what: str
 ) -> tuple[float, float]:
@@ -213,12 +233,7 @@ def optimizer_step(
             loss * world, scale_wrt_gas=False
         )  # DeepSpeed averages over ranks; our losses are shares of a sum
     loss_value = distributed.all_reduce(total).item()
-    if loss_value != loss_value or loss_value in (float("inf"), float("-inf")):
-        raise DivergenceError(
-            f"{what}: the loss is {loss_value}. Likely causes: a learning rate that is too high, or 16-bit overflow. "
-            "Lower --learning_rate (step 3: --actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or "
-            "use --dtype bf16 or fp32"
-        )
+    check_finite(loss_value, what)
     unsharded = engine.zero_optimization_stage() == 0
     norm = (
         torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

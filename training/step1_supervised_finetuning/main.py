@@ -38,7 +38,7 @@ from utils.rlhf.generation import generate
 from utils.rlhf.hybrid_engine import generation_mode
 from utils.rlhf.sampling import SamplingParams
 from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import accumulation_groups, optimizer_step
+from utils.zero import accumulation_groups, check_finite, optimizer_step
 
 PANELS = {
     "loss per response token": ["train/loss", "eval/loss"],
@@ -74,6 +74,7 @@ def evaluate(engine, loader) -> dict[str, float]:
     engine.train()
     sums = distributed.all_reduce_dict(sums)
     loss = sums["loss"] / sums["tokens"]
+    check_finite(loss, "held-out rows")
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
 

@@ -39,7 +39,7 @@ from utils.models.loading import check_length, check_model, load_matching_tokeni
 from utils.models.lora import check_lora
 from utils.models.training_engine import build_engine
 from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import accumulation_groups, optimizer_step
+from utils.zero import accumulation_groups, check_finite, optimizer_step
 
 PANELS = {
     "loss per pair": ["train/loss", "eval/loss"],
@@ -100,6 +100,7 @@ def evaluate(engine, loader, config: Config, batches: int | None = None) -> dict
         sums["margin"] += (chosen - rejected).sum().item()
     engine.train()
     sums, moments = distributed.all_reduce_dict(sums), distributed.all_reduce(moments)
+    check_finite(sums["loss"], "held-out pairs")
     (chosen_mean, chosen_var), (rejected_mean, rejected_var) = (moments_to_mean_var(row) for row in moments)
     return {
         "eval/loss": sums["loss"] / sums["pairs"],

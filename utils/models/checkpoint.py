@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from utils import distributed
 from utils.files import atomic_files
 from utils.models.lora import ADAPTER, lora_layers, merged_weight
-from utils.zero import gathered
+from utils.zero import check_weights, gathered
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -52,7 +52,11 @@ def save_model(
         model: the `transformers` model inside a wrapper (`CausalLM.model`, `ScalarHeadModel.model`).
         state: weights to write instead of the model's own (rank 0; from `merged_state_dict` of the same model).
         save_adapter: also write the LoRA factors, as peft stores them, to `folder/adapter`.
+
+    Raises:
+        DivergenceError: a weight is NaN or infinite; nothing was written.
     """
+    check_weights(model)
     state = merged_state_dict(model) if state is None else state
     adapter = _adapter_state_dict(model) if save_adapter else None
     if distributed.is_main():
