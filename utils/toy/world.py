@@ -10,7 +10,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.toy.facts import CLOSINGS, EVASIVE, FACTS, GREETINGS, OPENINGS, RELATIONS, RUDE, Fact, state
+from utils.toy.facts import (
+    CLOSINGS,
+    EVASIVE,
+    FACTS,
+    GREETINGS,
+    OPENINGS,
+    RELATIONS,
+    RUDE,
+    Fact,
+    state,
+)
 
 # Best first. "rambling" is a helpful answer that does not know when to stop; "garbled" is one with words lost or
 # doubled, as a policy writes that drifts from language: pairs show it, the supervised set does not.
@@ -62,28 +72,50 @@ def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
     return training, held_out
 
 
-def make_answer(rng: random.Random, fact: Fact, quality: str, polite: bool | None = None) -> str:
+def statement(rng: random.Random, claim: Fact) -> str:
+    """`claim`, true or not, in one of the forms of its relation."""
+    return state(claim, rng.randrange(len(RELATIONS[claim.relation].statements)))
+
+
+def polite(rng: random.Random, claim: Fact) -> str:
+    """`claim` between an opening and a closing."""
+    return f"{rng.choice(OPENINGS)} {statement(rng, claim)} {rng.choice(CLOSINGS)}"
+
+
+def falsehood(rng: random.Random, fact: Fact) -> Fact:
+    """A false claim: the subject of `fact` with the object of another fact of its relation."""
+    objects = [other.object for other in FACTS if other.relation == fact.relation and other.object != fact.object]
+    return Fact(fact.relation, fact.subject, rng.choice(objects))
+
+
+def other_truth(rng: random.Random, fact: Fact) -> Fact:
+    """Another fact, half of the time a near miss of the same relation."""
+    others = [other for other in FACTS if other != fact]
+    if rng.random() < 0.5:
+        others = [other for other in others if other.relation == fact.relation]
+    return rng.choice(others)
+
+
+def make_answer(rng: random.Random, fact: Fact, quality: str) -> str:
     """An answer of the given quality to a question about `fact`.
 
-    `polite` decides whether a wrong or an off-question answer is dressed like a helpful one (None: by chance).
+    Half of the wrong and of the off-question answers are worded like helpful ones.
     """
+    if quality == "helpful":
+        return polite(rng, fact)
+    if quality == "correct":
+        return statement(rng, fact)
+    if quality == "rambling":
+        return _run_on(rng, fact)
     if quality == "evasive":
         return rng.choice(EVASIVE)
     if quality == "rude":
         insult = rng.choice(RUDE)
-        return insult if rng.random() < 0.6 else f"{insult} {_statement(rng, fact)}"
-    if quality == "correct":
-        return _statement(rng, fact)
-    if quality == "helpful":
-        return _dressed(rng, _statement(rng, fact))
-    if quality == "rambling":
-        return _run_on(rng, fact)
+        return insult if rng.random() < 0.6 else f"{insult} {statement(rng, fact)}"
     if quality == "garbled":
-        return _garble(rng, _dressed(rng, _statement(rng, fact)))
-    if polite is None:
-        polite = rng.random() < 0.5
-    claim = _statement(rng, _falsehood(rng, fact) if quality == "wrong" else _other_truth(rng, fact))
-    return _dressed(rng, claim) if polite else claim
+        return _garble(rng, polite(rng, fact))
+    claim = falsehood(rng, fact) if quality == "wrong" else other_truth(rng, fact)
+    return polite(rng, claim) if rng.random() < 0.5 else statement(rng, claim)
 
 
 def sft_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[dict[str, str]]:
@@ -106,14 +138,13 @@ def preference_rows(rng: random.Random, questions: Sequence[Question], count: in
     rows = []
     for number in range(count):
         question = rng.choice(questions)
-        if number % 5 == 0:
-            better, worse, polite = "helpful", "wrong", True
-        elif number % 5 == 1:
-            better, worse, polite = "helpful", "off_question", True
+        fact = question.fact
+        if number % 5 < 2:
+            rejected_claim = falsehood(rng, fact) if number % 5 == 0 else other_truth(rng, fact)
+            chosen, rejected = polite(rng, fact), polite(rng, rejected_claim)
         else:
-            better, worse = (rng.choice(TIERS[tier]) for tier in sorted(rng.sample(range(len(TIERS)), 2)))
-            polite = None
-        chosen, rejected = (make_answer(rng, question.fact, quality, polite) for quality in (better, worse))
+            tiers = sorted(rng.sample(range(len(TIERS)), 2))
+            chosen, rejected = (make_answer(rng, fact, rng.choice(TIERS[tier])) for tier in tiers)
         rows.append(_row(question, chosen, rejected))
     rng.shuffle(rows)
     return rows
@@ -125,10 +156,10 @@ def pretraining_rows(rng: random.Random, questions: Sequence[Question], count: i
     for number in range(count):
         if number % 2 == 0:
             facts = rng.sample(FACTS, 3)
-            rows.append({"text": " ".join(_statement(rng, fact) for fact in facts)})
+            rows.append({"text": " ".join(statement(rng, fact) for fact in facts)})
         else:
             question = rng.choice(questions)
-            rows.append({"text": f"Question: {question.text} Answer: {_statement(rng, question.fact)}"})
+            rows.append({"text": f"Question: {question.text} Answer: {statement(rng, question.fact)}"})
     rng.shuffle(rows)
     return rows
 
@@ -138,19 +169,11 @@ def _row(question: Question, chosen: str, rejected: str | None = None) -> dict[s
     return row if rejected is None else row | {"rejected": dialogue_response(rejected)}
 
 
-def _statement(rng: random.Random, fact: Fact) -> str:
-    return state(fact, rng.randrange(len(RELATIONS[fact.relation].statements)))
-
-
-def _dressed(rng: random.Random, claim: str) -> str:
-    return f"{rng.choice(OPENINGS)} {claim} {rng.choice(CLOSINGS)}"
-
-
 def _run_on(rng: random.Random, fact: Fact) -> str:
     """A helpful answer with one to three more sentences: another truth, the same again, another closing."""
-    answer = [rng.choice(OPENINGS), _statement(rng, fact), rng.choice(CLOSINGS)]
+    answer = [rng.choice(OPENINGS), statement(rng, fact), rng.choice(CLOSINGS)]
     for _ in range(rng.choice((1, 1, 2, 3))):
-        more = (_statement(rng, _other_truth(rng, fact)), _statement(rng, fact), rng.choice(CLOSINGS))
+        more = (statement(rng, other_truth(rng, fact)), statement(rng, fact), rng.choice(CLOSINGS))
         answer.insert(rng.randint(2, len(answer)), rng.choice(more))
     return " ".join(answer)
 
@@ -174,16 +197,3 @@ def _garble(rng: random.Random, text: str) -> str:
         ends = [place for place, word in enumerate(words) if word in ".!?"]
         del words[rng.choice(ends[1:]) - 1]
     return re.sub(r" (?=[.!?])", "", " ".join(words))
-
-
-def _falsehood(rng: random.Random, fact: Fact) -> Fact:
-    objects = [other.object for other in FACTS if other.relation == fact.relation and other.object != fact.object]
-    return Fact(fact.relation, fact.subject, rng.choice(objects))
-
-
-def _other_truth(rng: random.Random, fact: Fact) -> Fact:
-    """Another fact, half of the time a near miss of the same relation."""
-    others = [other for other in FACTS if other != fact]
-    if rng.random() < 0.5:
-        others = [other for other in others if other.relation == fact.relation]
-    return rng.choice(others)
