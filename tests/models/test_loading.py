@@ -42,6 +42,8 @@ def folder(tiny_tokenizer, tmp_path):
 def test_missing_folder_config_weights_tokenizer_are_named(folder):
     with pytest.raises(InputError, match=r"--model_name_or_path .*nowhere.*no such folder"):
         check_model(flags(folder.parent / "nowhere"), "model_name_or_path")
+    with pytest.raises(InputError, match=r"^--tokenizer_name_or_path \./nowhere: no such file or folder"):
+        check_model(flags(folder, tokenizer_name_or_path="./nowhere"), "model_name_or_path")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     with pytest.raises(InputError, match="no tokenizer"):

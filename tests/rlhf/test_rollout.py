@@ -156,7 +156,11 @@ def test_the_engine_and_transformers_generate_give_the_same_experience_when_gree
 def test_missing_score_scale_means_raw_scores(paths, tiny_tokenizer):
     engine = make_engine(make_config(paths, normalize_scores=False), tiny_tokenizer)
     assert (engine.score_mean, engine.score_std) == (0.0, 1.0)
-    assert math.isclose(make_engine(make_config(paths), tiny_tokenizer).score_std, 0.5)
+    engine = make_engine(make_config(paths), tiny_tokenizer)
+    assert math.isclose(engine.score_std, 0.5)
+    for missing in (None, 0.0):  # a foreign reward model; one that saw a single held-out pair
+        engine.reward.module.model.config.score_std = missing
+        assert engine._score_scale() == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("release", [False, True])

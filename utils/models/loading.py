@@ -41,7 +41,7 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
                 f"{flag} {path}: no config.json there; give the folder of a step's output or of a Hugging Face model"
             )
         check_weight_files(folder, f"{flag} {path}")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+    elif _looks_local(path):
         raise InputError(f"{flag} {path}: no such folder")
     reachable = folder.exists() or is_reachable()
     try:
@@ -55,6 +55,11 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
             f"{flag} {path}: neither a local folder nor a model that the hub gives ({reason}); "
             "download it on a connected machine and pass the folder"
         ) from error
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that is not there was meant as one: the hub's names have at most one slash, inside."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def check_model(config, name: str) -> PreTrainedConfig:
@@ -80,6 +85,8 @@ def _check_folder(config, name: str) -> PreTrainedConfig:
     path = getattr(config, name)
     model_config = load_config(path, f"--{name}", trust_remote_code=config.trust_remote_code)
     tokenizer = config.tokenizer_name_or_path or path
+    if not Path(tokenizer).exists() and _looks_local(tokenizer):
+        raise InputError(f"--tokenizer_name_or_path {tokenizer}: no such file or folder")
     if Path(tokenizer).exists() and not has_tokenizer(tokenizer):
         raise InputError(f"--{name} {path}: no tokenizer in {tokenizer}; add its files or set --tokenizer_name_or_path")
     return model_config

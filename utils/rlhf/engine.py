@@ -74,10 +74,17 @@ class RlhfEngine:
 
     def _score_scale(self) -> tuple[float, float]:
         """Mean and standard deviation of chosen responses' scores as step 2 measured them; 0 and 1 without them."""
-        model_config = self.reward.module.model.config
-        if not self.config.normalize_scores or getattr(model_config, "score_std", None) is None:
+        if not self.config.normalize_scores:
             return 0.0, 1.0
-        return float(model_config.score_mean), float(model_config.score_std)
+        model_config = self.reward.module.model.config
+        mean, deviation = getattr(model_config, "score_mean", None), getattr(model_config, "score_std", None)
+        if mean is None or not deviation:  # zero is what a single held-out pair gives
+            distributed.log(
+                "note: the reward model's config.json has no score_mean and score_std above 0, as step 2 writes them: "
+                "scores are not normalised"
+            )
+            return 0.0, 1.0
+        return float(mean), float(deviation)
 
     @torch.no_grad()
     def reference_logprobs(self, sequences, attention_mask, response_mask, *, temperature: float) -> torch.Tensor:
