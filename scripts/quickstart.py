@@ -107,7 +107,7 @@ def make_stages(files: WorldFiles, folder: Path, seed: int) -> list[Stage]:
             reward,
             STEP2,
             {"model_name_or_path": sft, "data_path": files.preference, "data_split": "0,1,0"}
-            | {"learning_rate": 2e-3, "num_train_epochs": 2, "num_warmup_steps": 20}
+            | {"learning_rate": 1e-3, "num_train_epochs": 2, "num_warmup_steps": 20}
             | supervised,
         ),
         Stage(
@@ -115,10 +115,11 @@ def make_stages(files: WorldFiles, folder: Path, seed: int) -> list[Stage]:
             ppo,
             STEP3,
             {"actor_model_name_or_path": sft, "critic_model_name_or_path": reward}
-            | {"data_path": files.prompts, "data_split": "0,0,1", "max_steps": 50}
+            | {"data_path": files.prompts, "data_split": "0,0,1", "max_steps": 60}
             | {"max_prompt_seq_len": 64, "max_answer_seq_len": MAX_ANSWER_TOKENS}
             | {"per_device_generation_batch_size": 128, "per_device_training_batch_size": 32}
-            | {"actor_learning_rate": 5e-4, "critic_learning_rate": 1e-3, "num_warmup_steps": 12, "kl_ctl": 0.05}
+            | {"actor_learning_rate": 5e-4, "critic_learning_rate": 1e-3, "num_warmup_steps": 12, "kl_ctl": 0.1}
+            | {"critic_warmup_steps": 4}
             | {"print_answers": True}
             | shared,
         ),
