@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from utils.data.example import Example
@@ -142,7 +144,8 @@ def test_packing_into_blocks():
 
 
 def test_the_fingerprint_follows_content_not_state(tiny_tokenizer, gpt_tokenizer):
-    before = tokenizer_fingerprint(tiny_tokenizer)
-    tiny_tokenizer(["a", "b c"], padding=True, truncation=True, max_length=1)
-    assert tokenizer_fingerprint(tiny_tokenizer) == before
+    used = copy.deepcopy(tiny_tokenizer)  # padding and truncation stay with a tokenizer, and the fixture is shared
+    before = tokenizer_fingerprint(used)
+    used(["a", "b c"], padding=True, truncation=True, max_length=1)
+    assert tokenizer_fingerprint(used) == before == tokenizer_fingerprint(tiny_tokenizer)
     assert tokenizer_fingerprint(gpt_tokenizer) != before
