@@ -99,7 +99,7 @@ def make_stages(files: WorldFiles, folder: Path, seed: int) -> list[Stage]:
             sft,
             STEP1,
             {"model_name_or_path": base, "data_path": files.sft, "data_split": "1,0,0"}
-            | {"learning_rate": 2e-3, "num_train_epochs": 2, "num_warmup_steps": 20}
+            | {"learning_rate": 2e-3, "num_train_epochs": 4, "num_warmup_steps": 20}
             | supervised,
         ),
         Stage(
