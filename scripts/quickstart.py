@@ -40,6 +40,7 @@ REPORTS = ("report.json", "report.md", "report.png")
 MAX_ANSWER_TOKENS = 32
 SAMPLES_PER_QUESTION = 2
 SECONDS_TO_STOP = 10
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a stage is a run of its own
 
 
 @dataclass(kw_only=True)
@@ -135,7 +136,8 @@ def run_stage(stage: Stage) -> float:
         SystemExit(1): it failed.
     """
     started = time.perf_counter()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(stage.log, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, *stage.arguments()], cwd=REPOSITORY, env=environment, stdout=log, process_group=0
