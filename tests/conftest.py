@@ -17,6 +17,16 @@ TINY_TEXT = [
 ] * 4
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real data files beside the checkout; the test is skipped where it is absent."""

@@ -7,7 +7,7 @@ import shlex
 import pytest
 import yaml
 from peer_command_lines import STEP1, STEP2, STEP3
-from step_scripts import REPOSITORY, STEPS, load_step
+from step_scripts import REPOSITORY, STEPS, flags, load_step
 
 from utils.arguments import meaningless_flags, refuse_unavailable
 from utils.arguments.base import field_metadata
@@ -230,3 +230,17 @@ def test_help_of_a_step(step, capsys):
         assert field_metadata(module.Config, field.name)["help"]
     groups = re.findall(r"^(\S[^\n]*):$", text, flags=re.MULTILINE)
     assert len(groups) == len(set(groups)) >= 8
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "expected"),
+    [
+        (1, {"max_seq_len": 64, "max_tokens_per_batch": 63}, r"63 cannot hold one row of up to 64 tokens"),
+        (2, {"max_seq_len": 64, "max_tokens_per_batch": 127}, r"128 tokens \(twice --max_seq_len\): raise"),
+        (3, {"max_tokens_per_batch": 39}, r"of up to 40 tokens \(--max_prompt_seq_len \+ --max_answer_seq_len\)"),
+    ],
+)  # fmt: skip
+def test_a_token_budget_below_one_row_is_refused_with_the_numbers(step, changes, expected, world):
+    config = parse_config(load_step(step).Config, flags(world, step, **changes))
+    with pytest.raises(InputError, match=expected):
+        refuse_unavailable(config)

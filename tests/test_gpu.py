@@ -10,10 +10,7 @@ from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.generation import decode, generate
 from utils.rlhf.sampling import SamplingParams
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

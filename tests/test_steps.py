@@ -81,18 +81,50 @@ def test_step1_loss_on_held_out_rows_equals_a_hand_written_loop(world, tiny_toke
 
 
 def test_step1_result_does_not_depend_on_how_rows_are_grouped(world, tmp_path):
-    """4 x 2 accumulation, 8 x 1, and 8 x 1 under ZeRO-2 end with the same weights."""
+    """4 x 2 accumulation, 8 x 1, a token budget, and 8 x 1 under ZeRO-2 end with the same weights."""
     outputs = []
     for name, changes in {
         "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         "whole": {"per_device_train_batch_size": 8},
-        "sharded": {"per_device_train_batch_size": 8, "zero_stage": 2},
+        "budget": {"per_device_train_batch_size": 8, "max_tokens_per_batch": 100},
+        "sharded": {"per_device_train_batch_size": 8, "zero_stage": 2, "max_tokens_per_batch": 100},
     }.items():
         run_step(1, flags(world, 1, tmp_path / name, max_steps=2, num_sample_generations=0, **changes))
         outputs.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
     for other in outputs[1:]:
         for key, value in outputs[0].items():
             torch.testing.assert_close(other[key], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_step1_packing_gives_the_loss_and_gradients_of_the_rows_by_themselves(
+    world, tmp_path, tiny_tokenizer, architecture
+):
+    """One step over the whole training set, in rows that several examples share and in rows of their own."""
+    model = save_causal_lm(tmp_path / "model", tiny_tokenizer, architecture)
+    outcomes = []
+    for name, changes in {"packed": {"packing": True, "max_tokens_per_batch": 200}, "alone": {}}.items():
+        output = tmp_path / name
+        run_step(1, flags(
+            world, 1, output, model_name_or_path=model, max_steps=1, per_device_train_batch_size=64, max_seq_len=96,
+            num_sample_generations=0, **changes,
+        ))  # fmt: skip
+        row = next(row for row in read_metrics(output / "metrics.jsonl") if "train/loss" in row)
+        outcomes.append((row, transformers.AutoModelForCausalLM.from_pretrained(output).state_dict()))
+    (packed, packed_weights), (alone, weights) = outcomes
+    assert packed["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
+    assert packed["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-4)
+    for key, value in weights.items():
+        torch.testing.assert_close(packed_weights[key], value, atol=2e-5, rtol=1e-4)
+
+
+def test_step2_result_does_not_depend_on_a_token_budget(world, tmp_path):
+    losses = []
+    for budget in (0, 150):
+        run_step(2, flags(world, 2, tmp_path / str(budget), max_steps=3, max_tokens_per_batch=budget))
+        rows = read_metrics(tmp_path / str(budget) / "metrics.jsonl")
+        losses.append([row["train/loss"] for row in rows if "train/loss" in row])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("reward_loss", ["last_token", "token_span"])

@@ -106,6 +106,11 @@ class MetricsWriter:
         if self._is_main:
             self._progress.print(f"\n{format_table(title, rows, header)}\n")
 
+    def compare(self, title: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Print metrics "eval/..." of two times side by side, by the part of their names after the slash."""
+        rows = [(name.rpartition("/")[2], f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
+        self.table(title, rows, header=("", "before", "after"))
+
     def plot(self, panels: Mapping[str, Sequence[str]]) -> Path | None:
         """Draw `output_dir`/curves.png from metrics.jsonl: title of each panel -> the keys it shows.
 

@@ -55,11 +55,17 @@ def open_metrics(config, job_name: str, total_steps: int) -> MetricsWriter:
     )
 
 
-def save_summary(config, summary: dict[str, float]) -> None:
-    """Write `summary.json`, the numbers of the whole run, to the output folder if there is one."""
+def save_summary(config, before: dict[str, float], after: dict[str, float], **counts: float) -> dict[str, float]:
+    """The numbers of the whole run, also in the output folder's `summary.json` if there is one.
+
+    Args:
+        before, after: metrics of the held-out rows; those of `before` get names that end in `_before`.
+    """
+    summary = {f"{name}_before": value for name, value in before.items()} | after | counts
     if config.output_dir and distributed.is_main():
         atomic_write_text(Path(config.output_dir) / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         distributed.log(f"saved to {config.output_dir}")
+    return summary
 
 
 def _check_inputs_stay(config) -> None:

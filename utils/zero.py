@@ -147,7 +147,7 @@ def build_optimizer(
     """AdamW with decoupled weight decay: fused on a GPU, DeepSpeed's vectorised one where state is offloaded."""
     if offload and torch.accelerator.is_available():
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 def initialize_engine(

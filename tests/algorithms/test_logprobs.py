@@ -1,59 +1,109 @@
-"""Chunked log-probabilities against the plain log-softmax."""
+"""Chunked log-probabilities, with their hand-written backward pass, against the plain log-softmax under autograd."""
 
 import pytest
 import torch
 
-from utils.algorithms.logprobs import LOGITS_PER_CHUNK, chunk_count, token_logprobs
+import utils.algorithms.logprobs as module
+from utils.algorithms.logprobs import token_logprobs
+
+WORDS = 50
 
 
-def problem(dtype=torch.float32):
+def problem(dtype=torch.float32, bias=False):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(13, 8, generator=generator).to(dtype).requires_grad_()
-    head = torch.nn.Linear(8, 50, bias=False, dtype=dtype)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(50, 8, generator=generator))
-    return hidden, torch.randint(0, 50, (13,), generator=generator), head
+    weight = torch.randn(WORDS, 8, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(WORDS, generator=generator).to(dtype).requires_grad_() if bias else None
+    return hidden, torch.randint(0, WORDS, (13,), generator=generator), weight, bias
+
+
+def expected_values(hidden, targets, weight, bias=None, temperature=1.0):
+    distribution = (torch.nn.functional.linear(hidden, weight, bias).float() / temperature).log_softmax(-1)
+    return distribution[torch.arange(13), targets], -(distribution.exp() * distribution).sum(-1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_softmax_at_the_targets_after_temperature(temperature):
-    hidden, targets, head = problem()
-    expected = (head(hidden) / temperature).log_softmax(-1)
-    logprobs, entropy = token_logprobs(hidden, targets, head, temperature=temperature, with_entropy=True)
-    torch.testing.assert_close(logprobs, expected[torch.arange(13), targets], rtol=0, atol=1e-5)
-    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-5)
+    batch = problem()
+    found = token_logprobs(*batch, temperature=temperature, with_entropy=True)
+    torch.testing.assert_close(found, expected_values(*batch, temperature=temperature), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [2, 5, 13, 20])
-def test_chunks_change_neither_values_nor_gradients(chunks):
-    hidden, targets, head = problem()
-    results = []
-    for count in (1, chunks):
-        logprobs, entropy = token_logprobs(hidden, targets, head, chunks=count, with_entropy=True)
-        gradients = torch.autograd.grad((logprobs + 0.3 * entropy).sum(), [hidden, head.weight])
-        results.append((logprobs, entropy, *gradients))
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("sizes", [(1 << 25, 1 << 26, 1 << 18), (150, 10_000, 100), (150, 0, 100), (1, 0, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
+def test_gradients_equal_autograd_whatever_the_sizes_of_chunks_and_blocks(sizes, bias, entropy_weight, monkeypatch):
+    """The sizes are those of a matrix product, of what is kept for the backward pass, and of a block in fp32."""
+    monkeypatch.setattr(module, "CHUNK", sizes[0])
+    monkeypatch.setattr(module, "KEPT", sizes[1])
+    monkeypatch.setattr(module, "BLOCK", {"cpu": sizes[2]})
+    batch = problem(bias=bias)
+    leaves = [tensor for tensor in batch if tensor is not None and tensor.requires_grad]
+    upstream = torch.linspace(-1, 2, 13)
+    gradients = []
+    for logprobs, entropy in (
+        token_logprobs(*batch, temperature=0.7, with_entropy=True),
+        expected_values(*batch, temperature=0.7),
+    ):
+        loss = (upstream * logprobs).sum()
+        if entropy_weight:
+            loss = loss + entropy_weight * (upstream.flip(0) * entropy).sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    torch.testing.assert_close(*gradients, rtol=0, atol=2e-5)
+
+
+def test_a_second_backward_pass_gives_the_same(monkeypatch):
+    batch = problem()
+    loss = token_logprobs(*batch)[0].square().sum()
+    first = torch.autograd.grad(loss, [batch[0], batch[2]], retain_graph=True)
+    second = torch.autograd.grad(loss, [batch[0], batch[2]])
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def test_a_frozen_matrix_gets_no_gradient_and_an_empty_batch_gets_zeros():
+    hidden, targets, weight, _ = problem()
+    frozen = weight.detach()
+    (gradient,) = torch.autograd.grad(token_logprobs(hidden, targets, frozen)[0].sum(), hidden)
+    (expected,) = torch.autograd.grad(token_logprobs(hidden, targets, weight)[0].sum(), hidden)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    logprobs, _ = token_logprobs(hidden[:0], targets[:0], weight)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), weight)
+    assert logprobs.shape == (0,) and gradient.shape == weight.shape and not gradient.any()
 
 
 def test_uniform_logits_have_the_highest_entropy():
-    hidden, targets, head = torch.zeros(3, 8), torch.tensor([0, 1, 2]), torch.nn.Linear(8, 50, bias=False)
-    logprobs, entropy = token_logprobs(hidden, targets, head, with_entropy=True)
-    expected = torch.full((3,), 50.0).log()
+    logprobs, entropy = token_logprobs(
+        torch.zeros(3, 8), torch.tensor([0, 1, 2]), torch.randn(WORDS, 8), with_entropy=True
+    )
+    expected = torch.full((3,), float(WORDS)).log()
     torch.testing.assert_close(entropy, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(logprobs, -expected, rtol=0, atol=1e-5)
 
 
 def test_half_precision_logits_are_normalised_in_fp32():
-    hidden, targets, head = problem(torch.bfloat16)
-    logprobs, entropy = token_logprobs(hidden, targets, head)
-    expected = head(hidden).float().log_softmax(-1)[torch.arange(13), targets]
+    hidden, targets, weight, _ = problem(torch.bfloat16)
+    logprobs, entropy = token_logprobs(hidden, targets, weight)
     assert logprobs.dtype == torch.float32 and entropy is None
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs, expected_values(hidden, targets, weight)[0], rtol=0, atol=1e-5)
+    gradient = torch.autograd.grad(logprobs.sum(), weight)[0]
+    expected = torch.autograd.grad(expected_values(hidden, targets, weight)[0].sum(), weight)[0]
+    torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_chunk_count_bounds_the_logits_alive_at_once():
-    assert chunk_count(1, 50) == chunk_count(0, 50) == 1
-    for tokens, vocabulary in ((2048, 32000), (100_000, 128_256)):
-        per_chunk = -(-tokens // chunk_count(tokens, vocabulary))
-        assert per_chunk * vocabulary <= LOGITS_PER_CHUNK + vocabulary
+class _WidestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the most fp32 elements that any operation returned."""
+
+    widest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.widest = max(self.widest, result.numel())
+        return result
+
+
+def test_no_tensor_of_tokens_times_vocabulary_exists_in_fp32():
+    hidden, weight = torch.randn(512, 8).bfloat16().requires_grad_(), torch.randn(4096, 8).bfloat16().requires_grad_()
+    with _WidestAllocation() as allocations:
+        token_logprobs(hidden, torch.zeros(512, dtype=torch.long), weight, with_entropy=True)[0].sum().backward()
+    assert 0 < allocations.widest <= module.BLOCK["cpu"] < 512 * 4096

@@ -28,7 +28,7 @@ def iterate(engine, config, tokenizer, *, seed=7, **step_options):
     steps = [
         ppo_step(engine, minibatch, config, what="test", **step_options)
         for epoch in range(config.ppo_epochs)
-        for minibatch in ppo_minibatches(samples.micro_batches, config.gradient_accumulation_steps, seed=epoch)
+        for minibatch in ppo_minibatches(samples.minibatches, seed=epoch)
     ]
     return samples, steps
 
@@ -56,7 +56,7 @@ def test_loss_equals_the_formula_on_one_minibatch(paths, tiny_tokenizer):
     config = make_config(paths, per_device_generation_batch_size=8, generation_batches=1)
     engine = make_engine(config, tiny_tokenizer)
     samples = rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
-    minibatch = next(iter(ppo_minibatches(samples.micro_batches, 2, seed=0)))
+    minibatch = samples.minibatches[0]
     ppo_step(engine, minibatch, config, what="move away from ratio 1")
     policy, value, count = 0.0, 0.0, 0
     for e in minibatch:
@@ -131,7 +131,7 @@ def test_unsupervised_text_adds_its_mean_loss(paths, tiny_tokenizer):
     targets[:, 0] = False
     text = {"input_ids": ids, "attention_mask": mask, "target_mask": targets}
     samples = rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
-    minibatch = next(iter(ppo_minibatches(samples.micro_batches, 2, seed=0)))
+    minibatch = samples.minibatches[0]
     with torch.no_grad():
         logits = engine.ref.module.model(ids).logits[:, :-1]
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -176,10 +176,36 @@ def test_moving_average_is_the_formula():
 
 
 def test_minibatches_cover_the_rollout_once_in_a_seeded_order():
-    parts = list(range(6))
-    orders = [list(ppo_minibatches(parts, 2, seed=seed)) for seed in (1, 1, 2)]
+    minibatches = [[index, index + 0.5] for index in range(6)]
+    orders = [ppo_minibatches(minibatches, seed=seed) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
-    assert sorted(sum(orders[0], [])) == parts and [len(part) for part in orders[0]] == [2, 2, 2]
+    assert sorted(orders[0]) == minibatches
+
+
+def budgeted_steps(paths, tokenizer, budget: int):
+    config = make_config(paths, max_tokens_per_batch=budget, per_device_generation_batch_size=8, max_answer_seq_len=30)
+    engine = make_engine(config, tokenizer)
+    samples, steps = iterate(engine, config, tokenizer)
+    return samples, steps, weights(engine.actor.module) | weights(engine.critic.module)
+
+
+def test_a_token_budget_changes_the_micro_batches_and_not_the_result(paths, tiny_tokenizer):
+    samples, steps, after = budgeted_steps(paths, tiny_tokenizer, 0)
+    assert [[len(e.scores) for e in minibatch] for minibatch in samples.minibatches] == [[2, 2]] * 4
+    regrouped, budgeted, budgeted_after = budgeted_steps(paths, tiny_tokenizer, 46)
+    sizes = [[len(e.scores) for e in minibatch] for minibatch in regrouped.minibatches]
+    assert all(sum(minibatch) == 4 for minibatch in sizes) and len({len(minibatch) for minibatch in sizes}) > 1
+    for micro_batch in regrouped.micro_batches:
+        assert micro_batch.attention_mask.sum() <= 46
+    assert regrouped.metrics.keys() == samples.metrics.keys()
+    for name, value in samples.metrics.items():
+        if name.startswith("ppo/"):
+            assert regrouped.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert budgeted[0]["ppo/ratio_max"] == 1.0
+    for name in steps[0]:
+        assert budgeted[0][name] == pytest.approx(steps[0][name], rel=1e-3, abs=1e-5), name
+    for name, weight in after.items():
+        torch.testing.assert_close(budgeted_after[name], weight, atol=2e-4, rtol=0)
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -199,7 +225,7 @@ def ranks_rollout_and_step(paths, tokenizer_path, stage, halves):
     prompts = make_prompts(whole, len(tokenizer))
     engine = make_engine(config, tokenizer)
     samples = rollout(engine, prompts[distributed.rank() :: halves], config, kl_ctl=0.1, seed=1)
-    minibatch = next(iter(ppo_minibatches(samples.micro_batches, len(samples.micro_batches), seed=0)))
+    minibatch = samples.micro_batches
     metrics = ppo_step(engine, minibatch, config, what="test")
     responses = sorted(row[mask].tolist() for e in samples.micro_batches for row, mask in zip(
         e.sequences[:, -e.response_mask.size(1) :], e.response_mask, strict=True))  # fmt: skip
@@ -232,7 +258,7 @@ def ranks_of_unequal_length(paths, tokenizer_path, stage):
     metrics = []
     for seed in range(2):
         samples = rollout(engine, make_prompts(config, len(tokenizer)), short, kl_ctl=0.1, seed=seed)
-        for minibatch in ppo_minibatches(samples.micro_batches, 2, seed=seed):
+        for minibatch in ppo_minibatches(samples.minibatches, seed=seed):
             metrics.append(ppo_step(engine, minibatch, config, what="test"))
     return metrics
 

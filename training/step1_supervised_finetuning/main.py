@@ -29,14 +29,20 @@ from utils.arguments import (
     TokenizerArguments,
 )
 from utils.config import run
-from utils.data import build_dataloader, build_datasets, check_data_paths, collate_sft
+from utils.data import (
+    PackedRows,
+    build_dataloader,
+    build_datasets,
+    check_data_paths,
+    collate_sft,
+    micro_batches,
+    sft_tokens,
+)
 from utils.models.checkpoint import save_model
 from utils.models.loading import check_length, check_model, load_causal_lm, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.models.training_engine import build_engine
-from utils.rlhf.generation import generate
-from utils.rlhf.hybrid_engine import generation_mode
-from utils.rlhf.sampling import SamplingParams
+from utils.rlhf.evaluation import greedy_answers
 from utils.session import check_run, open_metrics, save_summary, start_run
 from utils.zero import accumulation_groups, check_finite, optimizer_step
 
@@ -78,21 +84,6 @@ def evaluate(engine, loader) -> dict[str, float]:
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
 
-def sample_answers(engine, tokenizer, rows, max_new_tokens: int) -> list[tuple[str, str]]:
-    """Greedy answers to the prompts of `rows`, as (prompt, answer) texts. Plain-text rows have no prompt: skipped."""
-    prompts = [row["input_ids"][: row["response_start"]] for row in rows if row["response_start"] > 1]
-    if not prompts:
-        return []
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
-    with generation_mode(engine) as model:
-        answers = generate(
-            model, prompts, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=0
-        )
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    responses = [decode(ids[mask]) for ids, mask in zip(answers.tokens, answers.mask, strict=True)]
-    return [(decode(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
-
-
 def main(config: Config) -> dict[str, float]:
     """Run step 1 and return its summary."""
     # 1. Refuse what cannot work, then set up
@@ -120,9 +111,12 @@ def main(config: Config) -> dict[str, float]:
     )
     eval_rows = eval_rows.head(config.eval_samples)
     distributed.log(train_rows.description)
+    if config.packing:
+        train_rows = PackedRows(train_rows, train_rows.lengths(), config.max_seq_len)
+        distributed.log(f"--packing: {len(train_rows)} rows of {config.max_seq_len} tokens, {train_rows.fill:.0%} full")
     collate = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
-    train_loader = build_dataloader(train_rows, collate, config.per_device_train_batch_size, shuffle=True, **ranks)
+    train_loader = build_dataloader(train_rows, list, config.per_device_train_batch_size, shuffle=True, **ranks)
     eval_loader = build_dataloader(eval_rows, collate, config.per_device_eval_batch_size, shuffle=False, **ranks)
     steps_per_epoch = math.ceil(len(train_loader) / config.gradient_accumulation_steps)
     total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
@@ -141,23 +135,24 @@ def main(config: Config) -> dict[str, float]:
     # 4. Train
     with open_metrics(config, "step 1: SFT", total_steps) as writer:
         shown_rows = [eval_rows[index] for index in range(min(config.num_sample_generations, len(eval_rows)))]
-        answers_before = sample_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
+        answers_before = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
         before = evaluate(engine, eval_loader)
         writer.log(0, before)
         step, started = 0, time.perf_counter()
         for epoch in range(math.ceil(total_steps / steps_per_epoch)):
             train_loader.set_epoch(epoch)
-            for micro_batches in accumulation_groups(train_loader, config.gradient_accumulation_steps):
+            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps):
                 step, step_started = step + 1, time.perf_counter()
-                micro_batches = [distributed.to_device(batch) for batch in micro_batches]
-                tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in micro_batches))
+                parts = micro_batches(rows, config.max_tokens_per_batch, sft_tokens)
+                batches = [distributed.to_device(collate(part)) for part in parts]
+                tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in batches))
 
                 def loss_function(batch, tokens=tokens):
                     logprobs, _ = engine(**batch)
                     return -logprobs.sum() / tokens
 
                 learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
-                loss, norm = optimizer_step(engine, micro_batches, loss_function, what=f"step {step}")
+                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}")
                 metrics = {
                     "train/loss": loss,
                     "train/grad_norm": norm,
@@ -175,20 +170,16 @@ def main(config: Config) -> dict[str, float]:
         seconds = time.perf_counter() - started
         after = evaluate(engine, eval_loader)
         writer.log(step, after)
-        answers_after = sample_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
+        answers_after = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
         for (prompt, old), (_, new) in zip(answers_before, answers_after, strict=True):
             writer.print(f"\n{prompt.strip()}\n  before: {old.strip()}\n  after:  {new.strip()}")
-        rows = [(name.removeprefix("eval/"), f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
-        writer.table("held-out rows", rows, header=("", "before", "after"))
+        writer.compare("held-out rows", before, after)
         writer.plot(PANELS)
 
     # 5. Save
     if config.output_dir:
         save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-    summary = {f"{name}_before": value for name, value in before.items()} | after
-    summary |= {"steps": step, "train_seconds": seconds}
-    save_summary(config, summary)
-    return summary
+    return save_summary(config, before, after, steps=step, train_seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,14 @@ from utils.arguments import (
     TokenizerArguments,
 )
 from utils.config import run
-from utils.data import build_dataloader, build_datasets, check_data_paths, collate_preference
+from utils.data import (
+    build_dataloader,
+    build_datasets,
+    check_data_paths,
+    collate_preference,
+    micro_batches,
+    preference_tokens,
+)
 from utils.models.checkpoint import save_model
 from utils.models.loading import check_length, check_model, load_matching_tokenizer, load_scalar_model
 from utils.models.lora import check_lora
@@ -139,7 +146,7 @@ def main(config: Config) -> dict[str, float]:
     distributed.log(train_rows.description)
     collate = functools.partial(collate_preference, pad_id=tokenizer.pad_token_id)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
-    train_loader = build_dataloader(train_rows, collate, config.per_device_train_batch_size, shuffle=True, **ranks)
+    train_loader = build_dataloader(train_rows, list, config.per_device_train_batch_size, shuffle=True, **ranks)
     eval_loader = build_dataloader(eval_rows, collate, config.per_device_eval_batch_size, shuffle=False, **ranks)
     steps_per_epoch = math.ceil(len(train_loader) / config.gradient_accumulation_steps)
     total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
@@ -162,10 +169,11 @@ def main(config: Config) -> dict[str, float]:
         step, started = 0, time.perf_counter()
         for epoch in range(math.ceil(total_steps / steps_per_epoch)):
             train_loader.set_epoch(epoch)
-            for micro_batches in accumulation_groups(train_loader, config.gradient_accumulation_steps):
+            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps):
                 step, step_started = step + 1, time.perf_counter()
-                micro_batches = [distributed.to_device(batch) for batch in micro_batches]
-                pairs = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in micro_batches))
+                parts = micro_batches(rows, config.max_tokens_per_batch, preference_tokens)
+                batches = [distributed.to_device(collate(part)) for part in parts]
+                pairs = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in batches))
                 margins = []
 
                 def loss_function(batch, margins=margins, pairs=pairs):
@@ -174,7 +182,7 @@ def main(config: Config) -> dict[str, float]:
                     return losses.sum() / pairs
 
                 learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
-                loss, norm = optimizer_step(engine, micro_batches, loss_function, what=f"step {step}")
+                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}")
                 margin = torch.cat(margins)
                 sums = distributed.all_reduce_dict({"margin": margin.sum(), "correct": (margin > 0).sum()})
                 metrics = {
@@ -194,8 +202,7 @@ def main(config: Config) -> dict[str, float]:
         seconds = time.perf_counter() - started
         after = evaluate(engine, eval_loader, config)
         writer.log(step, after)
-        rows = [(name.removeprefix("eval/"), f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
-        writer.table("held-out pairs", rows, header=("", "before", "after"))
+        writer.compare("held-out pairs", before, after)
         writer.plot(PANELS)
 
     # 5. Save, with the scale of the scores for step 3
@@ -203,10 +210,7 @@ def main(config: Config) -> dict[str, float]:
         model = engine.module.model
         model.config.score_mean, model.config.score_std = after["eval/chosen_mean"], after["eval/chosen_std"]
         save_model(model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-    summary = {f"{name}_before": value for name, value in before.items()} | after
-    summary |= {"steps": step, "train_seconds": seconds}
-    save_summary(config, summary)
-    return summary
+    return save_summary(config, before, after, steps=step, train_seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,15 @@ from utils.arguments import (
     TokenizerArguments,
 )
 from utils.config import run
-from utils.data import build_dataloader, build_datasets, check_data_paths, collate_sft, endless
+from utils.data import (
+    build_dataloader,
+    build_datasets,
+    check_data_paths,
+    collate_sft,
+    endless,
+    micro_batches,
+    sft_tokens,
+)
 from utils.models.loading import check_length, check_model, check_scalar_model, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.models.tokenizer import check_same_tokens
@@ -110,7 +118,8 @@ def main(config: Config) -> dict[str, float]:
     rollout_size = config.per_device_generation_batch_size * config.generation_batches
     prompt_loader = build_dataloader(prompt_rows, list, rollout_size, shuffle=True, drop_last=True, **ranks)
     eval_loader = build_dataloader(eval_rows, list, rollout_size, shuffle=False, **ranks)
-    unsupervised_batches = None
+    collate_text = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
+    unsupervised_batches = iter(())
     if text_source:
         text_rows, _ = build_datasets(
             "pretrain",
@@ -119,9 +128,8 @@ def main(config: Config) -> dict[str, float]:
             max_seq_len=config.max_prompt_seq_len + config.max_answer_seq_len,
             **source,
         )
-        collate_text = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
         text_loader = build_dataloader(
-            text_rows, collate_text, config.per_device_training_batch_size, shuffle=True, drop_last=True, **ranks
+            text_rows, list, config.per_device_training_batch_size, shuffle=True, drop_last=True, **ranks
         )
         unsupervised_batches = endless(text_loader)
 
@@ -157,13 +165,9 @@ def main(config: Config) -> dict[str, float]:
                 training_started, steps = time.perf_counter(), []
                 for ppo_epoch in range(config.ppo_epochs):
                     order_seed = config.seed + iteration * config.ppo_epochs + ppo_epoch
-                    for minibatch in ppo_minibatches(
-                        samples.micro_batches, config.gradient_accumulation_steps, seed=order_seed
-                    ):
-                        unsupervised = [
-                            distributed.to_device(batch)
-                            for batch in itertools.islice(unsupervised_batches or (), len(minibatch))
-                        ]
+                    for minibatch in ppo_minibatches(samples.minibatches, seed=order_seed):
+                        texts = list(itertools.islice(unsupervised_batches, config.gradient_accumulation_steps))
+                        parts = micro_batches(texts, config.max_tokens_per_batch, sft_tokens)
                         steps.append(
                             ppo_step(
                                 engine,
@@ -171,7 +175,7 @@ def main(config: Config) -> dict[str, float]:
                                 config,
                                 what=f"iteration {iteration}",
                                 train_actor=iteration > config.critic_warmup_steps,
-                                unsupervised=unsupervised,
+                                unsupervised=[distributed.to_device(collate_text(part)) for part in parts],
                             )
                         )
                 metrics |= mean_metrics(steps) | {"time/training": time.perf_counter() - training_started}
@@ -189,17 +193,13 @@ def main(config: Config) -> dict[str, float]:
         train_seconds = time.perf_counter() - started
         after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
         writer.log(iteration, after)
-        rows = [(name.removeprefix("eval/"), f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
-        writer.table("greedy answers to held-out prompts", rows, header=("", "before", "after"))
+        writer.compare("greedy answers to held-out prompts", before, after)
         writer.plot(PANELS)
 
     # 5. Save
     if config.output_dir:
         engine.save(config.output_dir)
-    summary = {f"{name}_before": value for name, value in before.items()} | after
-    summary |= {"iterations": iteration, "train_seconds": train_seconds}
-    save_summary(config, summary)
-    return summary
+    return save_summary(config, before, after, iterations=iteration, train_seconds=train_seconds)
 
 
 if __name__ == "__main__":

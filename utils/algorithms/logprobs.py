@@ -1,54 +1,121 @@
 """Log-probabilities of given tokens from hidden states, without a (tokens x vocabulary) tensor in fp32.
 
-With N positions, H hidden units and V words, `head` maps (n, H) to (n, V). Only one chunk of logits exists at a time:
-forward and backward recompute a chunk instead of keeping it.
+    N   positions       H   hidden units       V   words       logits = hidden @ weight.T (+ bias), (N, V)
+
+Logits exist in the model's dtype only, a chunk at a time, and in fp32 only for the few rows that a pass is working on.
+The backward pass is written out: with p = softmax(logits / t), l = log p, and upstream gradients g of the
+log-probability and e of the entropy S,
+
+    d logits = (g (onehot - p) - e p (l + S)) / t
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
-from torch.utils.checkpoint import checkpoint
+import torch.nn.functional as F
+from torch import Tensor
 
-LOGITS_PER_CHUNK = 1 << 24  # fp32 logits alive at once: 64 MiB
-
-
-def chunk_count(num_tokens: int, vocabulary_size: int) -> int:
-    """How many chunks `token_logprobs` needs to keep its logits under `LOGITS_PER_CHUNK`."""
-    return max(1, math.ceil(num_tokens * vocabulary_size / LOGITS_PER_CHUNK))
+CHUNK = 1 << 25  # logits of one matrix product: 64 MiB in 16 bits
+KEPT = 1 << 26  # logits kept for the backward pass; of more than that, chunks are computed a second time
+BLOCK = {"cpu": 1 << 18}  # logits in fp32 at once; on a CPU what its cache holds
 
 
 def token_logprobs(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    chunks: int = 1,
     temperature: float = 1.0,
     with_entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log softmax(head(hidden) / temperature) at `targets`, and the entropy of that distribution on request.
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(logits / temperature) at `targets`, and the entropy of that distribution on request.
 
     Args:
-        hidden: (N, H), the hidden state that predicts each target.
-        targets: (N,) token ids.
-        chunks: pieces to split N into; `chunk_count` gives a number, and ZeRO-3 ranks must agree on it.
+        hidden: (N, H), the hidden state that predicts each target. targets: (N,) token ids.
+        weight, bias: (V, H) and (V,) of the vocabulary projection.
 
     Returns:
         (N,) fp32 log-probabilities, and (N,) fp32 entropies in nats or None.
     """
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, with_entropy)
+    return logprobs, entropy if with_entropy else None
 
-    def compute(piece: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = head(piece).float() / temperature
-        normalizer = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - normalizer
-        entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1) if with_entropy else None
-        return logprobs, entropy
 
-    recompute = chunks > 1 and torch.is_grad_enabled()
-    pieces = [
-        checkpoint(compute, piece, ids, use_reentrant=False) if recompute else compute(piece, ids)
-        for piece, ids in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-    ]
-    logprobs = torch.cat([piece[0] for piece in pieces])
-    return logprobs, torch.cat([piece[1] for piece in pieces]) if with_entropy else None
+def _parts(count: int, vocabulary: int, elements: int) -> Iterator[slice]:
+    """Slices that cover `count` rows, of about `elements` logits each."""
+    step = max(1, elements // vocabulary)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    return _parts(*logits.shape, BLOCK.get(logits.device.type, CHUNK))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, with_entropy):
+        count, vocabulary = len(hidden), len(weight)
+        normalizer, at_target, entropy = (hidden.new_zeros(count, dtype=torch.float32) for _ in range(3))
+        keeps = any(ctx.needs_input_grad[:3]) and count * vocabulary <= KEPT
+        ctx.logits = {}
+        for chunk in _parts(count, vocabulary, CHUNK):
+            logits = F.linear(hidden[chunk], weight, bias)
+            if keeps:
+                ctx.logits[chunk.start] = logits
+            for block in _blocks(logits):
+                rows = slice(chunk.start + block.start, chunk.start + block.stop)
+                wide = logits[block].float()
+                if temperature != 1.0:
+                    wide = wide / temperature  # not in place: fp32 logits are the kept ones
+                normalizer[rows] = wide.logsumexp(-1)
+                at_target[rows] = wide.gather(-1, targets[rows, None]).squeeze(-1)
+                if with_entropy:
+                    probabilities = (wide - normalizer[rows, None]).exp_()
+                    entropy[rows] = normalizer[rows] - torch.linalg.vecdot(probabilities, wide)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return at_target - normalizer, entropy
+
+    @staticmethod
+    def backward(ctx, of_logprobs, of_entropy):
+        hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        kept, ctx.logits = ctx.logits, {}  # overwritten below: a second backward pass computes them again
+        if of_logprobs is None:
+            of_logprobs = torch.zeros_like(normalizer)
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = bias_gradient = None
+        chunks = list(_parts(len(hidden), len(weight), CHUNK))
+        for chunk in chunks:
+            logits = kept.pop(chunk.start) if chunk.start in kept else F.linear(hidden[chunk], weight, bias)
+            for block in _blocks(logits):
+                rows = slice(chunk.start + block.start, chunk.start + block.stop)
+                wide = logits[block].float().div_(ctx.temperature).sub_(normalizer[rows, None])
+                gradient = wide.exp()
+                if of_entropy is None:
+                    gradient *= -of_logprobs[rows, None]
+                else:
+                    wide += entropy[rows, None]
+                    gradient *= -(of_logprobs[rows, None] + of_entropy[rows, None] * wide)
+                gradient.scatter_add_(1, targets[rows, None], of_logprobs[rows, None])
+                logits[block] = gradient.div_(ctx.temperature)
+            if needs_hidden:
+                hidden_gradient[chunk] = logits @ weight
+            if needs_weight:
+                weight_gradient = _added(weight_gradient, logits.t() @ hidden[chunk], len(chunks))
+            if needs_bias:
+                bias_gradient = _added(bias_gradient, logits.sum(0), len(chunks))
+        if needs_weight:
+            weight_gradient = torch.zeros_like(weight) if not chunks else weight_gradient.to(weight.dtype)
+        if needs_bias:
+            bias_gradient = torch.zeros_like(bias) if not chunks else bias_gradient.to(bias.dtype)
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+def _added(total: Tensor | None, part: Tensor, parts: int) -> Tensor:
+    """`total + part`, in fp32 where more than one part is to come."""
+    if total is None:
+        return part.float() if parts > 1 else part
+    return total.add_(part)

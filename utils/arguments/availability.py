@@ -23,6 +23,24 @@ def refuse_unavailable(config: Any) -> None:
     if getattr(config, "align_overflow", False) and config.dtype == "fp16":
         raise InputError("--align_overflow with fp16 is not available yet; use --dtype bf16, which does not overflow")
     _refuse_uneven_rollout(config)
+    _refuse_small_budget(config)
+
+
+def _refuse_small_budget(config: Any) -> None:
+    """A micro-batch must hold one row at least: a sequence, or both sequences of a pair."""
+    if hasattr(config, "max_seq_len"):
+        pair = hasattr(config, "reward_loss")
+        longest, flags = config.max_seq_len * (1 + pair), f"{'twice ' * pair}--max_seq_len"
+    else:
+        longest, flags = (
+            config.max_prompt_seq_len + config.max_answer_seq_len,
+            ("--max_prompt_seq_len + --max_answer_seq_len"),
+        )
+    if 0 < config.max_tokens_per_batch < longest:
+        raise InputError(
+            f"--max_tokens_per_batch {config.max_tokens_per_batch} cannot hold one row of up to {longest} tokens "
+            f"({flags}): raise it to {longest} or more"
+        )
 
 
 def _refuse_uneven_rollout(config: Any) -> None:

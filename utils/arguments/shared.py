@@ -47,6 +47,12 @@ class ScheduleArguments(Arguments):
     num_train_epochs: int = flag(1, "passes over the training data", at_least=1)
     max_steps: int = flag(0, "stop after this many optimiser steps (step 3: rollouts); 0 = no limit", at_least=0)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step", at_least=1)
+    max_tokens_per_batch: int = flag(
+        0,
+        "tokens of a micro-batch, at most: rows of an optimiser step are regrouped by length until each fits, which "
+        "changes memory and speed but not the result; 0 = micro-batches of the given number of rows",
+        at_least=0,
+    )
     lr_scheduler_type: Scheduler = flag("cosine", "shape of the learning rate over the run")
     num_warmup_steps: int = flag(0, "optimiser steps over which the learning rate rises from 0", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 = no clipping", at_least=0)

@@ -77,6 +77,11 @@ class SftArguments(Arguments):
     """Supervised fine-tuning."""
 
     sft_only_data_path: list[str] = flag([], "further data for this step only, of which all rows are used")
+    packing: bool = flag(
+        False,
+        "fill rows of --max_seq_len tokens with several examples, which do not see each other; "
+        "--per_device_train_batch_size then counts such rows",
+    )
     eval_interval: int = flag(0, "optimiser steps between evaluations; 0 = only before and after", at_least=0)
     num_sample_generations: int = flag(3, "held-out prompts whose answers are shown before and after", at_least=0)
     sample_max_new_tokens: int = flag(64, "tokens of such an answer", at_least=1)

@@ -39,6 +39,16 @@ def _row_mask(rows: Sequence[Row]) -> torch.Tensor:
     return torch.tensor([not row.get("filler", False) for row in rows])
 
 
+def sft_tokens(row: Row) -> int:
+    """Tokens that a row of purpose "sft" or "pretrain" brings to a forward pass."""
+    return len(row["input_ids"])
+
+
+def preference_tokens(row: Row) -> int:
+    """Tokens that a pair brings to a forward pass: both of its sequences."""
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
 def collate_sft(rows: Sequence[Row], pad_id: int) -> Batch:
     """Rows of purpose "sft" or "pretrain", padded on the right.
 

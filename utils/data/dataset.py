@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,10 @@ class TokenDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[int(index)]
+
+    def lengths(self, column: str = "input_ids") -> list[int]:
+        """Tokens of each row's `column`, read without the ids."""
+        return pc.list_value_length(self._rows.data.column(column)).to_pylist()
 
     def head(self, count: int) -> "TokenDataset":
         """The first `count` rows (all of them for 0), which are a fair sample: rows are in random order already."""

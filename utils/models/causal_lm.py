@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 
-from utils import distributed
-from utils.algorithms.logprobs import chunk_count, token_logprobs
 from utils.algorithms.masking import position_ids
-from utils.zero import is_partitioned
+from utils.models.packed_attention import enable_packing, token_states
+from utils.models.vocabulary_head import VocabularyHead
 
 # Architectures with one of these scale or clip their logits after the head, so only their own forward is right.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -15,12 +14,14 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class CausalLM(nn.Module):
     """Wraps a `transformers` causal LM; `forward` returns log-probabilities of the marked tokens only.
 
-    The vocabulary projection runs on those positions alone and in chunks. Everything goes through this `forward`, and
-    so through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
+    Padding is not computed, and the vocabulary projection runs on the marked positions alone. Everything goes through
+    this `forward`, and so through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        enable_packing(model)
+        model.set_output_embeddings(VocabularyHead(model.get_output_embeddings()))
         self.model = model
 
     def forward(
@@ -35,23 +36,28 @@ class CausalLM(nn.Module):
         """Log-probabilities of `input_ids` where `target_mask` is true, each given the tokens before it.
 
         Args:
-            input_ids, attention_mask, target_mask: (B, T), padded on either side; column 0 is never a target.
+            input_ids, attention_mask, target_mask: (B, T), padded on either side; the first token of a row is never a
+                target.
 
         Returns:
             (N,) fp32 log-probabilities in row-major order of the mask, and (N,) entropies or None.
         """
-        predicting, targets = target_mask[:, 1:], input_ids[:, 1:][target_mask[:, 1:]]
-        arguments = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask), "use_cache": False}
         if any(getattr(self.model.config, name, None) for name in LOGIT_TRANSFORMS):
-            logits = self.model(input_ids, **arguments).logits[:, :-1][predicting]
-            return token_logprobs(
-                logits, targets, lambda piece: piece, temperature=temperature, with_entropy=with_entropy
-            )
-        hidden = self.model.base_model(input_ids, **arguments).last_hidden_state[:, :-1][predicting]
-        head = self.model.get_output_embeddings()
-        chunks = chunk_count(len(targets), head.out_features)
-        if is_partitioned(
-            head.weight
-        ):  # every call of the head gathers it on all ranks, so they must call equally often
-            chunks = int(distributed.all_reduce_scalar(chunks, "max"))
-        return token_logprobs(hidden, targets, head, chunks=chunks, temperature=temperature, with_entropy=with_entropy)
+            return self._from_logits(input_ids, attention_mask, target_mask, temperature, with_entropy)
+        states, layout = token_states(self.model.base_model, input_ids, attention_mask)
+        predicted = target_mask.flatten()[layout.index].nonzero().squeeze(1)
+        places = layout.index[predicted]  # in the flattened batch
+        logprobs, entropy = self.model.get_output_embeddings()(
+            states[predicted - 1], input_ids.flatten()[places], temperature=temperature, with_entropy=with_entropy
+        )
+        order = places.argsort()
+        return logprobs[order], entropy[order] if with_entropy else None
+
+    def _from_logits(self, input_ids, attention_mask, target_mask, temperature: float, with_entropy: bool):
+        logits = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+        ).logits[:, :-1]
+        distribution = (logits[target_mask[:, 1:]].float() / temperature).log_softmax(-1)
+        targets = input_ids[:, 1:][target_mask[:, 1:]]
+        entropy = -(distribution.exp() * distribution).sum(-1) if with_entropy else None
+        return distribution.gather(1, targets[:, None]).squeeze(1), entropy

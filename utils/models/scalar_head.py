@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.algorithms.masking import position_ids
+from utils.models.packed_attention import enable_packing, token_states
 
 
 class ScalarHead(nn.Linear):
@@ -25,11 +25,12 @@ class ScalarHeadModel(nn.Module):
         head = ScalarHead(model.score.in_features, 1, bias=False, device="meta")
         head.weight = model.score.weight  # the same parameter, partitioned or not
         model.score = head
+        enable_packing(model)
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and mask -> (B, T) fp32 scores; a column's score sees the tokens up to it."""
-        hidden = self.model.base_model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
-        ).last_hidden_state
-        return self.model.score(hidden).squeeze(-1)
+        """(B, T) ids and mask -> (B, T) fp32 scores, 0 on padding; a column's score sees the tokens up to it."""
+        states, layout = token_states(self.model.base_model, input_ids, attention_mask)
+        scores = self.model.score(states).squeeze(-1)
+        blank = torch.zeros(input_ids.numel(), dtype=scores.dtype, device=scores.device)
+        return blank.index_copy(0, layout.index, scores).view_as(input_ids)

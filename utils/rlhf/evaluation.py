@@ -1,5 +1,6 @@
 """How the actor does on held-out prompts, and what it writes."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -8,7 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from utils import distributed
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.experience import Experience
+from utils.rlhf.generation import generate
+from utils.rlhf.hybrid_engine import generation_mode
 from utils.rlhf.rollout import assemble, generate_responses, response_scores, sampling_params
+from utils.rlhf.sampling import SamplingParams
 
 
 @torch.no_grad()
@@ -34,6 +38,24 @@ def evaluate_prompts(engine: RlhfEngine, loader: Iterable[Sequence[dict]], confi
         "eval/length_mean": sums["length"] / count,
         "eval/ended_fraction": sums["ended"] / count,
     }
+
+
+def greedy_answers(engine, tokenizer: PreTrainedTokenizerBase, rows, max_new_tokens: int) -> list[tuple[str, str]]:
+    """Greedy answers of the model in `engine` to the prompts of step 1's `rows`, as (prompt, answer) texts.
+
+    Plain-text rows, which have no prompt, are passed over.
+    """
+    prompts = [row["input_ids"][: row["response_start"]] for row in rows if row["response_start"] > 1]
+    if not prompts:
+        return []
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
+    with generation_mode(engine) as model:
+        answers = generate(
+            model, prompts, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=0
+        )
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    responses = [decode(ids[mask]) for ids, mask in zip(answers.tokens, answers.mask, strict=True)]
+    return [(decode(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def show_answers(experience: Experience, tokenizer: PreTrainedTokenizerBase, limit: int = 3) -> str:

@@ -1,7 +1,7 @@
 """PPO's optimiser steps on a rollout."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,13 +13,9 @@ from utils.rlhf.experience import Experience, response_logprobs, response_values
 from utils.zero import optimizer_step
 
 
-def ppo_minibatches(
-    experiences: Sequence[Experience], accumulation_steps: int, *, seed: int
-) -> Iterator[list[Experience]]:
-    """One epoch: the rollout's micro-batches in a seeded order, `accumulation_steps` of them per optimiser step."""
-    order = random.Random(seed).sample(range(len(experiences)), len(experiences))
-    for start in range(0, len(order), accumulation_steps):
-        yield [experiences[index] for index in order[start : start + accumulation_steps]]
+def ppo_minibatches(minibatches: Sequence[Sequence[Experience]], *, seed: int) -> list[Sequence[Experience]]:
+    """One epoch over a rollout: its minibatches, each the micro-batches of one optimiser step, in a seeded order."""
+    return random.Random(seed).sample(minibatches, len(minibatches))
 
 
 def ppo_step(
@@ -39,7 +35,7 @@ def ppo_step(
     Args:
         what: names the step in an error.
         train_actor: False while the critic warms up.
-        unsupervised: collated rows (`input_ids`, `attention_mask`, `target_mask`), one batch per micro-batch, or none.
+        unsupervised: collated rows (`input_ids`, `attention_mask`, `target_mask`) in micro-batches, or none.
 
     Returns:
         Metrics over all ranks, names starting with `ppo/`.

@@ -1,5 +1,6 @@
 """From prompts to experience: sample responses, score them with all four models, and turn scores into advantages."""
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from utils.algorithms.advantages import gae, masked_moments, moments_to_mean_var
 from utils.algorithms.kl import kl_penalty, normalize_scores, per_token_rewards
 from utils.algorithms.masking import last_index, masked_sum
 from utils.data.collate import pad
+from utils.data.packing import token_batches
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.experience import Experience, response_logprobs, response_values
 from utils.rlhf.generation import Generation, respond
@@ -19,12 +21,17 @@ from utils.rlhf.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Rollout:
-    """A rollout of this rank: micro-batches for PPO, and numbers over all ranks."""
+    """A rollout of this rank, in the micro-batches of each optimiser step, and numbers over all ranks."""
 
-    micro_batches: list[Experience]
+    minibatches: list[list[Experience]]
     metrics: dict[str, float]
     kl: float  # mean over all ranks' sequences of the k1 estimate summed over their tokens, in nats
     num_sequences: int  # over all ranks
+
+    @property
+    def micro_batches(self) -> list[Experience]:
+        """Those of all optimiser steps."""
+        return [micro_batch for minibatch in self.minibatches for micro_batch in minibatch]
 
 
 def rollout(engine: RlhfEngine, prompts: list[list[int]], config, *, kl_ctl: float, seed: int) -> Rollout:
@@ -42,23 +49,52 @@ def rollout(engine: RlhfEngine, prompts: list[list[int]], config, *, kl_ctl: flo
     responses = generate_responses(engine, prompts, sampling_params(config), seed=seed)
     generated = time.perf_counter()
 
-    rows = torch.arange(len(prompts)).split(config.per_device_training_batch_size)
-    micro_batches = [assemble(prompts, responses, part.tolist(), engine.tokenizer.pad_token_id) for part in rows]
+    plan = plan_minibatches(prompts, responses, config)
+    rows = [part for minibatch in plan for part in minibatch]
     experiences = [
-        score(engine, *batch, responses.ended[part], config=config, kl_ctl=kl_ctl)
-        for batch, part in zip(micro_batches, rows, strict=True)
+        score(
+            engine,
+            *assemble(prompts, responses, part, engine.tokenizer.pad_token_id),
+            responses.ended[part],
+            config=config,
+            kl_ctl=kl_ctl,
+        )
+        for part in rows
     ]
     experiences = whiten_over_ranks(experiences, config)
     finished = time.perf_counter()
 
     metrics = rollout_metrics(experiences, engine, responses)
+    if responses.logprobs is not None:
+        metrics |= sampling_difference(experiences, responses, [row for part in rows for row in part])
     tokens = metrics.pop("response_tokens")
     metrics |= {
         "time/generation": generated - started,
         "time/scoring": finished - generated,
         "throughput/generation_tokens_per_second": tokens / (generated - started),
     }
-    return Rollout(experiences, metrics, metrics["ppo/kl_k1"], int(metrics["ppo/sequences"]))
+    remaining = iter(experiences)
+    minibatches = [list(itertools.islice(remaining, len(minibatch))) for minibatch in plan]
+    return Rollout(minibatches, metrics, metrics["ppo/kl_k1"], int(metrics["ppo/sequences"]))
+
+
+def plan_minibatches(prompts: list[list[int]], responses: Generation, config) -> list[list[list[int]]]:
+    """Which rows make up the micro-batches of each optimiser step: minibatches of micro-batches of row numbers.
+
+    A step has per_device_training_batch_size x gradient_accumulation_steps rows. `--max_tokens_per_batch` regroups
+    them by length.
+    """
+    size = config.per_device_training_batch_size
+    lengths = [len(prompt) + count for prompt, count in zip(prompts, responses.mask.sum(1).tolist(), strict=True)]
+    plan = []
+    for start in range(0, len(prompts), size * config.gradient_accumulation_steps):
+        rows = list(range(start, start + size * config.gradient_accumulation_steps))
+        if config.max_tokens_per_batch:
+            parts = token_batches([lengths[row] for row in rows], config.max_tokens_per_batch)
+            plan.append([[rows[index] for index in part] for part in parts])
+        else:
+            plan.append([rows[first : first + size] for first in range(0, len(rows), size)])
+    return plan
 
 
 def sampling_params(config, *, greedy: bool = False) -> SamplingParams:
@@ -201,15 +237,17 @@ def rollout_metrics(experiences: list[Experience], engine: RlhfEngine, responses
         "ppo/sequences": count,
         "response_tokens": sums["tokens"],
     }
-    if responses.logprobs is not None:
-        metrics |= _sampling_difference(experiences, responses)
     return metrics
 
 
-def _sampling_difference(experiences: list[Experience], responses: Generation) -> dict[str, float]:
-    """How far the log-probabilities of generation are from those of the training forward, per token, over all ranks."""
+def sampling_difference(experiences: list[Experience], responses: Generation, rows: list[int]) -> dict[str, float]:
+    """How far the log-probabilities of generation are from those of the training forward, per token, over all ranks.
+
+    Args:
+        rows: number of each sequence of `experiences`, in their order, among `responses`.
+    """
     trained = torch.cat([e.logprobs[e.response_mask] for e in experiences])
-    difference = (trained - responses.logprobs[responses.mask]).abs()
+    difference = (trained - responses.logprobs[rows][responses.mask[rows]]).abs()
     sums = distributed.all_reduce_dict({"sum": difference.sum(), "tokens": difference.numel()})
     return {
         "ppo/sampling_logprob_difference_mean": sums["sum"] / sums["tokens"],

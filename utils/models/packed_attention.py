@@ -1,0 +1,201 @@
+"""Several sequences end to end in one row: no layer computes padding, and attention stays inside each sequence.
+
+    N   real tokens of a batch, longest sequence first      T   longest sequence of a group
+    S   sequences                                           D   size of a head
+
+`transformers` calls `attend` for models whose attention implementation is `PACKED`. It gets the layout of the row as a
+keyword of the model's forward; a call without one (generation) is ordinary attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from utils.algorithms.masking import position_ids
+
+PACKED = "packed"
+# Architectures whose layers see other tokens through the attention interface alone, and their place by position ids.
+PACKABLE = ("llama", "opt", "gpt2", "gpt_neox", "phi")
+GROUP_SPREAD = 2  # sequences whose lengths differ by less than this factor are padded to each other for attention
+MATMUL_WIDTH = 256  # longest sequences for which a CPU computes attention in bf16 as plain matrix products
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of similar lengths, side by side in the row. `places` are their tokens' in an (S, T) rectangle."""
+
+    tokens: int
+    sequences: int
+    width: int
+    places: torch.Tensor | None  # (tokens,) int64; None where the tokens fill the rectangle in order
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a padded batch lie in the row. All tensors are on the batch's device."""
+
+    index: torch.Tensor  # (N,) places of the row's tokens in the flattened (B, T) batch
+    positions: torch.Tensor  # (1, N) place of each token in its sequence
+    boundaries: torch.Tensor  # (S + 1,) int32, where sequences start and end
+    longest: int
+    groups: list[Group]
+
+
+def pack(attention_mask: torch.Tensor) -> Layout:
+    """The layout for a (B, T) batch, padded on either side; rows without a token take no part."""
+    rows, columns = attention_mask.shape
+    device, mask = attention_mask.device, attention_mask.bool()
+    counts = mask.sum(1)
+    lengths, order = counts.sort(descending=True, stable=True)
+    first = mask.int().argmax(1)
+    inside = torch.arange(columns, device=device) < lengths[:, None]
+    index = ((order * columns + first[order])[:, None] + torch.arange(columns, device=device))[inside]
+    positions = torch.arange(columns, device=device).expand(rows, -1)[inside]
+    lengths_list = [length for length in lengths.tolist() if length]
+    boundaries = F.pad(lengths[: len(lengths_list)].cumsum(0), (1, 0)).int()
+    return Layout(index, positions[None], boundaries, lengths_list[0], _groups(lengths_list, device))
+
+
+def _groups(lengths: list[int], device: torch.device) -> list[Group]:
+    groups, start = [], 0
+    while start < len(lengths):
+        width = lengths[start]
+        end = next((i for i in range(start, len(lengths)) if lengths[i] * GROUP_SPREAD <= width), len(lengths))
+        part = lengths[start:end]
+        places = None
+        if part[-1] != width:
+            inside = torch.arange(width) < torch.tensor(part)[:, None]
+            places = inside.flatten().nonzero().squeeze(1).to(device)
+        groups.append(Group(sum(part), len(part), width, places))
+        start = end
+    return groups
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of `x` to `places` of a zeroed tensor with `count` rows; `places` are distinct, so backward only reads."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.new_zeros(count, *x.shape[1:]).index_copy_(0, places, x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The rows of `x` at distinct `places`; the backward pass of `_Spread`, and the other way round."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, ctx.saved_tensors[0], gradient), None
+
+
+def attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, *,
+    scaling: float | None = None, dropout: float = 0.0, layout: Layout | None = None, **kwargs,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention of (1, heads, N, D) queries, keys and values laid out as `layout` says; (1, N, heads, D)."""
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    grouped_heads = query.size(1) != key.size(1)
+    if _has_flash_varlen(query, dropout):
+        attended = varlen_attn(
+            query, key, value, layout.boundaries, layout.boundaries, layout.longest, layout.longest,
+            scale=scaling, window_size=(-1, 0), enable_gqa=grouped_heads,
+        )  # fmt: skip
+        return attended[None], None
+    sizes = [group.tokens for group in layout.groups]
+    attended = []
+    for group, *parts in zip(layout.groups, *(t.split(sizes) for t in (query, key, value)), strict=True):
+        rectangles = [_rectangle(part, group) for part in parts]
+        if group.width <= MATMUL_WIDTH and query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout:
+            out = _matmul_attention(*rectangles, scaling)
+        else:
+            out = F.scaled_dot_product_attention(
+                *rectangles, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped_heads
+            )
+        out = out.transpose(1, 2).flatten(0, 1)
+        attended.append(out if group.places is None else _Collect.apply(out, group.places))
+    return torch.cat(attended)[None], None
+
+
+def _rectangle(tokens: torch.Tensor, group: Group) -> torch.Tensor:
+    """(tokens, heads, D) of a group as (S, heads, T, D), padded on the right, where causal attention never looks."""
+    if group.places is not None:
+        tokens = _Spread.apply(tokens, group.places, group.sequences * group.width)
+    return tokens.unflatten(0, (group.sequences, group.width)).transpose(1, 2)
+
+
+def _matmul_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Causal attention as matrix products; the fused kernel's backward pass takes thrice as long in bf16 on a CPU."""
+    sequences, heads, width, size = query.shape
+    if key.size(1) != heads:
+        key, value = (t.repeat_interleave(heads // key.size(1), 1) for t in (key, value))
+    query, key, value = (t.reshape(-1, width, size) for t in (query, key, value))
+    future = torch.full((width, width), float("-inf"), dtype=query.dtype).triu(1)
+    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling or size**-0.5)
+    return torch.bmm(scores.softmax(-1), value).unflatten(0, (sequences, heads))
+
+
+def _has_flash_varlen(query: torch.Tensor, dropout: float) -> bool:
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and query.size(2) <= 256
+        and query.size(2) % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def token_states(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, Layout]:
+    """Last hidden states of the real tokens of a (B, T) batch, (N, H), in the order of the layout that comes with them.
+
+    Args:
+        model: a `transformers` base model (without head). One whose attention implementation is not `PACKED` computes
+            the padded batch, and the result is the same.
+    """
+    layout = pack(attention_mask)
+    if model.config._attn_implementation == PACKED:
+        ids = input_ids.flatten()[layout.index][None]
+        # a mask with four dimensions is handed on as it is: transformers builds none of its own
+        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        states = model(
+            ids, attention_mask=no_mask, position_ids=layout.positions, use_cache=False, layout=layout
+        ).last_hidden_state[0]
+        return states, layout
+    states = model(
+        input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+    ).last_hidden_state
+    return states.flatten(0, 1)[layout.index], layout
+
+
+def enable_packing(model: nn.Module) -> None:
+    """Let `model` compute packed rows, where its architecture is known to do it right."""
+    if model.config.model_type in PACKABLE:
+        model.set_attn_implementation(PACKED)
+
+
+AttentionInterface.register(PACKED, attend)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
