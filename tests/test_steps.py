@@ -107,7 +107,7 @@ def test_step1_packing_gives_the_loss_and_gradients_of_the_rows_by_themselves(
         output = tmp_path / name
         run_step(1, flags(
             world, 1, output, model_name_or_path=model, max_steps=1, per_device_train_batch_size=64, max_seq_len=96,
-            num_sample_generations=0, **changes,
+            num_sample_generations=0, dropout=0.0, **changes,
         ))  # fmt: skip
         row = next(row for row in read_metrics(output / "metrics.jsonl") if "train/loss" in row)
         outcomes.append((row, transformers.AutoModelForCausalLM.from_pretrained(output).state_dict()))

@@ -17,6 +17,7 @@ def draw_curves(
     panels: Mapping[str, Sequence[str]],
     path: str | os.PathLike,
     title: str,
+    per: str = "step",
 ) -> Path | None:
     """Draw metrics over steps as a PNG.
 
@@ -27,7 +28,7 @@ def draw_curves(
         rows: as `metrics.read_metrics` gives them; a key need not be in every row.
         panels: title of each panel -> the keys it shows.
         path: the file, written whole or not at all.
-        title: of the whole picture.
+        title: of the whole picture. per: what the horizontal axis counts.
     Returns:
         The path, or None when there was nothing to draw.
     """
@@ -53,7 +54,7 @@ def draw_curves(
         for colour, (key, (steps, values)) in zip(_cycle(len(series)), series.items(), strict=True):
             _draw_series(axis, steps, values, labels[key], colour)
         axis.set_title(name, fontsize=11)
-        axis.set_xlabel("step", fontsize=9)
+        axis.set_xlabel(per, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axis.grid(alpha=0.25, linewidth=0.6)

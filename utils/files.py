@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -37,22 +37,33 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_files(folder: str | os.PathLike, *, replacing: str) -> Iterator[Path]:
+def atomic_files(folder: str | os.PathLike, *, replacing: Sequence[str]) -> Iterator[Path]:
     """Yield a temporary folder; if the block succeeds, rename each of its files into `folder`, beside what is there.
 
-    Files of `folder` that match the glob pattern `replacing` and were not written anew belong to what is being
-    replaced, and are removed. If the block raises, `folder` stays as it was.
+    What in `folder` matches one of the glob patterns `replacing` and was not written anew belongs to what is being
+    replaced, and is removed. If the block raises, `folder` stays as it was. All get the usual mode of new files, which
+    some writers (safetensors) do not give them.
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory(dir=_made(folder), prefix=".", suffix=".tmp") as temporary:
         yield Path(temporary)
+        _usual_modes(Path(temporary))
         written = sorted(Path(temporary).iterdir())
         for file in written:
             if file.is_dir() and (folder / file.name).exists():
                 shutil.rmtree(folder / file.name)
             os.replace(file, folder / file.name)
-        for stale in set(folder.glob(replacing)) - {folder / file.name for file in written}:
-            stale.unlink()
+        stale = {path for pattern in replacing for path in folder.glob(pattern)}
+        for path in stale - {folder / file.name for file in written}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _usual_modes(folder: Path) -> None:
+    """Give everything inside `folder` the mode that the process's umask gives to new files and folders."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _made(folder: Path) -> Path:

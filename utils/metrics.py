@@ -111,8 +111,11 @@ class MetricsWriter:
         rows = [(name.rpartition("/")[2], f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
         self.table(title, rows, header=("", "before", "after"))
 
-    def plot(self, panels: Mapping[str, Sequence[str]]) -> Path | None:
+    def plot(self, panels: Mapping[str, Sequence[str]], per: str = "step") -> Path | None:
         """Draw `output_dir`/curves.png from metrics.jsonl: title of each panel -> the keys it shows.
+
+        Args:
+            per: what the steps of this job are called.
 
         Returns:
             The picture's path; None when there is no file or none of the keys was logged.
@@ -120,7 +123,7 @@ class MetricsWriter:
         if self._file is None:
             return None
         rows = read_metrics(self._output_dir / METRICS_FILE)
-        return draw_curves(rows, panels, self._output_dir / CURVES_FILE, self._job_name)
+        return draw_curves(rows, panels, self._output_dir / CURVES_FILE, self._job_name, per)
 
     def close(self) -> None:
         """Write the last row if `logging_interval` held it back, finish the bar, close the files. Safe to repeat."""

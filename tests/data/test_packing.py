@@ -39,7 +39,7 @@ def test_packed_rows_give_their_examples_and_fillers_stay_fillers():
 def test_split_by_tokens_by_hand():
     assert split_by_tokens([2, 5, 4, 1, 3], 8) == [[1], [2, 4], [0, 3]]
     assert split_by_tokens([2, 5, 4, 1, 3], 100) == [[1, 2, 4, 0, 3]]
-    assert split_by_tokens([2, 5, 4, 1, 3], 100, least=3) == [[1], [2], [4, 0, 3]]
+    assert split_by_tokens([2, 5, 4, 1, 3], 100, least=3) == [[1, 2], [4], [0, 3]]
     assert split_by_tokens([9, 9], 4) == [[0], [1]]
     assert split_by_tokens([1, 1], 4, least=5) == [[0], [1]]
 

@@ -59,13 +59,14 @@ def test_every_field_equals_a_recomputation_without_padding(setup, paths):
                 token_scores = reward(ids[None], torch.ones(1, len(ids), dtype=torch.bool))[0]
             torch.testing.assert_close(experience.logprobs[row][mask], mine, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(experience.ref_logprobs[row][mask], theirs, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(experience.values[row][mask], token_scores[start - 1 : -1], atol=1e-4, rtol=1e-4)
+            values = (token_scores[start - 1 : -1] - 0.25) / 0.5  # on the scale of normalised scores
+            torch.testing.assert_close(experience.values[row][mask], values, atol=2e-4, rtol=1e-4)
             torch.testing.assert_close(experience.scores[row], token_scores[-1], atol=1e-4, rtol=1e-4)
             ended = ids[-1].item() == 2
             score = max(-5.0, min(5.0, (token_scores[-1].item() - 0.25) / 0.5)) - (0.0 if ended else 0.75)
             rewards = [-0.1 * (mine[t] - theirs[t]).item() for t in range(count)]
             rewards[-1] += score
-            values = token_scores[start - 1 : -1].tolist() + [0.0]
+            values = values.tolist() + [0.0]
             deltas = [rewards[t] + 0.9 * values[t + 1] - values[t] for t in range(count)]
             advantages = [sum((0.9 * 0.95) ** (k - t) * deltas[k] for k in range(t, count)) for t in range(count)]
             torch.testing.assert_close(experience.rewards[row][mask], torch.tensor(rewards), atol=1e-4, rtol=1e-3)
@@ -169,3 +170,9 @@ def test_release_inference_cache_gives_the_memory_back_between_rollouts(paths, t
     engine = make_engine(config, tiny_tokenizer)
     rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
     assert (engine.decoder._cache is None) == release
+
+
+def test_an_offloaded_reference_stays_whole_without_a_gpu(paths, tiny_tokenizer):
+    """Offloading runs at ZeRO-3, which would only slow a CPU down."""
+    engine = make_engine(make_config(paths, offload_reference_model=True), tiny_tokenizer)
+    assert engine.ref.zero_optimization_stage() == (3 if torch.accelerator.is_available() else 0)

@@ -53,8 +53,10 @@ PANELS = {
     "KL to the SFT model, nats per response": ["ppo/kl_k1", "ppo/kl_k3"],
     "reward per response": ["ppo/reward_mean"],
     "response length, tokens": ["ppo/length_mean"],
+    "share of responses that ended": ["ppo/ended_fraction", "eval/ended_fraction"],
     "entropy, nats per token": ["ppo/entropy"],
-    "losses": ["ppo/policy_loss", "ppo/value_loss"],
+    "policy loss": ["ppo/policy_loss"],
+    "value loss": ["ppo/value_loss"],
     "clipped fraction": ["ppo/clip_fraction", "ppo/value_clip_fraction"],
     "explained variance": ["ppo/explained_variance"],
     "seconds": ["time/generation", "time/scoring", "time/training"],
@@ -116,7 +118,10 @@ def main(config: Config) -> dict[str, float]:
     distributed.log(prompt_rows.description)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
     rollout_size = config.per_device_generation_batch_size * config.generation_batches
-    prompt_loader = build_dataloader(prompt_rows, list, rollout_size, shuffle=True, drop_last=True, **ranks)
+    rollout_flags = "--per_device_generation_batch_size or --generation_batches"
+    prompt_loader = build_dataloader(
+        prompt_rows, list, rollout_size, shuffle=True, drop_last=True, size_flags=rollout_flags, **ranks
+    )
     eval_loader = build_dataloader(eval_rows, list, rollout_size, shuffle=False, **ranks)
     collate_text = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
     unsupervised_batches = iter(())
@@ -129,7 +134,13 @@ def main(config: Config) -> dict[str, float]:
             **source,
         )
         text_loader = build_dataloader(
-            text_rows, list, config.per_device_training_batch_size, shuffle=True, drop_last=True, **ranks
+            text_rows,
+            list,
+            config.per_device_training_batch_size,
+            shuffle=True,
+            drop_last=True,
+            size_flags="--per_device_training_batch_size",
+            **ranks,
         )
         unsupervised_batches = endless(text_loader)
 
@@ -194,7 +205,7 @@ def main(config: Config) -> dict[str, float]:
         after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
         writer.log(iteration, after)
         writer.compare("greedy answers to held-out prompts", before, after)
-        writer.plot(PANELS)
+        writer.plot(PANELS, per="rollout")
 
     # 5. Save
     if config.output_dir:

@@ -79,13 +79,14 @@ def build_dataloader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    size_flags: str = "the batch size",
 ) -> RankDataLoader:
     """Batches of `batch_size` rows of this rank's share of `dataset`, put together by `collate`.
 
     Without `drop_last` every row comes exactly once over all ranks; where rows do not divide by `world_size`, filler
     rows (`row["filler"]`, see utils.data.collate) keep ranks in step and are masked out of losses and metrics. With
     `drop_last` all batches are full, and the rows left over change from epoch to epoch.
-    Raises InputError if `drop_last` would leave no batch.
+    Raises InputError, which calls the batch size `size_flags`, if `drop_last` would leave no batch.
     """
     sampler = RankBatches(
         len(dataset),
@@ -99,7 +100,7 @@ def build_dataloader(
     if not len(sampler):
         raise InputError(
             f"{len(dataset)} rows make no batch of {batch_size} rows on each of {world_size} processes; "
-            "lower the batch size or add data"
+            f"lower {size_flags} or add data"
         )
     return RankDataLoader(
         _MarkedRows(dataset),

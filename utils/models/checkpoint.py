@@ -62,7 +62,7 @@ def save_model(
     if distributed.is_main():
         if getattr(model.config, "tie_word_embeddings", False):
             state.pop("lm_head.weight", None)
-        with atomic_files(folder, replacing="model*.safetensors*") as temporary:
+        with atomic_files(folder, replacing=["model*.safetensors*", "adapter"]) as temporary:
             model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
             tokenizer.save_pretrained(temporary)
             if adapter:

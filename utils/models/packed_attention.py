@@ -133,7 +133,7 @@ def attend(
             )
         out = out.transpose(1, 2).flatten(0, 1)
         attended.append(out if group.places is None else _Collect.apply(out, group.places))
-    return torch.cat(attended)[None], None
+    return (torch.cat(attended) if len(attended) > 1 else attended[0])[None], None
 
 
 def _rectangle(tokens: torch.Tensor, group: Group) -> torch.Tensor:

@@ -7,6 +7,7 @@ reward  scores whole responses        the reward model, frozen
 """
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from utils.models.lora import adapters_off
 from utils.models.training_engine import build_engine
 from utils.rlhf.decoder import LlamaDecoder, supports
 from utils.rlhf.ema import ExponentialMovingAverage
-from utils.rlhf.experience import response_logprobs
+from utils.rlhf.experience import response_logprobs, response_values
 from utils.zero import initialize_engine, zero_config
 
 
@@ -93,6 +94,15 @@ class RlhfEngine:
             policy = self.actor if self.shares_reference else self.ref
             return response_logprobs(policy, sequences, attention_mask, response_mask, temperature=temperature)[0]
 
+    def values(self, sequences, attention_mask, response_mask) -> torch.Tensor:
+        """`response_values` of the critic, (B, R), normalised as scores are.
+
+        The critic starts as the reward model and keeps its scale, while the returns that it predicts are made of
+        normalised scores: without this it would begin a whole mean score away from them.
+        """
+        values = response_values(self.critic, sequences, attention_mask, response_mask)
+        return ((values - self.score_mean) / self.score_std).masked_fill(~response_mask, 0.0)
+
     def save(self, output_dir: str | Path) -> None:
         """Write `actor/`, `critic/` and, with an average, `actor_ema/`. Every rank must call it."""
         output_dir, adapter = Path(output_dir), self.config.save_adapter
@@ -104,3 +114,5 @@ class RlhfEngine:
         if self.ema:
             with self.ema.applied():
                 save_model(actor, self.tokenizer, output_dir / "actor_ema")
+        elif distributed.is_main():
+            shutil.rmtree(output_dir / "actor_ema", ignore_errors=True)  # of an earlier run

@@ -67,4 +67,4 @@ def show_answers(experience: Experience, tokenizer: PreTrainedTokenizerBase, lim
         prompt = tokenizer.decode(ids[:-width][mask[:-width]], skip_special_tokens=True)
         response = tokenizer.decode(ids[-width:][experience.response_mask[row]], skip_special_tokens=True)
         shown.append(f"{prompt.strip()}\n  {response.strip()}\n  score {experience.scores[row].item():.3f}")
-    return "\n".join(shown)
+    return "\n\n".join(shown) + "\n"

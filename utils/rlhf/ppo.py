@@ -9,7 +9,7 @@ from utils import distributed
 from utils.algorithms.advantages import explained_variance, masked_moments
 from utils.algorithms.losses import entropy_loss, policy_loss, value_loss
 from utils.rlhf.engine import RlhfEngine
-from utils.rlhf.experience import Experience, response_logprobs, response_values
+from utils.rlhf.experience import Experience, response_logprobs
 from utils.zero import optimizer_step
 
 
@@ -66,7 +66,7 @@ def ppo_step(
         return loss + bonus if config.entropy_coef else loss
 
     def critic_loss(batch: Experience) -> torch.Tensor:
-        values = response_values(engine.critic, batch.sequences, batch.attention_mask, batch.response_mask)
+        values = engine.values(batch.sequences, batch.attention_mask, batch.response_mask)
         loss, stats = value_loss(
             values, batch.values, batch.returns, batch.response_mask, config.cliprange_value, tokens
         )

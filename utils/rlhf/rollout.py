@@ -13,7 +13,7 @@ from utils.algorithms.masking import last_index, masked_sum
 from utils.data.collate import pad
 from utils.data.packing import token_batches
 from utils.rlhf.engine import RlhfEngine
-from utils.rlhf.experience import Experience, response_logprobs, response_values
+from utils.rlhf.experience import Experience, response_logprobs
 from utils.rlhf.generation import Generation, respond
 from utils.rlhf.hybrid_engine import generation_mode
 from utils.rlhf.sampling import SamplingParams
@@ -160,7 +160,7 @@ def score(engine: RlhfEngine, sequences, attention_mask, response_mask, ended, *
     batch = (sequences, attention_mask, response_mask)
     logprobs, _ = response_logprobs(engine.actor, *batch, temperature=config.temperature)
     ref_logprobs = engine.reference_logprobs(*batch, temperature=config.temperature)
-    values = response_values(engine.critic, *batch)
+    values = engine.values(*batch)
     scores = response_scores(engine, *batch)
 
     normalized = normalize_scores(scores, engine.score_mean, engine.score_std, config.clip_reward_value)
