@@ -9,7 +9,7 @@ from processes import run_ranks
 from rlhf_setup import make_config, make_engine, make_prompts, save_models
 from tiny_models import SIZES
 
-import utils.rlhf.generation as generation_module
+import utils.rlhf.batching as batching
 from utils.models.lora import adapters_off, add_lora
 from utils.rlhf.decoder import LlamaDecoder, supports
 from utils.rlhf.generation import decode, respond
@@ -152,7 +152,7 @@ def test_a_row_is_the_same_in_any_company():
 def test_the_prefill_budget_changes_nothing(monkeypatch):
     model = make_model()
     together = responses(run(model, PROMPTS, SAMPLED))
-    monkeypatch.setattr(generation_module, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", 20)
     assert responses(run(model, PROMPTS, SAMPLED)) == together
 
 
@@ -160,7 +160,7 @@ def test_looking_at_finished_rows_less_often_changes_nothing(monkeypatch):
     """As on a GPU, where every look waits for the device."""
     model = make_model()
     together = run(model, PROMPTS, SAMPLED)
-    monkeypatch.setattr(generation_module, "CHECK_INTERVAL", {"cpu": 5})
+    monkeypatch.setattr(batching, "CHECK_INTERVAL", {"cpu": 5})
     later = run(model, PROMPTS, SAMPLED, slots=3)
     assert responses(later) == responses(together)
     torch.testing.assert_close(later.logprobs, together.logprobs, atol=1e-5, rtol=1e-5)

@@ -128,7 +128,7 @@ def test_assembled_rows_are_trimmed_to_the_longest_of_them():
     responses = Generation(
         tokens=torch.tensor([[9, 2], [2, 0]]),
         mask=torch.tensor([[True, True], [True, False]]),
-        ended=torch.tensor([True, True]),
+        stopped=torch.tensor([0, 0]),
     )
     sequences, attention, mask = assemble(prompts, responses, [0, 1], pad_id=0)
     assert sequences.tolist() == [[0, 0, 5, 9, 2], [6, 7, 8, 2, 0]]

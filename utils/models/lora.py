@@ -94,11 +94,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def merged_weight(layer: LoraLayer) -> torch.Tensor:
+def merged_weight(layer: LoraLayer, adapter: str = ADAPTER) -> torch.Tensor:
     """W + (alpha / r) B A of one adapted layer, computed in fp32 into new memory; the layer itself is not touched.
 
     The weights must be whole: under ZeRO-3, call it inside `gathered(layer.parameters())`.
     """
     weight = layer.get_base_layer().weight
-    update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float() * layer.scaling[ADAPTER]
+    update = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float() * layer.scaling[adapter]
     return (weight.float() + (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)

@@ -5,35 +5,24 @@
 
 The cache holds keys as (layers, slots, K, D, length) and values as (layers, slots, K, length, D): a part of the length
 is then a matrix that batched products read in place (bf16 on a CPU copies `keys[:, :length].transpose`, which takes
-three times as long as the product). The first n slots are the active rows.
+three times as long as the product). The first n slots are the active rows. Of a model that several processes share in
+generation, Q and K are this process's heads.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils.models.lora import merged_weight
+from utils.models.lora import ADAPTER, lora_layers
+from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
 CACHE_STEP = 16  # the cache is read up to a multiple of this, so that few shapes occur
-
-
-@dataclass(frozen=True)
-class _Layer:
-    input_norm: torch.Tensor
-    qkv: list[torch.Tensor]  # one fused matrix, or three
-    qkv_bias: list[torch.Tensor | None]
-    output: torch.Tensor
-    output_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: list[torch.Tensor]  # one fused matrix, or two
-    gate_up_bias: list[torch.Tensor | None]
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
 
 
 def supports(model: nn.Module) -> bool:
@@ -52,17 +41,48 @@ class LlamaDecoder:
     """Prefill and decode of a `LlamaForCausalLM`.
 
     `load` must be called whenever weights may have changed. It keeps references to the parameters; on a CPU, where the
-    cost of a step is the number of operations, it joins the matrices that read the same input into copies. LoRA is
-    merged into copies of the adapted matrices, never into the training weights.
+    cost of a step is the number of operations, it joins the matrices that read the same input into copies.
+
+    Args:
+        keep_copies: copies of weights stay allocated between `unload` and the next `load`, which refills them.
+        shard: this process's place among those that share the model in generation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_copies: bool = False, shard: Shard | None = None) -> None:
+        self.shard = shard
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tables_of: tuple | None = None
+        self._keep_copies, self._copies = keep_copies, Copies()
 
-    def load(self, model: nn.Module) -> None:
-        """Take the weights of `model`, which must be whole (not partitioned) on this rank."""
-        config = model.config
-        self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+    def load(
+        self,
+        model: nn.Module,
+        *,
+        adapter: str | None = ADAPTER,
+        lora: Literal["fused", "unfused"] = "fused",
+        stream: bool = False,
+        gather: int = 8,
+    ) -> None:
+        """Take the weights of `model`.
+
+        They must be whole on this rank, except that the layers may be partitioned by ZeRO-3 with `stream`, or when
+        the decoder has a shard; every rank must call it then.
+
+        Args:
+            adapter: which LoRA adapter to apply; None is the base model, as is a model without LoRA.
+            lora: "fused" merges its update into copies of the adapted matrices, never into the training weights;
+                "unfused" computes it beside them.
+            stream: gather one layer at a time in every pass, on all ranks in lockstep; `finish` must end the passes.
+            gather: layers to gather at a time for a shard.
+
+        Raises:
+            ValueError: the model has LoRA, but no adapter of that name.
+        """
+        names = {name for layer in lora_layers(model).values() for name in layer.lora_A}
+        if names and adapter is not None and adapter not in names:
+            raise ValueError(f"no LoRA adapter {adapter!r}; the model has {', '.join(sorted(names))}")
+        config, parts = model.config, self.shard.size if self.shard else 1
+        self.query_heads, self.kv_heads = config.num_attention_heads // parts, config.num_key_value_heads // parts
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.norm_eps = config.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight
@@ -70,41 +90,41 @@ class LlamaDecoder:
         self.head_bias = model.get_output_embeddings().bias
         self.final_norm = model.model.norm.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.fused = self.device.type == "cpu"
-        self.layers = [self._read_layer(layer) for layer in model.model.layers]
         self._rotary = model.model.rotary_emb
+        modules = model.model.layers
+        if stream:  # copies would be made anew in every pass
+            self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)
+        else:
+            reader = LayerReader(self._copies, adapter, lora == "fused", self.device.type == "cpu", self.shard)
+            self.layers = (
+                read_shards(reader, modules, gather=gather)
+                if self.shard
+                else [reader.read(index, module) for index, module in enumerate(modules)]
+            )
 
     def unload(self) -> None:
-        """Drop the references and copies of weights; the cache stays."""
+        """Drop the references to weights, and their copies unless those are kept; the cache stays."""
         for name in ("embedding", "head", "head_bias", "final_norm", "layers", "_rotary"):
             setattr(self, name, None)
+        if not self._keep_copies:
+            self._copies.release()
+
+    def finish(self) -> None:
+        """After the last pass of this rank: streamed layers need it for the passes of the others."""
+        if isinstance(self.layers, StreamedLayers):
+            self.layers.finish()
 
     def release_cache(self) -> None:
         """Give the memory of the KV cache back."""
         self._cache = None
 
-    def _read_layer(self, layer: nn.Module) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv, qkv_bias = self._joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        gate_up, gate_up_bias = self._joined([mlp.gate_proj, mlp.up_proj])
-        return _Layer(
-            input_norm=layer.input_layernorm.weight,
-            qkv=qkv,
-            qkv_bias=qkv_bias,
-            output=_weight(attention.o_proj),
-            output_bias=attention.o_proj.bias,
-            mlp_norm=layer.post_attention_layernorm.weight,
-            gate_up=gate_up,
-            gate_up_bias=gate_up_bias,
-            down=_weight(mlp.down_proj),
-            down_bias=mlp.down_proj.bias,
-        )
-
-    def _joined(self, modules: list[nn.Module]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        weights, biases = [_weight(module) for module in modules], [module.bias for module in modules]
-        if not self.fused:
-            return weights, biases
-        return [torch.cat(weights)], [None if biases[0] is None else torch.cat(biases)]
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Everything that a pass reads and that was not computed by it: weights, tables and the cache."""
+        yield from (self.embedding, self.head, self.final_norm, self._cos, self._sin, *self._cache)
+        if self.head_bias is not None:
+            yield self.head_bias
+        for layer in self.layers:
+            yield from layer.tensors()
 
     def allocate(self, slots: int, length: int) -> None:
         """Make room for `slots` rows of `length` tokens; a cache that is large enough already is kept."""
@@ -121,21 +141,29 @@ class LlamaDecoder:
             # zeros: a masked column must hold numbers, since 0 * nan would reach the result
             values = torch.zeros(shape, dtype=self.dtype, device=self.device)
             self._cache = torch.zeros_like(values.transpose(3, 4), memory_format=torch.contiguous_format), values
-        positions = torch.arange(length, device=self.device)[None]
-        cos, sin = self._rotary(torch.empty(1, dtype=self.dtype, device=self.device), positions)
-        sign = torch.ones(self.head_size, dtype=self.dtype, device=self.device)
-        sign[: self.head_size // 2] = -1
-        self._cos, self._sin = cos[0], sin[0] * sign  # rotate_half(x) * sin == roll(x) * (sign * sin)
+        if self._tables_of != (self._rotary, length, self.dtype, self.device):
+            self._tables_of = (self._rotary, length, self.dtype, self.device)
+            positions = torch.arange(length, device=self.device)[None]
+            cos, sin = self._rotary(torch.empty(1, dtype=self.dtype, device=self.device), positions)
+            sign = torch.ones(self.head_size, dtype=self.dtype, device=self.device)
+            sign[: self.head_size // 2] = -1
+            self._cos, self._sin = cos[0], sin[0] * sign  # rotate_half(x) * sin == roll(x) * (sign * sin)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that share the model in generation, where there are several."""
+        return self.shard.group if self.shard else None
 
     @property
     def capacity(self) -> int:
         """Tokens that a slot of the cache holds."""
         return self._cache[1].shape[3]
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Copy the cached rows of slots `sources` to slots `targets`, where others have finished."""
-        for cache in self._cache:
-            cache[:, targets] = cache[:, sources]
+    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` cached tokens of slots `sources` to slots `targets`."""
+        keys, values = self._cache
+        keys[:, targets, :, :, :length] = keys[:, sources, :, :, :length]
+        values[:, targets, :, :length] = values[:, sources, :, :length]
 
     @torch.no_grad()
     def prefill(self, ids: torch.Tensor, lengths: torch.Tensor, first_slot: int) -> torch.Tensor:
@@ -162,16 +190,15 @@ class LlamaDecoder:
         return self._logits(hidden[last])
 
     @torch.no_grad()
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
         """One token for each of the first n slots; (n, V) logits of the next.
 
         Args:
             tokens, positions: (n,) the newest token of each row and its place in the sequence.
-            longest: the greatest of the positions, known without asking the device.
+            length: how much of the cache to read: more than any position of a row that counts.
         """
         rows = len(tokens)
         keys, values = self._cache
-        length = min((longest // CACHE_STEP + 1) * CACHE_STEP, self.capacity)
         hidden = F.embedding(tokens, self.embedding)
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         future = torch.arange(length, device=tokens.device) > positions[:, None]
@@ -192,10 +219,10 @@ class LlamaDecoder:
             hidden = self._finish(layer, hidden, torch.bmm(weights, cached_values).view(rows, -1))
         return self._logits(hidden)
 
-    def _project(self, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    def _project(self, layer: Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         """Rotated queries (n, Q, D), rotated keys (n, K, D) and values (n, K, D) of n tokens."""
         normed = F.rms_norm(hidden, hidden.shape[-1:], layer.input_norm, self.norm_eps)
-        projected = [F.linear(normed, w, b) for w, b in zip(layer.qkv, layer.qkv_bias, strict=True)]
+        projected = layer.qkv.outputs(normed)
         joined = projected[0] if len(projected) == 1 else torch.cat(projected, -1)
         joined = joined.view(len(hidden), -1, self.head_size)
         rotating = joined[:, : self.query_heads + self.kv_heads]
@@ -203,25 +230,23 @@ class LlamaDecoder:
         query, key = rotated.split((self.query_heads, self.kv_heads), 1)
         return query, key, joined[:, self.query_heads + self.kv_heads :]
 
-    def _finish(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def _finish(self, layer: Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output projection, MLP and both residual connections."""
-        hidden = torch.addmm(hidden, attended, layer.output.t())
-        if layer.output_bias is not None:
-            hidden += layer.output_bias
+        hidden = self._added(hidden, layer.output, attended)
         normed = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, self.norm_eps)
-        projected = [F.linear(normed, w, b) for w, b in zip(layer.gate_up, layer.gate_up_bias, strict=True)]
+        projected = layer.gate_up.outputs(normed)
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, -1)
-        hidden = torch.addmm(hidden, F.silu(gate).mul_(up), layer.down.t())
-        return hidden if layer.down_bias is None else hidden + layer.down_bias
+        return self._added(hidden, layer.down, F.silu(gate).mul_(up))
+
+    def _added(self, residual: torch.Tensor, projection: Projection, inputs: torch.Tensor) -> torch.Tensor:
+        """residual + the projection, of which each process of a group that shares the model computes a summand."""
+        if self.shard is None:
+            return projection.added_to(residual, inputs)
+        summand = projection.outputs(inputs)[0]
+        dist.all_reduce(summand, group=self.shard.group)
+        return residual + summand
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(
             F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.norm_eps), self.head, self.head_bias
         )
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    """The matrix that a linear layer applies, its LoRA factors included unless they are switched off."""
-    if isinstance(module, LoraLayer):
-        return module.get_base_layer().weight if module._disable_adapters else merged_weight(module)
-    return module.weight
