@@ -149,6 +149,22 @@ def test_parsing_touches_no_disk(tmp_path, monkeypatch):
         (3, ["--actor_zero_stage", "-1"], "--actor_zero_stage: unknown choice '-1'; choose from 0, 1, 2, 3"),
         (3, ["--min_new_tokens", "300"], "--min_new_tokens 300 is more than --max_answer_seq_len 256"),
         (3, ["--enable_test_mode"], "--enable_test_mode needs to know when to stop: give --test_stop_step"),
+        (3, ["--stop_strings", "a", ""], "--stop_strings: an empty text would end every answer at once"),
+        (
+            3,
+            ["--inference_tp_size", "2"],
+            "--inference_tp_size 2 shares a partitioned actor: give --actor_zero_stage 3",
+        ),
+        (
+            3,
+            ["--inference_tp_size", "2", "--actor_zero_stage", "3", "--no_enable_hybrid_engine"],
+            "--inference_tp_size 2 needs the decode engine: leave out --no_enable_hybrid_engine",
+        ),
+        (
+            3,
+            ["--inference_tp_size", "2", "--actor_zero_stage", "3", "--stream_generation_weights", "on"],
+            "--inference_tp_size 2 and --stream_generation_weights on exclude each other",
+        ),
         (3, ["--gamma", "1.1"], "--gamma must be at most 1, got 1.1"),
     ],
 )
@@ -159,8 +175,6 @@ def test_refused_step_flags(step, argv, message, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--inference_tp_size", "2"], "--inference_tp_size 2 is not available yet"),
-        (["--unpin_actor_parameters"], "--unpin_actor_parameters is not available yet"),
         (["--enable_mixed_precision_lora"], "--enable_mixed_precision_lora is not available yet"),
         (["--align_overflow", "--dtype", "fp16"], "--align_overflow with fp16 is not available yet"),
         (["--gradient_accumulation_steps", "2"], "for example --generation_batches 2"),
@@ -184,11 +198,14 @@ def test_flags_that_change_nothing_are_named():
     argv = shlex.split(
         """--num_padding_at_beginning 1 --compute_fp32_loss --actor_dropout 0.1 --offload --align_overflow
         --tp_gather_partition_size 4 --test_stop_step 3 --unsupervised_dataset_config_name x --kl_horizon 5
-        --eot_token x --preprocessing_num_workers 8 --actor_lora_module_name q_proj --only_optimize_lora"""
+        --eot_token x --preprocessing_num_workers 8 --actor_lora_module_name q_proj --only_optimize_lora
+        --offload_optimizer_during_generation --stream_generation_weights on --lora_generation unfused
+        --no_enable_hybrid_engine --unpin_actor_parameters --release_inference_cache"""
     )
     remarks = meaningless_flags(parse_config(load_step(3).Config, [*MODELS[3], *argv]), has_accelerator=False)
     named = [remark.split()[0] for remark in remarks]
-    assert sorted(named) == sorted(token for token in argv if token.startswith("--"))
+    given = {token for token in argv if token.startswith("--")} - {"--no_enable_hybrid_engine"}
+    assert sorted(named) == sorted(given)
     assert meaningless_flags(parse_config(load_step(3).Config, [*MODELS[3], "--offload"])) == []
     for step, dim, remarks in ((1, "--lora_dim", 0), (3, "--critic_lora_dim", 1)):
         config = parse_config(load_step(step).Config, [*MODELS[step], dim, "4", "--lora_dropout", "0.1"])

@@ -5,18 +5,20 @@ import copy
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, inject_adapter_in_model
 from processes import run_ranks
 from rlhf_setup import make_config, make_engine, make_prompts, save_models
 from tiny_models import SIZES
 
 import utils.rlhf.batching as batching
-from utils.models.lora import adapters_off, add_lora
+import utils.rlhf.decoder as decoder_module
+from utils.models.lora import adapters_off, add_lora, lora_layers
 from utils.rlhf.decoder import LlamaDecoder, supports
 from utils.rlhf.generation import decode, respond
 from utils.rlhf.hybrid_engine import generation_mode
 from utils.rlhf.ppo import ppo_step
 from utils.rlhf.rollout import rollout
-from utils.rlhf.sampling import SamplingParams
+from utils.rlhf.sampling import SamplingParams, row_keys
 
 VOCABULARY, EOS, PAD = 97, 2, 0
 TOKENS = {"eos_id": EOS, "pad_id": PAD}
@@ -68,9 +70,9 @@ def a_token_that_ends_some(model) -> int:
     return max(places, key=lambda token: len(places[token]))
 
 
-def run(model, prompts, sampling, *, slots: int = 8, seed: int = 0, eos_id: int = EOS):
+def run(model, prompts, sampling, *, slots: int = 8, seed: int = 0, eos_id: int = EOS, **load):
     decoder = LlamaDecoder()
-    decoder.load(model)
+    decoder.load(model, **load)
     return decode(decoder, prompts, sampling, seed=seed, slots=slots, eos_id=eos_id, pad_id=PAD)
 
 
@@ -182,6 +184,23 @@ def test_identical_prompts_get_different_samples():
     assert len({tuple(answer) for answer in found}) == 4
 
 
+@pytest.mark.parametrize("slots", [3, 5, 12])
+def test_samples_of_one_prompt_share_its_prefill(monkeypatch, slots):
+    model, prompts = make_model(), [PROMPTS[1], PROMPTS[5], PROMPTS[0]] * 4
+    keys, alone = row_keys(3, prompts), []
+    decoder = LlamaDecoder()
+    decoder.load(model)
+    for prompt, key in zip(prompts, keys, strict=True):
+        alone += responses(decode(decoder, [prompt], SAMPLED, seed=0, slots=1, keys=key[None], **TOKENS))
+    processed, prefill = [], decoder.prefill
+    monkeypatch.setattr(
+        decoder, "prefill", lambda ids, lengths, slot: processed.append(ids) or prefill(ids, lengths, slot)
+    )
+    assert responses(decode(decoder, prompts, SAMPLED, seed=3, slots=slots, **TOKENS)) == alone
+    count = sum(len(ids) for ids in processed)
+    assert count == 3 if slots == 12 else count <= 6  # what samples have left the slots is processed again
+
+
 def test_first_tokens_follow_the_distribution_of_the_model():
     model, prompt = make_model(), PROMPTS[1]
     with torch.no_grad():
@@ -236,19 +255,72 @@ def test_the_cache_is_kept_between_rollouts_and_released():
     assert decoder._cache is None
 
 
-def test_adapters_are_applied_without_touching_the_weights_and_skipped_when_off():
-    model = make_model()
-    plain = responses(run(model, PROMPTS, GREEDY))
+def with_lora(model, *, name: str = "default", seed: int = 1) -> torch.nn.Module:
+    """`model` with LoRA far from its start."""
     add_lora(model, 4)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
+    torch.manual_seed(seed)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("lora", ["fused", "unfused"])
+@pytest.mark.parametrize("joined", [True, False])  # False: as on a GPU
+def test_adapters_are_applied_without_touching_the_weights_and_skipped_when_off(monkeypatch, lora, joined):
+    monkeypatch.setattr(decoder_module, "JOIN_ON", ("cpu",) if joined else ())
+    model = make_model(attention_bias=True)
+    for parameter in model.parameters():
+        if parameter.ndim == 1 and parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.03)
+    plain = responses(run(model, PROMPTS, GREEDY))
+    with_lora(model)
     before = copy.deepcopy(model.state_dict())
-    adapted = responses(run(model, PROMPTS, GREEDY))
+    adapted = responses(run(model, PROMPTS, GREEDY, lora=lora))
     assert adapted == greedy_of_transformers(model, PROMPTS) and adapted != plain
     with adapters_off(model):
-        assert responses(run(model, PROMPTS, GREEDY)) == plain
+        assert responses(run(model, PROMPTS, GREEDY, lora=lora)) == plain
+    assert responses(run(model, PROMPTS, GREEDY, lora=lora, adapter=None)) == plain
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", ["fused", "unfused"])
+def test_one_base_may_carry_an_adapter_for_each_role(lora):
+    """Whichever is asked for is applied, also where the others are the active ones of peft."""
+    model = with_lora(make_model())
+    first = responses(run(model, PROMPTS, GREEDY, lora=lora))
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    inject_adapter_in_model(config, model, adapter_name="value")
+    for name, parameter in model.named_parameters():
+        if ".value." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    decoder = LlamaDecoder(keep_copies=True)
+    settings = {"seed": 0, "slots": 8, "decoder": decoder, "lora": lora, **TOKENS}
+    second = responses(respond(model, PROMPTS, GREEDY, adapter="value", **settings))
+    assert responses(respond(model, PROMPTS, GREEDY, **settings)) == first != second
+    assert responses(respond(model, PROMPTS, GREEDY, adapter="value", **settings)) == second
+    for layer in lora_layers(model).values():
+        layer._active_adapter = ["value"]
+    assert second == greedy_of_transformers(model, PROMPTS)
+    with pytest.raises(ValueError, match="no LoRA adapter 'reward'; the model has default, value"):
+        decoder.load(model, adapter="reward")
+
+
+@pytest.mark.parametrize("keep_copies", [True, False])
+def test_kept_copies_are_refilled_and_others_freed(keep_copies):
+    """Pinned memory must not hold on to old weights."""
+    model = with_lora(make_model())
+    decoder = LlamaDecoder(keep_copies=keep_copies)
+    settings = {"seed": 0, "slots": 8, "decoder": decoder, **TOKENS}
+    first = responses(respond(model, PROMPTS, GREEDY, **settings))
+    addresses = {name: tensor.data_ptr() for name, tensor in decoder._copies._kept.items()}
+    assert bool(addresses) == keep_copies
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    second = responses(respond(model, PROMPTS, GREEDY, **settings))
+    assert first != second == greedy_of_transformers(model, PROMPTS)
+    assert addresses == {name: tensor.data_ptr() for name, tensor in decoder._copies._kept.items()}
 
 
 # --- on the weights being trained ------------------------------------------------------------------------------------

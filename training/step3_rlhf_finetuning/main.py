@@ -46,6 +46,7 @@ from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.evaluation import evaluate_prompts, show_answers
 from utils.rlhf.ppo import explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
 from utils.rlhf.rollout import rollout
+from utils.rlhf.tensor_parallel import check_tensor_parallel
 from utils.session import check_run, open_metrics, save_summary, start_run
 
 PANELS = {
@@ -91,6 +92,7 @@ def main(config: Config) -> dict[str, float]:
             "--max_prompt_seq_len + --max_answer_seq_len",
         )
         check_lora(model_config, getattr(config, f"{role}_lora_dim"), getattr(config, f"{role}_lora_module_name"))
+    check_tensor_parallel(actor_config, config.inference_tp_size)
     check_data_paths(config.data_path, purpose="prompts", data_split=config.data_split)
     text_source = config.unsupervised_dataset_name
     if text_source:

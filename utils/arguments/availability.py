@@ -7,8 +7,6 @@ from utils.errors import InputError
 
 # name -> the value that asks for nothing, and what to do instead
 _UNAVAILABLE = {
-    "unpin_actor_parameters": (False, "leave it out: generation keeps no second copy of the weights"),
-    "inference_tp_size": (1, "leave it out, or shard the actor with --actor_zero_stage 3"),
     "enable_mixed_precision_lora": (False, "leave it out, or shard the frozen weights with --actor_zero_stage 3"),
 }
 
@@ -86,8 +84,6 @@ def _idle_flags(given: dict[str, Any], has_accelerator: bool) -> Iterator[tuple[
         yield "align_overflow", f"{given['dtype']} has no loss scale that could overflow"
     if given.get("preprocessing_num_workers"):
         yield "preprocessing_num_workers", "one process per machine tokenises, once, and the cache keeps the result"
-    if given.get("tp_gather_partition_size", 8) != 8:
-        yield "tp_gather_partition_size", "--inference_tp_size is 1"
     if given.get("test_stop_step") and not given["enable_test_mode"]:
         yield "test_stop_step", "--enable_test_mode is not given"
     if given.get("unsupervised_dataset_config_name") and not given["unsupervised_dataset_name"]:
@@ -96,6 +92,8 @@ def _idle_flags(given: dict[str, Any], has_accelerator: bool) -> Iterator[tuple[
         yield "kl_horizon", "--kl_target is not given"
     if given.get("eot_token", "<|endoftext|>") != "<|endoftext|>" and not given["add_eot_token"]:
         yield "eot_token", "--add_eot_token is not given"
+    if "enable_hybrid_engine" in given:
+        yield from _idle_generation_flags(given, has_accelerator)
     yield from _idle_lora_flags(given)
 
 
@@ -109,3 +107,20 @@ def _idle_lora_flags(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield name, "no model has LoRA"
     elif given.get("lora_dropout") and "actor_lora_dim" in given:
         yield "lora_dropout", "PPO runs without dropout, which would make noise of its ratios"
+
+
+def _idle_generation_flags(given: dict[str, Any], has_accelerator: bool) -> Iterator[tuple[str, str]]:
+    if given["tp_gather_partition_size"] != 8 and given["inference_tp_size"] == 1:
+        yield "tp_gather_partition_size", "--inference_tp_size is 1"
+    if given["offload_optimizer_during_generation"]:
+        if not has_accelerator:
+            yield "offload_optimizer_during_generation", "without a GPU everything is in CPU memory anyway"
+        elif given["offload"]:
+            yield "offload_optimizer_during_generation", "--offload keeps it there all the time"
+    if given["stream_generation_weights"] != "auto" and given["actor_zero_stage"] != 3:
+        yield "stream_generation_weights", "--actor_zero_stage is not 3"
+    if given["lora_generation"] != "fused" and not given["actor_lora_dim"]:
+        yield "lora_generation", "--actor_lora_dim is 0"
+    for name in ("unpin_actor_parameters", "release_inference_cache"):
+        if given[name] and not given["enable_hybrid_engine"]:
+            yield name, "transformers generates, which keeps neither"

@@ -63,6 +63,10 @@ class RolloutArguments(Arguments):
     max_prompt_seq_len: int = flag(256, "tokens of a prompt; longer ones lose their beginning", at_least=1)
     max_answer_seq_len: int = flag(256, "tokens of an answer, at most", at_least=1)
     min_new_tokens: int = flag(0, "tokens of an answer, at least", at_least=0)
+    stop_strings: list[str] = flag(
+        [],
+        "texts that end an answer, which then counts as complete, such as a user's next turn, beside the EOS",
+    )
     temperature: float = flag(1.0, "sampling temperature; the log-probs that PPO compares use it too", above=0)
     top_k: int = flag(0, "sample among this many most likely tokens; 0 = all. Biases PPO: see --top_p", at_least=0)
     top_p: float = flag(
@@ -83,6 +87,8 @@ class RolloutArguments(Arguments):
             raise InputError(
                 f"--min_new_tokens {self.min_new_tokens} is more than --max_answer_seq_len {self.max_answer_seq_len}"
             )
+        if not all(self.stop_strings):
+            raise InputError("--stop_strings: an empty text would end every answer at once; leave it out")
 
 
 @dataclass(kw_only=True)
@@ -149,14 +155,32 @@ class RlhfSystemArguments(MachineArguments):
         "generate with the decode engine (LLaMA), on the training weights; off, or for other architectures, with "
         "transformers' generate",
     )
+    lora_generation: Literal["fused", "unfused"] = flag(
+        "fused",
+        "how the decode engine applies LoRA: merged into copies of the adapted matrices (less work per token), "
+        "or computed beside them (no copies); never merged into the training weights",
+    )
+    stream_generation_weights: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "ZeRO-3: gather the actor's layers one at a time for every token (slow, little memory) rather than all of them "
+        "once per rollout; auto does so when they would not fit",
+    )
     unpin_actor_parameters: bool = flag(
-        False, "not available yet: give the generation copy of the actor's weights back"
+        False,
+        "free the decode engine's copies of weights (joined, adapted or divided matrices) after generation; otherwise "
+        "they stay allocated and are refilled: less work per rollout, more memory in training",
     )
     release_inference_cache: bool = flag(False, "give the generation cache back during training")
-    inference_tp_size: int = flag(
-        1, "above 1 not available yet: processes that share a model in generation", at_least=1
+    offload_optimizer_during_generation: bool = flag(
+        False, "GPU: the actor's optimiser state waits in CPU memory while it generates"
     )
-    tp_gather_partition_size: int = flag(8, "partitions gathered at a time for such sharing", at_least=1)
+    inference_tp_size: int = flag(
+        1,
+        "ZeRO-3: neighbouring processes that share the actor in generation, each with its part of every matrix; must "
+        "divide heads, key-value heads, MLP columns and processes",
+        at_least=1,
+    )
+    tp_gather_partition_size: int = flag(8, "layers gathered at a time for such sharing", at_least=1)
     align_overflow: bool = flag(
         False, "fp16: skip an optimiser step of actor and critic together when either overflows"
     )
@@ -166,6 +190,17 @@ class RlhfSystemArguments(MachineArguments):
     def check(self) -> None:
         if self.enable_test_mode and not self.test_stop_step:
             raise InputError("--enable_test_mode needs to know when to stop: give --test_stop_step")
+        if self.inference_tp_size > 1:
+            self._check_tensor_parallel()
+
+    def _check_tensor_parallel(self) -> None:
+        asked = f"--inference_tp_size {self.inference_tp_size}"
+        if not self.enable_hybrid_engine:
+            raise InputError(f"{asked} needs the decode engine: leave out --no_enable_hybrid_engine")
+        if self.actor_zero_stage != 3:
+            raise InputError(f"{asked} shares a partitioned actor: give --actor_zero_stage 3, or leave it out")
+        if self.stream_generation_weights == "on":
+            raise InputError(f"{asked} and --stream_generation_weights on exclude each other: leave out one of them")
 
 
 @dataclass(kw_only=True)

@@ -17,17 +17,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
 from utils.models.lora import ADAPTER, lora_layers
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
+from utils.zero import is_partitioned
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
+JOIN_ON = ("cpu",)  # devices where matrices that read the same input are joined, which costs a copy of them
 CACHE_STEP = 16  # the cache is read up to a multiple of this, so that few shapes occur
 
 
 def supports(model: nn.Module) -> bool:
     """Whether `LlamaDecoder` computes what this `transformers` model computes."""
-    config = model.config
+    return supports_config(model.config)
+
+
+def supports_config(config: PreTrainedConfig) -> bool:
+    """`supports` for the model that `config` describes."""
     rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type == "llama"
@@ -61,7 +68,7 @@ class LlamaDecoder:
         adapter: str | None = ADAPTER,
         lora: Literal["fused", "unfused"] = "fused",
         stream: bool = False,
-        gather: int = 8,
+        gather_layers: int = 8,
     ) -> None:
         """Take the weights of `model`.
 
@@ -73,7 +80,7 @@ class LlamaDecoder:
             lora: "fused" merges its update into copies of the adapted matrices, never into the training weights;
                 "unfused" computes it beside them.
             stream: gather one layer at a time in every pass, on all ranks in lockstep; `finish` must end the passes.
-            gather: layers to gather at a time for a shard.
+            gather_layers: how many are gathered at a time for a shard.
 
         Raises:
             ValueError: the model has LoRA, but no adapter of that name.
@@ -95,9 +102,9 @@ class LlamaDecoder:
         if stream:  # copies would be made anew in every pass
             self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)
         else:
-            reader = LayerReader(self._copies, adapter, lora == "fused", self.device.type == "cpu", self.shard)
+            reader = LayerReader(self._copies, adapter, lora == "fused", self.device.type in JOIN_ON, self.shard)
             self.layers = (
-                read_shards(reader, modules, gather=gather)
+                read_shards(reader, modules, gather=gather_layers)
                 if self.shard
                 else [reader.read(index, module) for index, module in enumerate(modules)]
             )
@@ -113,6 +120,23 @@ class LlamaDecoder:
         """After the last pass of this rank: streamed layers need it for the passes of the others."""
         if isinstance(self.layers, StreamedLayers):
             self.layers.finish()
+
+    def extra_bytes(self, model: nn.Module, slots: int, length: int) -> int:
+        """Bytes that generation takes beside the weights: cache and copies, as far as they are not allocated yet."""
+        config, size = model.config, model.get_input_embeddings().weight.element_size()
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        total = 0
+        if self._cache is None:
+            total += 2 * config.num_hidden_layers * slots * config.num_key_value_heads * head_size * length * size
+        if not len(self._copies):
+            total += (
+                sum(  # at most: all matrices of the layers, joined or adapted
+                    parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
+                    for parameter in model.model.layers.parameters()
+                )
+                * size
+            )
+        return total
 
     def release_cache(self) -> None:
         """Give the memory of the KV cache back."""

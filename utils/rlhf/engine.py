@@ -18,9 +18,10 @@ from utils.models.checkpoint import save_model
 from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.lora import adapters_off
 from utils.models.training_engine import build_engine
-from utils.rlhf.decoder import LlamaDecoder, supports
+from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.ema import ExponentialMovingAverage
 from utils.rlhf.experience import response_logprobs, response_values
+from utils.rlhf.hybrid_engine import HybridEngine
 from utils.zero import initialize_engine, zero_config
 
 
@@ -42,7 +43,7 @@ class RlhfEngine:
             None if self.shares_reference else self._frozen("actor", load_causal_lm, config.offload_reference_model)
         )
         self.reward = self._frozen("critic", load_scalar_model, config.offload_reward_model)
-        self.decoder = self._make_decoder()
+        self.hybrid = HybridEngine(self.actor, tokenizer, config)
         self.score_mean, self.score_std = self._score_scale()
         self.ema = ExponentialMovingAverage(self.actor.module, config.ema_decay) if config.enable_ema else None
 
@@ -61,17 +62,10 @@ class RlhfEngine:
         )
         return initialize_engine(model, zero)
 
-    def _make_decoder(self) -> LlamaDecoder | None:
-        """The decode engine, where it is asked for and knows the architecture; None means `transformers`' generate."""
-        if not self.config.enable_hybrid_engine:
-            return None
-        model = self.actor.module.model
-        if supports(model):
-            return LlamaDecoder()
-        distributed.log(
-            f"note: --enable_hybrid_engine has no fast path for {model.config.model_type}: transformers generates"
-        )
-        return None
+    @property
+    def decoder(self) -> LlamaDecoder | None:
+        """The decode engine; None where `transformers` generates."""
+        return self.hybrid.decoder
 
     def _score_scale(self) -> tuple[float, float]:
         """Mean and standard deviation of chosen responses' scores as step 2 measured them; 0 and 1 without them."""

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from utils import distributed
 from utils.algorithms.masking import response_mask
 from utils.models.lora import ADAPTER, adapters_off
 from utils.rlhf.batching import decode
 from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.responses import Generation, Stop, finished, stacked
-from utils.rlhf.sampling import SamplingParams
+from utils.rlhf.sampling import SamplingParams, row_keys
 from utils.rlhf.stop_strings import StopStringCriteria, StopStrings
+from utils.rlhf.tensor_parallel import gather_rows
 
 __all__ = ["Generation", "Stop", "decode", "generate", "respond"]
 
@@ -72,24 +74,51 @@ def respond(
     model: nn.Module, prompts: list[list[int]], sampling: SamplingParams, *,
     eos_id: int, pad_id: int, seed: int, slots: int, decoder: LlamaDecoder | None = None,
     stops: StopStrings | None = None, adapter: str | None = ADAPTER,
-    lora: Literal["fused", "unfused"] = "fused",
+    lora: Literal["fused", "unfused"] = "fused", stream: bool = False, gather_layers: int = 8,
 ) -> Generation:  # fmt: skip
     """One response for each prompt: by `decoder`, or without one by `generate` in batches of `slots` prompts.
 
     Args:
         adapter: the LoRA adapter to apply; None is the base model.
-        lora: how `decoder` applies it, see `LlamaDecoder.load`.
+        lora, gather_layers: see `LlamaDecoder.load`.
+        stream: the layers are partitioned and gathered in every pass; every rank must call this.
     """
     ends = {"eos_id": eos_id, "pad_id": pad_id, "stops": stops}
-    if decoder is not None:
-        decoder.load(model, adapter=adapter, lora=lora)
-        try:
-            return decode(decoder, prompts, sampling, seed=seed, slots=slots, **ends)
-        finally:
-            decoder.unload()
-    with contextlib.nullcontext() if adapter is not None else adapters_off(model):
-        batches = [
-            generate(model, prompts[start : start + slots], sampling, seed=hash((seed, start)) % 2**63, **ends)
-            for start in range(0, len(prompts), slots)
-        ]
-    return stacked(batches, pad_id=pad_id)
+    if decoder is None:
+        with contextlib.nullcontext() if adapter is not None else adapters_off(model):
+            return _generate_in_batches(model, prompts, sampling, seed=seed, slots=slots, synced=stream, **ends)
+    decoder.load(model, adapter=adapter, lora=lora, stream=stream, gather_layers=gather_layers)
+    try:
+        if decoder.shard is not None:
+            streams = row_keys(seed, prompts)
+            everybody, keys, limits, mine = gather_rows(
+                decoder.shard, prompts, streams, sampling.max_new_tokens, decoder.device
+            )
+            slots *= decoder.shard.size  # each process has the cache of its heads for the rows of all
+            together = decode(decoder, everybody, sampling, seed=seed, slots=slots, keys=keys, limits=limits, **ends)
+            return together.rows(mine)
+        responses = decode(decoder, prompts, sampling, seed=seed, slots=slots, **ends)
+        decoder.finish()
+        return responses
+    finally:
+        decoder.unload()
+
+
+def _generate_in_batches(model, prompts, sampling, *, seed, slots, synced, eos_id, pad_id, stops) -> Generation:
+    """`generate` for `slots` prompts at a time; `synced` ranks all make as many batches as the one with the most."""
+    starts = list(range(0, len(prompts), slots))
+    rounds = int(distributed.all_reduce_scalar(len(starts), "max")) if synced else len(starts)
+    batches = []
+    for turn in range(rounds):
+        start = turn * slots
+        batch = prompts[start : start + slots] or [[pad_id]]
+        batches.append(
+            generate(
+                model, batch, sampling, seed=hash((seed, start)) % 2**63,
+                eos_id=eos_id, pad_id=pad_id, stops=stops, synced=synced,
+            )
+        )  # fmt: skip
+    if not starts:
+        empty = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
+        return finished(empty, empty.sum(1), empty.sum(1).bool(), eos_id=eos_id, pad_id=pad_id)
+    return stacked(batches[: len(starts)], pad_id=pad_id)

@@ -14,8 +14,7 @@ from utils.data.collate import pad
 from utils.data.packing import token_batches
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.experience import Experience, response_logprobs
-from utils.rlhf.generation import Generation, respond
-from utils.rlhf.hybrid_engine import generation_mode
+from utils.rlhf.responses import Generation
 from utils.rlhf.sampling import SamplingParams
 
 
@@ -112,21 +111,8 @@ def sampling_params(config, *, greedy: bool = False) -> SamplingParams:
 def generate_responses(
     engine: RlhfEngine, prompts: list[list[int]], sampling: SamplingParams, *, seed: int
 ) -> Generation:
-    """Responses of the current actor, on whole weights that are made once for all of them."""
-    with generation_mode(engine.actor) as model:
-        responses = respond(
-            model,
-            prompts,
-            sampling,
-            eos_id=engine.tokenizer.eos_token_id,
-            pad_id=engine.tokenizer.pad_token_id,
-            seed=seed,
-            slots=engine.config.per_device_generation_batch_size,
-            decoder=engine.decoder,
-        )
-    if engine.decoder is not None and engine.config.release_inference_cache:
-        engine.decoder.release_cache()
-    return responses
+    """Responses of the current actor."""
+    return engine.hybrid.respond(prompts, sampling, seed=seed)
 
 
 def assemble(

@@ -1,0 +1,94 @@
+"""Memory of generation: whether the whole model fits, and where the optimiser's state waits meanwhile."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from torch import nn
+
+from utils import distributed
+from utils.errors import InputError
+from utils.zero import is_partitioned
+
+USABLE = 0.9  # of the free memory: the rest is for activations and fragments
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take on its device; on a CPU, its share of what the machine has left."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    neighbours = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size()
+    return int(get_accelerator().available_memory()) // max(int(neighbours), 1)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters of `model` when they are whole, in the number format that they have now."""
+    return sum(
+        (parameter.ds_numel if is_partitioned(parameter) else parameter.numel()) * parameter.element_size()
+        for parameter in model.parameters()
+    )
+
+
+def fits(needed: int) -> bool:
+    """Whether `needed` bytes are there on every rank; all ranks get the same answer and must call it."""
+    return bool(distributed.all_reduce_scalar(float(needed <= USABLE * free_memory()), "min"))
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """Out of memory inside becomes an `InputError` with the flags that lower what generation takes."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(
+            "out of memory in generation: lower --per_device_generation_batch_size (and raise --generation_batches: "
+            "the rollout stays the same), --max_prompt_seq_len or --max_answer_seq_len; or try "
+            "--unpin_actor_parameters, --release_inference_cache, --offload_optimizer_during_generation; or, with "
+            "--actor_zero_stage 3, --stream_generation_weights on or --inference_tp_size. "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextlib.contextmanager
+def optimizer_on_host(engine: deepspeed.DeepSpeedEngine, *, pin_memory: bool = True) -> Iterator[None]:
+    """Adam's moments and the fp32 master weights of `engine` are in host memory inside, and bit-identical after.
+
+    ZeRO 1 and 2 let DeepSpeed move them, which knows what else points at its partitions. At stage 3 it does so for its
+    own FusedAdam only, so there, as at stage 0, every tensor of the optimiser is moved that is not a model parameter.
+    """
+    if engine.zero_optimization_stage() in (1, 2):
+        states = {OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params}
+        with distributed.quiet():
+            engine.offload_states(include=states, pin_memory=pin_memory)
+        try:
+            yield
+        finally:
+            with distributed.quiet():
+                engine.reload_states()
+        return
+    tensors = list(_optimizer_tensors(engine))
+    devices = [tensor.device for tensor in tensors]
+    for tensor in tensors:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin_memory)
+        tensor.data = host.copy_(tensor.data)
+    try:
+        yield
+    finally:
+        for tensor, device in zip(tensors, devices, strict=True):
+            tensor.data = tensor.data.to(device)
+
+
+def _optimizer_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[torch.Tensor]:
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    weights = {id(parameter) for parameter in engine.module.parameters()}
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in weights:  # a flat partition of fp32 master weights
+            yield parameter
+        yield from (tensor for tensor in state.values() if torch.is_tensor(tensor) and tensor.ndim)
