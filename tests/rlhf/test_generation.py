@@ -19,6 +19,7 @@ from utils.rlhf.hybrid_engine import generation_mode
 from utils.rlhf.ppo import ppo_step
 from utils.rlhf.rollout import rollout
 from utils.rlhf.sampling import SamplingParams, row_keys
+from utils.rlhf.step_graphs import StepGraphs
 
 VOCABULARY, EOS, PAD = 97, 2, 0
 TOKENS = {"eos_id": EOS, "pad_id": PAD}
@@ -170,6 +171,65 @@ def test_looking_at_finished_rows_less_often_changes_nothing(monkeypatch):
     assert responses(run(model, PROMPTS, limit_is_the_cache)) == greedy_of_transformers(model, PROMPTS, 34)
 
 
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_padding_rows_and_lengths_up_to_buckets_changes_nothing(monkeypatch, slots):
+    model, shapes = make_model(), set()
+    together, plain_logprobs = responses(run(model, PROMPTS, SAMPLED)), run(model, PROMPTS, SAMPLED).logprobs
+    decoder = LlamaDecoder()
+    decoder.load(model)
+    step = decoder.step
+    monkeypatch.setattr(
+        decoder, "step", lambda *arguments: shapes.add((len(arguments[0]), arguments[2])) or step(*arguments)
+    )
+    monkeypatch.setattr(batching, "LENGTH_BUCKET", 32)
+    found = decode(decoder, PROMPTS, SAMPLED, seed=0, slots=slots, buckets=True, **TOKENS)
+    assert responses(found) == together
+    torch.testing.assert_close(found.logprobs, plain_logprobs, atol=1e-5, rtol=1e-5)
+    assert shapes <= {(8, 32), (8, 64)}
+
+
+class Recorded:
+    """Stands for a CUDA graph on a CPU: a replay is the recorded call itself, with the numbers it was given then."""
+
+    made = 0
+
+    def __init__(self, step):
+        self.replay = step
+        Recorded.made += 1
+
+
+def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
+    """What changes between two calls, and is not part of a step's key, must be in the memory that the step reads."""
+    monkeypatch.setattr(Recorded, "made", 0)
+    monkeypatch.setattr(batching, "LENGTH_BUCKET", 32)
+    model, more = with_lora(make_model()), prompts_of([4, 8, 2, 11, 6], seed=5)
+    graphs = StepGraphs(record=Recorded)
+    decoder = LlamaDecoder(keep_copies=True, graphs=graphs)
+    eos_id = a_token_that_ends_some(model)
+    hot = SamplingParams(max_new_tokens=20, temperature=1.7, top_k=9)
+    calls = [(PROMPTS, SAMPLED, 8), (more, SAMPLED, 8), (PROMPTS, hot, 8), (more, GREEDY, 5), (PROMPTS, SAMPLED, 3)]
+    for turn in range(2):
+        for prompts, sampling, slots in calls:
+            expected = run(model, prompts, sampling, slots=slots, seed=turn, eos_id=eos_id)
+            decoder.load(model)
+            found = decode(decoder, prompts, sampling, seed=turn, slots=slots, eos_id=eos_id, pad_id=PAD)
+            decoder.unload()
+            assert responses(found) == responses(expected) and torch.equal(found.stopped, expected.stopped)
+        if turn == 0:
+            first = Recorded.made
+            with torch.no_grad():  # an optimiser step changes weights where they are
+                for parameter in model.parameters():
+                    parameter += 0.05 * torch.randn_like(parameter)
+    assert 0 < first <= 6 and Recorded.made <= 6, "recorded once for each of 2 lengths and 3 ways to sample"
+    for parameter in model.model.norm.parameters():  # now a weight moves, as those that ZeRO-3 gathers do
+        parameter.data = parameter.data.clone()
+    decoder.load(model)
+    decode(decoder, PROMPTS, SAMPLED, seed=0, slots=8, eos_id=eos_id, pad_id=PAD)
+    assert Recorded.made > 6
+    decoder.release_cache()
+    assert graphs.memory is None and not graphs._graphs
+
+
 def test_rows_may_have_limits_of_their_own():
     model, limits = make_model(), [5, 1, 24, 7, 2, 24, 3, 9]
     decoder = LlamaDecoder()
@@ -290,6 +350,7 @@ def test_one_base_may_carry_an_adapter_for_each_role(lora):
     model = with_lora(make_model())
     first = responses(run(model, PROMPTS, GREEDY, lora=lora))
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    del model.peft_config  # else peft warns of a second adapter
     inject_adapter_in_model(config, model, adapter_name="value")
     for name, parameter in model.named_parameters():
         if ".value." in name:

@@ -1,5 +1,7 @@
 """Continuous batching: many responses from the decode engine, in a fixed number of slots."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -35,6 +37,11 @@ class Slots:
     def copy(self, sources: list[int], targets: list[int]) -> None:
         for state in (self.row, self.token, self.position, self.place, self.key, self.limit, self.done):
             state[targets] = state[sources]
+
+    def cleared(self) -> "Slots":
+        """Itself, with all slots free."""
+        self.free_from(0)
+        return self
 
     def free_from(self, first: int) -> None:
         """Mark slot `first` and those behind it as free."""
@@ -97,7 +104,7 @@ def decode(
         limits: tokens of each response, at most; without it `max_new_tokens` for all.
         stops: texts that end a response.
         keys: (B,) random streams of the rows; without them, `row_keys` of the seed and the prompts.
-        buckets: round rows and cache lengths up, as CUDA graphs need it; the padding rows compute and are ignored.
+        buckets: round rows and cache lengths up, as is always done for CUDA graphs; padding rows compute for nothing.
     """
     if not prompts:
         empty = torch.zeros(0, 0, dtype=torch.int64, device=decoder.device)
@@ -117,7 +124,8 @@ class _Batch:
 
     def __init__(self, decoder, prompts, sampling, eos_id, pad_id, slots, limits, stops, buckets):
         self.decoder, self.prompts, self.sampling, self.eos_id, self.pad_id = decoder, prompts, sampling, eos_id, pad_id
-        self.stops, self.buckets, self.device = stops, buckets, decoder.device
+        self.graphs = decoder.graphs
+        self.stops, self.buckets, self.device = stops, buckets or self.graphs is not None, decoder.device
         limits = limits or [sampling.max_new_tokens] * len(prompts)
         self.limits = torch.tensor(limits, device=self.device)
         first: dict[tuple[int, ...], int] = {}
@@ -126,7 +134,7 @@ class _Batch:
         self.slots = min(slots, len(prompts))
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         decoder.allocate(self._rounded(self.slots, ROW_BUCKET), longest)
-        self.state = Slots(self._rounded(self.slots, ROW_BUCKET), len(prompts), max(limits), self.device)
+        self.state = self._static_memory(max(limits))
         self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         self.by_string = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         self.rows: list[int] = []  # row of each active slot
@@ -145,6 +153,17 @@ class _Batch:
             for _ in range(interval if self.rows else 0):
                 self._advance()
 
+    def _static_memory(self, width: int) -> Slots:
+        """Slots for this call; with graphs, those of the last call as long as they are large enough."""
+        size = (self._rounded(self.slots, ROW_BUCKET), len(self.prompts), width)
+        if self.graphs is None:
+            return Slots(*size, self.device)
+        if self.graphs.memory is None or not self.graphs.memory.holds(*size):
+            self.graphs.memory = Slots(*size, self.device)
+        state = self.graphs.memory.cleared()
+        self.graphs.refresh((*self.decoder.tensors(), *state.tensors()))
+        return state
+
     def _rounded(self, value: int, bucket: int) -> int:
         return -(-value // bucket) * bucket if self.buckets else value
 
@@ -152,7 +171,11 @@ class _Batch:
         rows = self._rounded(len(self.rows), ROW_BUCKET)
         length = self._rounded(max(self.positions) + 1, LENGTH_BUCKET if self.buckets else CACHE_STEP)
         length = min(-(-length // CACHE_STEP) * CACHE_STEP, self.decoder.capacity)
-        advance(self.decoder, self.state, rows, length, self.sampling, eos_id=self.eos_id)
+        step = functools.partial(advance, self.decoder, self.state, rows, length, self.sampling, eos_id=self.eos_id)
+        if self.graphs is None:
+            step()
+        else:
+            self.graphs.run((rows, length, self.sampling, self.eos_id), step)
         self.positions = [position + 1 for position in self.positions]
 
     def _admit(self) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from utils.models.lora import ADAPTER, lora_layers
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
+from utils.rlhf.step_graphs import StepGraphs
 from utils.zero import is_partitioned
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
@@ -53,10 +54,14 @@ class LlamaDecoder:
     Args:
         keep_copies: copies of weights stay allocated between `unload` and the next `load`, which refills them.
         shard: this process's place among those that share the model in generation.
+        graphs: how decode steps are recorded and replayed; left out, CUDA graphs on an NVIDIA GPU and none elsewhere.
     """
 
-    def __init__(self, *, keep_copies: bool = False, shard: Shard | None = None) -> None:
+    def __init__(
+        self, *, keep_copies: bool = False, shard: Shard | None = None, graphs: StepGraphs | None = None
+    ) -> None:
         self.shard = shard
+        self._graphs = graphs or (StepGraphs() if torch.cuda.is_available() else None)
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tables_of: tuple | None = None
         self._keep_copies, self._copies = keep_copies, Copies()
@@ -139,8 +144,10 @@ class LlamaDecoder:
         return total
 
     def release_cache(self) -> None:
-        """Give the memory of the KV cache back."""
+        """Give the memory of the KV cache back, and the graphs that read it."""
         self._cache = None
+        if self._graphs is not None:
+            self._graphs.release()
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything that a pass reads and that was not computed by it: weights, tables and the cache."""
@@ -172,6 +179,11 @@ class LlamaDecoder:
             sign = torch.ones(self.head_size, dtype=self.dtype, device=self.device)
             sign[: self.head_size // 2] = -1
             self._cos, self._sin = cos[0], sin[0] * sign  # rotate_half(x) * sin == roll(x) * (sign * sin)
+
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """Graphs of decode steps, where steps can be recorded: not when they talk to other processes."""
+        return None if self.shard is not None or isinstance(self.layers, StreamedLayers) else self._graphs
 
     @property
     def group(self) -> dist.ProcessGroup | None:
