@@ -2,14 +2,17 @@
 
     python scripts/benchmarks/generation.py                       # the 15 M model, equal and long-tailed lengths
     python scripts/benchmarks/generation.py --model 60M --batch 32
+    python scripts/benchmarks/generation.py --lora 16             # the same with LoRA: merged into copies, and beside
     python scripts/benchmarks/generation.py --model 1B --batch 64 --prompt 256 --answer 256   # on a GPU
 
 Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
 drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and both sides stop at them:
 `generate` runs until the longest of a batch is done, the engine refills slots. Medians of interleaved repetitions.
+A repetition includes taking the weights, as each rollout does.
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import time
@@ -18,6 +21,7 @@ import torch
 import transformers
 
 from utils import distributed
+from utils.models.lora import add_lora
 from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.generation import decode, generate
 from utils.rlhf.sampling import SamplingParams
@@ -66,6 +70,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--answer", type=int, default=64)
     parser.add_argument("--tail", action="store_true", help="long-tailed response lengths")
+    parser.add_argument("--lora", type=int, default=0, help="rank of LoRA on all linear layers; 0 = none")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -83,10 +88,14 @@ def main() -> None:
     else:
         lengths = [options.answer] * rows
     sampling = SamplingParams(max_new_tokens=options.answer)
-    decoder = LlamaDecoder()
-    decoder.load(model)
+    if options.lora:
+        add_lora(model, options.lora)
+        for parameter in model.parameters():  # not the rotary frequencies, a buffer
+            parameter.data = parameter.data.to(dtype)
+    decoder = LlamaDecoder(keep_copies=True)
 
-    def ours() -> None:
+    def ours(lora: str = "fused") -> None:
+        decoder.load(model, lora=lora)
         decode(
             decoder, prompts, sampling, eos_id=vocabulary, pad_id=0, seed=0, slots=options.batch,
             limits=lengths if options.tail else None,
@@ -100,18 +109,21 @@ def main() -> None:
                 eos_id=vocabulary, pad_id=0, seed=0,
             )  # fmt: skip
 
-    for function in (ours, theirs):
+    ways = {"ours": ours, "generate": theirs}
+    if options.lora:
+        ways["unfused"] = functools.partial(ours, "unfused")
+    for function in ways.values():
         function()
-    times = {"ours": [], "generate": []}
+    times = {name: [] for name in ways}
     for _ in range(options.repeats):
-        times["ours"].append(timed(ours))
-        times["generate"].append(timed(theirs))
+        for name, function in ways.items():
+            times[name].append(timed(function))
     tokens = sum(lengths)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     print(f"{device}, {versions}")
     work = f"{rows} prompts of {options.prompt} tokens, {options.batch} at a time, {tokens} new tokens"
-    print(f"{options.model}, {options.dtype}, {work}")
+    print(f"{options.model}, {options.dtype}, {work}" + (f", LoRA of rank {options.lora}" if options.lora else ""))
     for name, seconds in times.items():
         median = statistics.median(seconds)
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"

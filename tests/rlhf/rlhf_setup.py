@@ -27,10 +27,10 @@ class Config(
     """The flags of step 3."""
 
 
-def save_models(folder: Path, tokenizer) -> dict[str, str]:
+def save_models(folder: Path, tokenizer, **changes) -> dict[str, str]:
     """An actor and a reward model whose configs ask for dropout, which PPO must turn off."""
     return {
-        "actor_model_name_or_path": str(save_causal_lm(folder / "actor", tokenizer, attention_dropout=0.3)),
+        "actor_model_name_or_path": str(save_causal_lm(folder / "actor", tokenizer, attention_dropout=0.3, **changes)),
         "critic_model_name_or_path": str(save_reward_model(folder / "reward", tokenizer, attention_dropout=0.3)),
     }
 

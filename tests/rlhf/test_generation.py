@@ -416,10 +416,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_greedy_equals_transformers_at_every_stage_with_and_without_lora(tiny_tokenizer, tmp_path, world_size):
+def test_the_next_rollout_uses_the_weights_of_the_last_optimizer_step(tiny_tokenizer, tmp_path):
     paths = save_models(tmp_path, tiny_tokenizer)
     arguments = (paths, paths["actor_model_name_or_path"], CASES)
-    for agreements in run_ranks(switch_and_compare, world_size, *arguments):
+    for agreements in run_ranks(switch_and_compare, 2, *arguments):
         # after an optimiser step with a large rate the next rollout must show the new weights
         assert all(agreement < 8 for agreement in agreements), agreements
