@@ -204,7 +204,8 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
     monkeypatch.setattr(batching, "LENGTH_BUCKET", 32)
     model, more = with_lora(make_model()), prompts_of([4, 8, 2, 11, 6], seed=5)
     graphs = StepGraphs(record=Recorded)
-    decoder = LlamaDecoder(keep_copies=True, graphs=graphs)
+    decoder = LlamaDecoder(keep_copies=True)
+    decoder._graphs = graphs
     eos_id = a_token_that_ends_some(model)
     hot = SamplingParams(max_new_tokens=20, temperature=1.7, top_k=9)
     calls = [(PROMPTS, SAMPLED, 8), (more, SAMPLED, 8), (PROMPTS, hot, 8), (more, GREEDY, 5), (PROMPTS, SAMPLED, 3)]

@@ -155,6 +155,9 @@ class RlhfSystemArguments(MachineArguments):
         "generate with the decode engine (LLaMA), on the training weights; off, or for other architectures, with "
         "transformers' generate",
     )
+    generation_cuda_graphs: bool = flag(
+        True, "NVIDIA GPU: the decode engine records its steps as CUDA graphs; one process's whole weights only"
+    )
     lora_generation: Literal["fused", "unfused"] = flag(
         "fused",
         "how the decode engine applies LoRA: merged into copies of the adapted matrices (less work per token), "

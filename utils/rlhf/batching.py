@@ -80,8 +80,8 @@ def advance(
     position = slots.position[part]
     logits = decoder.step(slots.token[part], position, length)
     running = ~slots.done[part]
-    position += running
-    slots.place[part] += running
+    position.add_(running)
+    slots.place[part].add_(running)
     choose(slots, part, logits, sampling, eos_id=eos_id, group=decoder.group)
 
 

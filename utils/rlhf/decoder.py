@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
+from utils import distributed
 from utils.models.lora import ADAPTER, lora_layers
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
+from utils.rlhf.memory import weight_bytes
 from utils.rlhf.step_graphs import StepGraphs
-from utils.zero import is_partitioned
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
 JOIN_ON = ("cpu",)  # devices where matrices that read the same input are joined, which costs a copy of them
@@ -54,14 +55,12 @@ class LlamaDecoder:
     Args:
         keep_copies: copies of weights stay allocated between `unload` and the next `load`, which refills them.
         shard: this process's place among those that share the model in generation.
-        graphs: how decode steps are recorded and replayed; left out, CUDA graphs on an NVIDIA GPU and none elsewhere.
+        cuda_graphs: on an NVIDIA GPU, record decode steps and replay them.
     """
 
-    def __init__(
-        self, *, keep_copies: bool = False, shard: Shard | None = None, graphs: StepGraphs | None = None
-    ) -> None:
-        self.shard = shard
-        self._graphs = graphs or (StepGraphs() if torch.cuda.is_available() else None)
+    def __init__(self, *, keep_copies: bool = False, shard: Shard | None = None, cuda_graphs: bool = True) -> None:
+        self.shard, self._cuda_graphs = shard, cuda_graphs
+        self._graphs: StepGraphs | None = None
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tables_of: tuple | None = None
         self._keep_copies, self._copies = keep_copies, Copies()
@@ -103,6 +102,8 @@ class LlamaDecoder:
         self.final_norm = model.model.norm.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self._rotary = model.model.rotary_emb
+        if self._graphs is None and self._cuda_graphs and self.device.type == "cuda":
+            self._graphs = StepGraphs()
         modules = model.model.layers
         if stream:  # copies would be made anew in every pass
             self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)
@@ -133,14 +134,8 @@ class LlamaDecoder:
         total = 0
         if self._cache is None:
             total += 2 * config.num_hidden_layers * slots * config.num_key_value_heads * head_size * length * size
-        if not len(self._copies):
-            total += (
-                sum(  # at most: all matrices of the layers, joined or adapted
-                    parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
-                    for parameter in model.model.layers.parameters()
-                )
-                * size
-            )
+        if not len(self._copies) and (distributed.device().type in JOIN_ON or lora_layers(model)):
+            total += weight_bytes(model.model.layers)  # at most: every matrix, joined or adapted
         return total
 
     def release_cache(self) -> None:

@@ -46,7 +46,9 @@ class HybridEngine:
             )
             return None
         return LlamaDecoder(
-            keep_copies=not config.unpin_actor_parameters, shard=join_shard_group(config.inference_tp_size)
+            keep_copies=not config.unpin_actor_parameters,
+            shard=join_shard_group(config.inference_tp_size),
+            cuda_graphs=config.generation_cuda_graphs,
         )
 
     def respond(
@@ -61,7 +63,9 @@ class HybridEngine:
             InputError: out of memory, with the flags that lower it.
         """
         config, decoder = self._config, self.decoder
-        elsewhere = config.offload_optimizer_during_generation and torch.accelerator.is_available()
+        elsewhere = (
+            config.offload_optimizer_during_generation and torch.accelerator.is_available() and not config.offload
+        )
         with naming_flags(), optimizer_on_host(self._actor) if elsewhere else contextlib.nullcontext():
             stream = self._must_stream(prompts, sampling)
             if not stream and (decoder is None or decoder.shard is None):
