@@ -23,7 +23,7 @@ from utils import distributed
 from utils.models.lora import ADAPTER, lora_layers
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
 from utils.rlhf.memory import weight_bytes
-from utils.rlhf.step_graphs import StepGraphs
+from utils.rlhf.step_graphs import StepGraphs, cuda_recorder
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
 JOIN_ON = ("cpu",)  # devices where matrices that read the same input are joined, which costs a copy of them
@@ -103,7 +103,7 @@ class LlamaDecoder:
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self._rotary = model.model.rotary_emb
         if self._graphs is None and self._cuda_graphs and self.device.type == "cuda":
-            self._graphs = StepGraphs()
+            self._graphs = StepGraphs(cuda_recorder())
         modules = model.model.layers
         if stream:  # copies would be made anew in every pass
             self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)

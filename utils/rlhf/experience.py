@@ -23,7 +23,7 @@ class Experience:
 
     sequences: torch.Tensor  # (B, P+R) token ids
     attention_mask: torch.Tensor  # (B, P+R) bool
-    response_mask: torch.Tensor  # (B, R) bool, true through the first EOS inclusive
+    response_mask: torch.Tensor  # (B, R) bool, true on the tokens of the response, its end (EOS, stop string) inclusive
     logprobs: torch.Tensor  # (B, R) fp32, of the policy at rollout time
     ref_logprobs: torch.Tensor  # (B, R) fp32
     values: torch.Tensor  # (B, R) fp32, at rollout time

@@ -13,12 +13,20 @@ class Graph(Protocol):
         """Do it again, on the same memory."""
 
 
-def capture(step: Callable[[], None]) -> Graph:
-    """Record what `step` does on the GPU, without doing it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
-        step()
-    return graph
+def cuda_recorder() -> Callable[[Callable[[], None]], Graph]:
+    """A function that records what a step does on the GPU, without doing it.
+
+    All its graphs share their scratch memory: they never run at the same time, and what a step leaves is elsewhere.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(step: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
+            step()
+        return graph
+
+    return record
 
 
 class StepGraphs:
@@ -31,7 +39,7 @@ class StepGraphs:
         memory: what the steps write to, kept here from one call of `decode` to the next.
     """
 
-    def __init__(self, record: Callable[[Callable[[], None]], Graph] = capture):
+    def __init__(self, record: Callable[[Callable[[], None]], Graph]):
         self._record = record
         self._graphs: dict[Hashable, Graph] = {}
         self._warm: set[Hashable] = set()
