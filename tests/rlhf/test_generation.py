@@ -276,6 +276,32 @@ def test_first_tokens_follow_the_distribution_of_the_model():
     assert ((observed - expected).square() / expected).sum().item() < 26.1  # 8 degrees of freedom, p = 0.001
 
 
+def test_pairs_of_tokens_follow_the_joint_distribution_of_the_model():
+    """The second token comes from a decode step, in slots that rows leave and enter."""
+    torch.manual_seed(0)
+    config = SIZES["llama"](9)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0)
+    prompt, count, words = [5, 3, 7, 4], 6000, [word for word in range(9) if word != EOS]
+    sampling = SamplingParams(max_new_tokens=2, min_new_tokens=2, temperature=0.8)
+    with torch.no_grad():
+        contexts = torch.tensor([prompt + [word] for word in range(9)])
+        first = model(torch.tensor([prompt])).logits[0, -1, words].div(0.8).softmax(-1)
+        second = model(contexts).logits[words, -1][:, words].div(0.8).softmax(-1)
+    expected = (first[:, None] * second).flatten() * count
+    pairs = run(model, [prompt] * count, sampling, slots=500).tokens
+    place = torch.tensor([words.index(word) if word in words else -1 for word in range(9)])[pairs]
+    assert (place >= 0).all()
+    observed = torch.bincount(place[:, 0] * 8 + place[:, 1], minlength=64).float()
+    rare = expected < 5
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    degrees = len(expected) - 1
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3  # Wilson-Hilferty, p = 0.001
+    assert degrees > 20 and ((observed - expected).square() / expected.clamp(min=1)).sum().item() < limit
+
+
 def test_log_probabilities_are_those_of_the_training_forward():
     model = make_model()
     found = run(model, PROMPTS, SamplingParams(max_new_tokens=24, temperature=0.8, top_p=0.9), slots=3)

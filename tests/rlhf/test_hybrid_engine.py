@@ -14,6 +14,7 @@ from utils.errors import InputError
 from utils.rlhf import hybrid_engine, memory, tensor_parallel
 from utils.rlhf.decoder_weights import StreamedLayers
 from utils.rlhf.ppo import ppo_step
+from utils.rlhf.responses import Stop
 from utils.rlhf.rollout import rollout, sampling_params
 from utils.rlhf.sampling import SamplingParams
 from utils.zero import gathered
@@ -100,6 +101,20 @@ def test_out_of_memory_names_the_flags_that_lower_it(paths, tiny_tokenizer, monk
     monkeypatch.setattr(engine.decoder, "prefill", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.hybrid.respond([[5]], GREEDY, seed=0)
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_stop_strings_of_the_flag_end_answers(paths, tiny_tokenizer, enable):
+    config = make_config(paths, enable_hybrid_engine=enable)
+    engine = make_engine(config, tiny_tokenizer)
+    prompts = make_prompts(config, len(tiny_tokenizer))
+    free = responses(engine.hybrid.respond(prompts, GREEDY, seed=0))
+    stop = tiny_tokenizer.decode(free[0][4:6])
+    engine = make_engine(make_config(paths, enable_hybrid_engine=enable, stop_strings=[stop]), tiny_tokenizer)
+    found = engine.hybrid.respond(prompts, GREEDY, seed=0)
+    assert found.stopped[0] == Stop.STRING and found.ended[0] and len(responses(found)[0]) <= 6
+    assert stop in tiny_tokenizer.decode(responses(found)[0])
+    assert all(mine == row[: len(mine)] for mine, row in zip(responses(found), free, strict=True))
 
 
 def test_unpinned_copies_are_freed_between_rollouts(paths, tiny_tokenizer):
