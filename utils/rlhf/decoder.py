@@ -23,6 +23,7 @@ from utils import distributed
 from utils.models.lora import ADAPTER, lora_layers
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
 from utils.rlhf.memory import weight_bytes
+from utils.rlhf.packed_matrix import can_pack, linear
 from utils.rlhf.step_graphs import StepGraphs, cuda_recorder
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
@@ -97,10 +98,12 @@ class LlamaDecoder:
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.norm_eps = config.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.head = model.get_output_embeddings().weight
+        if self.device.type in JOIN_ON and can_pack(self.head):
+            self.head = self._copies.packed("head", [self.head])
         self.head_bias = model.get_output_embeddings().bias
         self.final_norm = model.model.norm.weight
-        self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self._rotary = model.model.rotary_emb
         if self._graphs is None and self._cuda_graphs and self.device.type == "cuda":
             self._graphs = StepGraphs(cuda_recorder())
@@ -135,7 +138,7 @@ class LlamaDecoder:
         if self._cache is None:
             total += 2 * config.num_hidden_layers * slots * config.num_key_value_heads * head_size * length * size
         if not len(self._copies) and (distributed.device().type in JOIN_ON or lora_layers(model)):
-            total += weight_bytes(model.model.layers)  # at most: every matrix, joined or adapted
+            total += weight_bytes(model)  # at most: every matrix, joined, packed or adapted
         return total
 
     def release_cache(self) -> None:
@@ -278,6 +281,4 @@ class LlamaDecoder:
         return residual + summand
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(
-            F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.norm_eps), self.head, self.head_bias
-        )
+        return linear(F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.norm_eps), self.head, self.head_bias)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from utils import distributed
 from utils.models.lora import merged_weight
+from utils.rlhf.packed_matrix import PackedMatrix, can_pack, linear
 from utils.zero import gathered
 
 
@@ -34,22 +34,26 @@ class Update:
 class Projection:
     """Linear layers that read the same input: one joined matrix or a matrix each, with LoRA updates beside them."""
 
-    matrices: list[torch.Tensor]  # (out, in) each
+    matrices: list[torch.Tensor | PackedMatrix]  # (out, in) each
     biases: list[torch.Tensor | None]
     updates: list[Update]
 
     def outputs(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         """(n, in) -> (n, out) of each matrix."""
-        parts = [F.linear(inputs, matrix, bias) for matrix, bias in zip(self.matrices, self.biases, strict=True)]
+        parts = [linear(inputs, matrix, bias) for matrix, bias in zip(self.matrices, self.biases, strict=True)]
         for update in self.updates:
             self._apply(update, parts[update.part], inputs)
         return parts
 
     def added_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """residual (n, out) + the output of the only matrix, in new memory."""
-        total = torch.addmm(residual, inputs, self.matrices[0].t())
-        if self.biases[0] is not None:
-            total += self.biases[0]
+        (matrix,), (bias,) = self.matrices, self.biases
+        if isinstance(matrix, PackedMatrix):
+            total = matrix.product(inputs, bias).add_(residual)
+        else:
+            total = torch.addmm(residual, inputs, matrix.t())
+            if bias is not None:
+                total += bias
         for update in self.updates:
             self._apply(update, total, inputs)
         return total
@@ -59,7 +63,7 @@ class Projection:
         output[:, update.start : update.stop].addmm_(inputs @ update.down.t(), update.up.t(), alpha=update.scale)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        yield from self.matrices
+        yield from (matrix for matrix in self.matrices if isinstance(matrix, torch.Tensor))
         yield from (bias for bias in self.biases if bias is not None)
         for update in self.updates:
             yield from (update.down, update.up)
@@ -95,7 +99,7 @@ class Copies:
     """Memory for weights that are not read in place, by name; refilled in place while shapes stay the same."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor | PackedMatrix] = {}
 
     @torch.no_grad()
     def joined(self, name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -106,6 +110,12 @@ class Copies:
         if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, first.dtype, first.device):
             kept = self._kept[name] = torch.empty(shape, dtype=first.dtype, device=first.device)
         return torch.cat(tensors, out=kept)
+
+    def packed(self, name: str, tensors: list[torch.Tensor]) -> PackedMatrix:
+        """`torch.cat(tensors)` in oneDNN's layout, in place of what `name` was the last time."""
+        self._kept.pop(name, None)
+        self._kept[name] = PackedMatrix(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
+        return self._kept[name]
 
     def release(self) -> None:
         """Give the memory back."""
@@ -123,7 +133,8 @@ class LayerReader:
         copies: where copies go; None reads everything in place, which rules out `join` and `shard`.
         adapter: name of the LoRA adapter to apply; None is the base model.
         fuse: LoRA is merged into a copy of the matrix; otherwise it is computed beside the matrix at every step.
-        join: matrices with the same input become one, which saves operations on a CPU.
+        join: matrices with the same input become one, which saves operations on a CPU, and all of them are packed
+            where that is possible.
         shard: take only this process's part: heads and MLP columns are divided, so that the outputs of the two
             row-wise divided matrices (attention output, MLP down) are to be summed over the group.
     """
@@ -166,9 +177,10 @@ class LayerReader:
             start += len(weight)
             matrices.append(weight)
             biases.append(bias)
-        if self.join and len(modules) > 1:
+        if self.join and (len(modules) > 1 or can_pack(matrices[0])):
             joined_bias = None if biases[0] is None else torch.cat(biases)
-            return Projection([self.copies.joined(name, matrices)], [joined_bias], updates)
+            join = self.copies.packed if can_pack(matrices[0]) else self.copies.joined
+            return Projection([join(name, matrices)], [joined_bias], updates)
         matrices = [
             self.copies.joined(f"{name}.{part}", [matrix]) if copy else matrix
             for part, (matrix, copy) in enumerate(zip(matrices, copied, strict=True))
