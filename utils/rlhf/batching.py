@@ -169,8 +169,8 @@ class _Batch:
 
     def _advance(self) -> None:
         rows = self._rounded(len(self.rows), ROW_BUCKET)
-        length = self._rounded(max(self.positions) + 1, LENGTH_BUCKET if self.buckets else CACHE_STEP)
-        length = min(-(-length // CACHE_STEP) * CACHE_STEP, self.decoder.capacity)
+        bucket = LENGTH_BUCKET if self.buckets else CACHE_STEP
+        length = min((max(self.positions) // bucket + 1) * bucket, self.decoder.capacity)
         step = functools.partial(advance, self.decoder, self.state, rows, length, self.sampling, eos_id=self.eos_id)
         if self.graphs is None:
             step()
@@ -184,8 +184,7 @@ class _Batch:
             active, prompts = len(self.rows), self.prompts
             width = len(prompts[self.waiting[0]])
             source = {self.identity[row]: slot for slot, row in enumerate(self.rows)}  # slots that hold a prompt
-            place = {}  # of a prompt's logits among those at hand
-            at_hand = []
+            place, at_hand = {}, []  # of a prompt's logits among those at hand
             if self.last is not None and self.last[0] in source:
                 place[self.last[0]] = 0
                 at_hand = [self.last[1]]
