@@ -258,7 +258,7 @@ def _step(engine: deepspeed.DeepSpeedEngine, what: str) -> float:
             engine.zero_grad()
             engine.skipped_steps += 1
         return norm
-    scale = engine.optimizer.loss_scale
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0
     engine.step()
     if not engine.optimizer.overflow:
         return float(engine.get_global_grad_norm())
