@@ -106,9 +106,7 @@ class Checkpoints:
                 "mistaken for this run's: remove it, or name another --output_dir"
             )
         self._finished = state.step == self._total_steps
-        with safe_open(folder / _rank_file(), framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
-            texts = opened.metadata()
+        tensors, texts = _read_tensors(folder / _rank_file())
         different = not torch.equal(tensors["frozen_sums"], self._frozen_sums)
         if distributed.all_reduce_scalar(float(different), "max"):
             raise InputError(
@@ -246,6 +244,15 @@ def _find_damage(folder: Path) -> str | None:
     else:
         damage = wrong_checksum(folder, records, list(records)[distributed.rank() :: distributed.world_size()])
     return distributed.first_problem(damage)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
+            return tensors, opened.metadata()
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file of a checkpoint: {error}") from error
 
 
 def _rank_file() -> str:
