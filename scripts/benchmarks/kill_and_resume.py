@@ -3,10 +3,10 @@
     python scripts/benchmarks/kill_and_resume.py                              # 25 kills, one process
     python scripts/benchmarks/kill_and_resume.py --kills 5 --processes 2 --zero_stage 3
 
-A tiny random world is made, PPO runs on it once without interruption, then once more under fire (SIGKILL): a third of the
-kills come while a checkpoint is being written, a third while the program starts or loads one, a third while it trains. After
-each kill every folder that bears a checkpoint's name must be whole. At the end the weights of both runs must be equal
-bit for bit, and so must their metrics but for times. The exit code is 0 only then.
+A tiny random world is made, PPO runs on it once without interruption, then once more under fire (SIGKILL): a third of
+the kills come while a checkpoint is being written, a third while the program starts or loads one, a third while it
+trains. After each kill every folder that bears a checkpoint's name must be whole. At the end the weights of both runs
+must be equal bit for bit, and so must their metrics but for times. The exit code is 0 only then.
 """
 
 import os
