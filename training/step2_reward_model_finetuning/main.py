@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 from utils import distributed
-from utils.algorithms.advantages import masked_moments, moments_to_mean_var
 from utils.algorithms.losses import pairwise_loss, token_span_pairwise_loss
 from utils.algorithms.masking import last_index
 from utils.arguments import (
@@ -43,10 +42,11 @@ from utils.data import (
     micro_batches,
     preference_tokens,
 )
-from utils.divergence import DivergenceGuard, check_finite
+from utils.divergence import DivergenceGuard
 from utils.models.checkpoint import save_if_best, save_model, store_score_scale
 from utils.models.loading import check_length, check_model, load_matching_tokenizer, load_scalar_model
 from utils.models.lora import check_lora
+from utils.models.pair_scores import PairScores
 from utils.models.training_engine import build_engine
 from utils.session import check_run, open_metrics, save_summary, start_run
 from utils.zero import accumulation_groups, optimizer_step
@@ -99,29 +99,11 @@ def score_pairs(
 def evaluate(engine, loader, config: Config, batches: int | None = None) -> dict[str, float]:
     """Loss, accuracy, margin, and mean and deviation of the scores over held-out pairs of all ranks."""
     engine.eval()
-    sums = {"pairs": 0, "loss": 0.0, "correct": 0.0, "margin": 0.0}
-    moments = torch.zeros(2, 3, dtype=torch.float64)
+    scores = PairScores()
     for batch in itertools.islice(loader, batches):
-        losses, chosen, rejected = score_pairs(engine, distributed.to_device(batch), config.reward_loss)
-        everything = torch.ones_like(chosen, dtype=torch.bool)
-        moments += torch.stack([masked_moments(scores, everything) for scores in (chosen, rejected)]).cpu()
-        sums["pairs"] += len(losses)
-        sums["loss"] += losses.sum().item()
-        sums["correct"] += (chosen > rejected).sum().item()
-        sums["margin"] += (chosen - rejected).sum().item()
+        scores.add(*score_pairs(engine, distributed.to_device(batch), config.reward_loss))
     engine.train()
-    sums, moments = distributed.all_reduce_dict(sums), distributed.all_reduce(moments)
-    check_finite(sums["loss"], "held-out pairs")
-    (chosen_mean, chosen_var), (rejected_mean, rejected_var) = (moments_to_mean_var(row) for row in moments)
-    return {
-        "eval/loss": sums["loss"] / sums["pairs"],
-        "eval/accuracy": sums["correct"] / sums["pairs"],
-        "eval/margin": sums["margin"] / sums["pairs"],
-        "eval/chosen_mean": chosen_mean.item(),
-        "eval/chosen_std": chosen_var.sqrt().item(),
-        "eval/rejected_mean": rejected_mean.item(),
-        "eval/rejected_std": rejected_var.sqrt().item(),
-    }
+    return scores.metrics()
 
 
 def main(config: Config) -> dict[str, float]:
