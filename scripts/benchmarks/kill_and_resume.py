@@ -58,6 +58,7 @@ def make_world(config: Config) -> list[str]:
     files = write_world(folder / "world", config.seed, WorldSizes(pretraining=200, sft=200, preference=200, held_out=8))
     shared = ["--dtype", "fp32", "--data_output_path", str(folder / "cache")]
     reward = [sys.executable, str(STEP2), "--model_name_or_path", str(files.random_model), "--max_steps", "1"]
+    reward += ["--max_seq_len", "128"]
     reward += ["--data_path", str(files.preference), "--output_dir", str(folder / "reward"), *shared]
     subprocess.run(reward, check=True)
     models = ["--actor_model_name_or_path", str(files.random_model), "--critic_model_name_or_path"]

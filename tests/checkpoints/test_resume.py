@@ -15,9 +15,10 @@ from utils.metrics import read_metrics
 STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) lie between
 
 
-def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32") -> dict:
+def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **others) -> dict:
     """Flags that put every kind of state to use: dropout, momentum, schedule, KL controller, average, text."""
     shared = {"max_steps": STEPS[step], "save_interval": STEPS_BEFORE[step], "save_total_limit": 0, "dtype": dtype}
+    shared |= others
     if step < 3:
         rates = {"zero_stage": stage, "lora_dim": lora, "dropout": 0.2, "eval_interval": 2, "num_warmup_steps": 2}
         return shared | rates | ({"lora_dropout": 0.2} if lora else {})
@@ -99,6 +100,7 @@ def in_group(world: dict, folder: str, cases: list[tuple[int, dict]]) -> None:
 ONE_PROCESS = [
     (1, {"stage": 0, "lora": 0}),
     (1, {"stage": 3, "lora": 4}),
+    (1, {"stage": 2, "lora": 0, "packing": True, "max_tokens_per_batch": 64, "gradient_accumulation_steps": 2}),
     (1, {"stage": 0, "lora": 4, "dtype": "bf16"}),
     (2, {"stage": 1, "lora": 0}),
     (2, {"stage": 2, "lora": 4}),
