@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,12 +104,27 @@ def test_a_bad_step_is_as_if_it_had_not_been(folder, tmp_path, stage, dtype):
 
 
 def on_two_ranks(folder: str, output: str) -> list[list[dict]]:
-    return [skip_between_steps(folder, stage, dtype, output) for stage, dtype in ((0, "fp32"), (2, "bf16"))]
+    return [skip_between_steps(folder, stage, dtype, output) for stage, dtype in ((0, "fp32"), (1, "bf16"))]
 
 
 def test_all_ranks_skip_what_is_bad_on_one(folder, tmp_path):
     for reports in run_ranks(on_two_ranks, 2, folder, str(tmp_path))[0]:
         check_reports(reports, rank=1)
+
+
+def test_fp16_whose_scale_can_sink_no_further_stops_with_advice():
+    """On a stand-in: fp16 itself needs a GPU."""
+    from utils.zero import _step
+
+    scaler = SimpleNamespace(min_scale=1.0)
+    optimizer = SimpleNamespace(loss_scale=2.0, loss_scaler=scaler, overflow=True)
+    engine = SimpleNamespace(
+        optimizer=optimizer, zero_optimization_stage=lambda: 1, fp16_enabled=lambda: True, step=lambda: None
+    )
+    assert _step(engine, "step 1") == math.inf  # the scale is lowered, training goes on
+    optimizer.loss_scale = 1.0
+    with pytest.raises(DivergenceError, match="step 2: the loss scale .* --dtype bf16"):
+        _step(engine, "step 2")
 
 
 def bad_second_step(monkeypatch) -> None:

@@ -15,6 +15,7 @@ from utils.checkpoints import folders
 from utils.checkpoints.run_state import RunState, read_state, write_state
 from utils.config import run
 from utils.errors import InputError
+from utils.metrics import read_metrics
 
 CHANGES = {"max_steps": 3, "save_interval": 1, "save_total_limit": 0, "num_sample_generations": 0}
 
@@ -126,6 +127,15 @@ def test_what_a_killed_save_leaves_is_passed_over_and_removed(world, output, cap
     assert "checkpoint-2, after step 2" in capsys.readouterr().out
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3", "latest"]
     assert (checkpoints / "latest").read_text() == "checkpoint-3\n"
+
+
+def test_a_finished_run_resumes_to_its_end(world, finished, output):
+    """As after a kill while the model was saved."""
+    (output / "model.safetensors").unlink()
+    resume(world, output)
+    assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    steps = [[row["step"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (finished, output)]
+    assert steps[0] == steps[1]
 
 
 def test_old_checkpoints_are_removed(world, tmp_path):
