@@ -168,9 +168,10 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(world, output, tmp_p
 @pytest.mark.parametrize("name", ["rank-0.safetensors", STATES])
 def test_a_pickle_in_place_of_a_file_is_not_read(world, output, tmp_path, capsys, name):
     newest = output / "checkpoints" / "checkpoint-3"
-    (newest / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    size = (newest / name).stat().st_size
+    (newest / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")).ljust(size, b"\0"))
     resume(world, output)
-    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert f"{name} is not what was written" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists()
 
 
