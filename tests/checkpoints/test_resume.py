@@ -113,7 +113,7 @@ TWO_PROCESSES = [
     (3, {"stage": 3, "lora": 4}),
     (3, {"stage": 0, "lora": 0}),
 ]
-GRID = [(step, {"stage": stage, "lora": lora}) for step in (1, 2, 3) for stage in (0, 1, 2, 3) for lora in (0, 4)]
+GRID = [{"stage": stage, "lora": lora} for stage in (0, 1, 2, 3) for lora in (0, 4)]
 
 
 @pytest.mark.parametrize(("step", "kind"), ONE_PROCESS, ids=str)
@@ -127,9 +127,9 @@ def test_resumed_runs_of_two_processes_are_bit_identical(world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("step", "kind"), GRID, ids=str)
-def test_resumed_run_is_bit_identical_everywhere(world, tmp_path, step, kind, processes):
-    run_ranks(in_group, processes, world, str(tmp_path), [(step, kind)])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_resumed_runs_are_bit_identical_everywhere(world, tmp_path, step, processes):
+    run_ranks(in_group, processes, world, str(tmp_path), [(step, kind) for kind in GRID])
 
 
 def test_text_beside_ppo_continues_where_it_was(world, tmp_path):
