@@ -168,3 +168,5 @@ def test_accumulation_groups_keep_the_tail():
     from utils.zero import accumulation_groups
 
     assert list(accumulation_groups(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(accumulation_groups(range(5), 2, 1)) == [[0, 1]]
+    assert list(accumulation_groups(range(5), 2, 0)) == []

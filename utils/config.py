@@ -8,6 +8,7 @@ code 2.
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 
 from utils.arguments.base import Arguments, field_metadata, flag
 from utils.arguments.parser import build_parser, convert_yaml, flag_actions, flag_groups, is_required, nearest
-from utils.errors import DivergenceError, InputError
+from utils.errors import DivergenceError, InputError, RunStopped
 from utils.files import atomic_write_text
 
 __all__ = ["Arguments", "flag", "parse_config", "run", "save_config"]
@@ -28,7 +29,8 @@ ConfigT = TypeVar("ConfigT")
 def run(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv: Sequence[str] | None = None) -> None:
     """Entry point of a script: parse the command line, call `main(config)`, turn its errors into exit codes.
 
-    `InputError` exits with 2, `DivergenceError` with 3, Ctrl-C with 130, each with one line on stderr. The process
+    `InputError` exits with 2, `DivergenceError` with 3, `RunStopped` with 75 (the system's EX_TEMPFAIL: run it again),
+    Ctrl-C with 130, each with one line on stderr. The process
     group is then destroyed, because leaving that to the interpreter's exit aborts now and then. Any other exception
     passes through at once: destroying the group could wait for other ranks while the launcher waits for this one.
     """
@@ -40,6 +42,10 @@ def run(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv: Seque
         exit_code = _report(error, 2)
     except DivergenceError as error:
         exit_code = _report(error, 3)
+    except RunStopped as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):  # the launcher's, sent to the others when the first has gone
+            signal.signal(number, signal.SIG_IGN)
+        exit_code = _report(stop, os.EX_TEMPFAIL, kind="stopped")
     except KeyboardInterrupt:
         exit_code = _report("interrupted", 130)
     _destroy_process_group()
@@ -123,10 +129,10 @@ def _read_yaml(path: str, flags: dict[str, argparse.Action]) -> dict[str, Any]:
     return values
 
 
-def _report(error: Exception | str, exit_code: int) -> int:
+def _report(error: Exception | str, exit_code: int, kind: str = "error") -> int:
     """Print one line on stderr, from the first process of each machine only, and pass the exit code on."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return exit_code
 
 

@@ -157,6 +157,18 @@ def all_reduce_dict(values: dict[str, float], op: str = "sum") -> dict[str, floa
     return dict(zip(values, reduced.tolist(), strict=True))
 
 
+def first_problem(problem: str | None) -> str | None:
+    """The problem of the lowest rank that has one, on every rank; None if no rank has. Cut at 1,000 bytes."""
+    if world_size() == 1:
+        return problem
+    source = int(all_reduce_scalar(rank() if problem else world_size(), "min"))
+    if source == world_size():
+        return None
+    text = (problem or "").encode()[:1000] if rank() == source else b""
+    shared = all_reduce(torch.frombuffer(bytearray(text.ljust(1000, b"\0")), dtype=torch.uint8))
+    return bytes(shared.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
 def shutdown() -> None:
     """Leave the process group; without it the exit of a multi-process run aborts now and then."""
     if dist.is_initialized():

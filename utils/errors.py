@@ -1,4 +1,4 @@
-"""The two ways a run stops on purpose. `utils.config.run` turns them into one line on stderr and an exit code."""
+"""The ways a run stops on purpose. `utils.config.run` turns them into one line on stderr and an exit code."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class DivergenceError(RuntimeError):
     """Training produced NaN or infinity. The message names the step, the likely cause and the flags. Exit code 3."""
+
+
+class RunStopped(RuntimeError):
+    """A signal asked the run to stop, and it did so after a whole step that it saved. Exit code 75."""

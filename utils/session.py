@@ -9,6 +9,8 @@ import torch
 
 from utils import distributed
 from utils.arguments import meaningless_flags, refuse_unavailable
+from utils.checkpoints.folders import checkpoint_steps
+from utils.checkpoints.run_state import RunState
 from utils.config import save_config
 from utils.errors import InputError
 from utils.files import atomic_write_text
@@ -28,6 +30,7 @@ def check_run(config) -> None:
     refuse_unavailable(config)
     check_precision(config.dtype)
     if config.output_dir:
+        _check_nothing_to_resume(config)
         _check_writable(Path(config.output_dir))
         _check_inputs_stay(config)
 
@@ -42,8 +45,8 @@ def start_run(config) -> None:
         distributed.log(f"note: {remark}")
 
 
-def open_metrics(config, job_name: str, total_steps: int) -> MetricsWriter:
-    """The metrics writer that the output flags of `config` ask for."""
+def open_metrics(config, job_name: str, total_steps: int, state: RunState) -> MetricsWriter:
+    """The metrics writer that the output flags of `config` ask for; it continues where `state` was saved."""
     return MetricsWriter(
         config.output_dir,
         job_name=job_name,
@@ -52,6 +55,8 @@ def open_metrics(config, job_name: str, total_steps: int) -> MetricsWriter:
         enable_tensorboard=config.enable_tensorboard,
         tensorboard_path=config.tensorboard_path,
         logging_interval=config.logging_interval,
+        start_step=state.step,
+        position=state.metrics_position,
     )
 
 
@@ -66,6 +71,16 @@ def save_summary(config, before: dict[str, float], after: dict[str, float], **co
         atomic_write_text(Path(config.output_dir) / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         distributed.log(f"saved to {config.output_dir}")
     return summary
+
+
+def _check_nothing_to_resume(config) -> None:
+    """A run that forgot to resume would train for nothing, and its checkpoints would mix with those of another run."""
+    folder = Path(config.output_dir) / "checkpoints"
+    if not config.resume_from_checkpoint and (steps := checkpoint_steps(folder)):
+        raise InputError(
+            f"--output_dir {config.output_dir} holds a run with checkpoints up to step {steps[0]}: continue it with "
+            f"--resume_from_checkpoint auto, or remove {folder} to start anew"
+        )
 
 
 def _check_inputs_stay(config) -> None:

@@ -12,12 +12,9 @@ import deepspeed  # isort: skip
 import transformers
 from transformers.integrations import HfDeepSpeedConfig
 
+from utils.divergence import DIVERGENCE_ADVICE, DivergenceGuard
 from utils.errors import DivergenceError, InputError
 
-DIVERGENCE_ADVICE = (
-    "Likely causes: a learning rate that is too high, or 16-bit overflow. Lower --learning_rate (step 3: "
-    "--actor_learning_rate, --critic_learning_rate), add --num_warmup_steps, or use --dtype bf16 or fp32"
-)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -182,20 +179,20 @@ def initialize_engine(
     )
     with distributed.quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `optimizer_step` does, with advice
     return engine
 
 
-def accumulation_groups(loader: Iterable, accumulation_steps: int) -> Iterator[list]:
-    """The micro-batches of each optimiser step; the last step of an epoch may have fewer, and still is a step."""
-    micro_batches = iter(loader)
-    while group := list(itertools.islice(micro_batches, accumulation_steps)):
+def accumulation_groups(loader: Iterable, accumulation_steps: int, limit: int | None = None) -> Iterator[list]:
+    """The micro-batches of each of at most `limit` optimiser steps.
+
+    The last step of an epoch may have fewer, and still is a step.
+    """
+    micro_batches, steps = iter(loader), 0
+    while steps != limit and (group := list(itertools.islice(micro_batches, accumulation_steps))):
+        steps += 1
         yield group
-
-
-def check_finite(loss: float, what: str) -> None:
-    """Raise `DivergenceError` when `loss`, which all ranks share so that all raise, is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise DivergenceError(f"{what}: the loss is {loss}. {DIVERGENCE_ADVICE}")
 
 
 @torch.no_grad()
@@ -208,9 +205,17 @@ def check_weights(model: torch.nn.Module) -> None:
 
 
 def optimizer_step(
-    engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence, loss_function: Callable[..., torch.Tensor], *, what: str
+    engine: deepspeed.DeepSpeedEngine,
+    micro_batches: Sequence,
+    loss_function: Callable[..., torch.Tensor],
+    *,
+    what: str,
+    guard: DivergenceGuard = DivergenceGuard(),  # noqa: B008 (it is frozen)
 ) -> tuple[float, float]:
     """One optimiser step over `micro_batches`, whose losses add up.
+
+    A step whose loss or gradient is NaN or infinite on any rank changes neither weights nor schedule: the run stops, or
+    with `guard.on_nan` "skip" the step is counted in `engine.skipped_steps`.
 
     Args:
         loss_function: micro-batch -> scalar loss, already divided by the global count of what it averages over (tokens
@@ -221,24 +226,45 @@ def optimizer_step(
         (loss, gradient norm before clipping), both over all ranks.
 
     Raises:
-        DivergenceError: the loss is NaN or infinite on any rank; the weights were not updated.
+        DivergenceError: the loss or the gradient is NaN or infinite on any rank, or the loss scale of fp16 is at its
+            minimum; the weights were not updated.
     """
     world = distributed.world_size()
-    total = torch.zeros((), dtype=torch.float64)
+    losses = []
     for index, micro_batch in enumerate(micro_batches):
         engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
         loss = loss_function(micro_batch)
-        total += loss.detach().double().cpu()
-        engine.backward(
-            loss * world, scale_wrt_gas=False
-        )  # DeepSpeed averages over ranks; our losses are shares of a sum
-    loss_value = distributed.all_reduce(total).item()
-    check_finite(loss_value, what)
-    unsharded = engine.zero_optimization_stage() == 0
-    norm = (
-        torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-        if unsharded
-        else None
-    )
+        losses.append(loss.detach().double())
+        # DeepSpeed averages over ranks, our losses are shares of a sum. A loss that is not finite may have a gradient
+        # that is: made NaN, it keeps the optimiser of every rank from this step.
+        engine.backward(loss * torch.where(loss.detach().isfinite(), float(world), math.nan), scale_wrt_gas=False)
+    losses = torch.stack(losses).cpu()
+    loss_value = distributed.all_reduce(losses.sum()).item()
+    if guard.on_nan == "stop" and not math.isfinite(loss_value):
+        guard.report(what, loss_value, math.nan, micro_batches, losses.tolist())
+    norm = _step(engine, what)
+    if not math.isfinite(loss_value + norm) and not (engine.fp16_enabled() and math.isfinite(loss_value)):
+        guard.report(what, loss_value, norm, micro_batches, losses.tolist())
+    return loss_value, norm
+
+
+def _step(engine: deepspeed.DeepSpeedEngine, what: str) -> float:
+    """Update the weights unless a gradient is NaN or infinite; the gradient norm of all ranks before clipping."""
+    if engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+        if math.isfinite(norm):
+            engine.step()
+        else:
+            engine.zero_grad()
+            engine.skipped_steps += 1
+        return norm
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0
     engine.step()
-    return loss_value, float(norm if unsharded else engine.get_global_grad_norm())
+    if not engine.optimizer.overflow:
+        return float(engine.get_global_grad_norm())
+    if engine.fp16_enabled() and scale <= engine.optimizer.loss_scaler.min_scale:
+        raise DivergenceError(
+            f"{what}: the loss scale of fp16 is at its minimum, {scale:g}, and gradients still overflow: use --dtype "
+            "bf16, which needs no scale, or lower the learning rate"
+        )
+    return math.inf

@@ -1,8 +1,10 @@
+import itertools
+
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from utils.data.dataloader import build_dataloader
+from utils.data.dataloader import build_dataloader, endless
 from utils.errors import InputError
 
 
@@ -86,3 +88,21 @@ def test_a_position_can_be_resumed():
 
 def test_workers_give_the_same_batches():
     assert batches(11, workers=2) == batches(11)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 9])
+def test_endless_batches_begin_anywhere(start):
+    """From the middle of an epoch, at its end, and epochs later: what follows is what would have followed."""
+
+    def following(first: int) -> list:
+        loader = build_dataloader(Numbers(10), list, 3, shuffle=True, seed=5, drop_last=True)
+        loader.set_epoch(7, 2)  # whatever it was used for before
+        return list(itertools.islice(endless(loader, first), 12 - first))
+
+    assert following(start) == following(0)[start:]
+
+
+def test_loading_rows_leaves_the_random_stream_alone():
+    state = torch.get_rng_state()
+    list(build_dataloader(Numbers(10), list, 3, shuffle=True, seed=5))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -7,6 +7,7 @@ import torch
 from tiny_models import save_causal_lm, save_reward_model
 
 from utils.arguments import (
+    CheckpointArguments,
     OutputArguments,
     PpoArguments,
     PpoOptimizationArguments,
@@ -22,7 +23,8 @@ from utils.arguments import (
 @dataclass(kw_only=True)
 class Config(
     PromptArguments, RlhfModelArguments, RolloutArguments, PpoOptimizationArguments, PpoArguments,
-    RlhfSystemArguments, RlhfLoraArguments, OutputArguments, TokenizerArguments,
+    RlhfSystemArguments, RlhfLoraArguments, OutputArguments, CheckpointArguments,
+    TokenizerArguments,
 ):  # fmt: skip
     """The flags of step 3."""
 

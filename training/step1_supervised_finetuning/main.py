@@ -19,6 +19,7 @@ import torch
 
 from utils import distributed
 from utils.arguments import (
+    CheckpointArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -28,6 +29,7 @@ from utils.arguments import (
     SystemArguments,
     TokenizerArguments,
 )
+from utils.checkpoints import Checkpoints
 from utils.config import run
 from utils.data import (
     PackedRows,
@@ -38,13 +40,14 @@ from utils.data import (
     micro_batches,
     sft_tokens,
 )
-from utils.models.checkpoint import save_model
+from utils.divergence import DivergenceGuard, check_finite
+from utils.models.checkpoint import save_if_best, save_model
 from utils.models.loading import check_length, check_model, load_causal_lm, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.models.training_engine import build_engine
 from utils.rlhf.evaluation import greedy_answers
 from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import accumulation_groups, check_finite, optimizer_step
+from utils.zero import accumulation_groups, optimizer_step
 
 PANELS = {
     "loss per response token": ["train/loss", "eval/loss"],
@@ -63,6 +66,7 @@ class Config(
     LoraArguments,
     SftArguments,
     OutputArguments,
+    CheckpointArguments,
     TokenizerArguments,
 ):
     """Flags of step 1."""
@@ -132,16 +136,21 @@ def main(config: Config) -> dict[str, float]:
         lora_dropout=config.lora_dropout,
     )
 
-    # 4. Train
-    with open_metrics(config, "step 1: SFT", total_steps) as writer:
+    # 4. Train, from the beginning or from a checkpoint
+    guard = DivergenceGuard(config.on_nan, config.output_dir)
+    checkpoints = Checkpoints(config, {"model": engine}, total_steps=total_steps, data_keys=[eval_rows.key])
+    state = checkpoints.resume()
+    with open_metrics(config, "step 1: SFT", total_steps, state) as writer, checkpoints:
         shown_rows = [eval_rows[index] for index in range(min(config.num_sample_generations, len(eval_rows)))]
-        answers_before = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
-        before = evaluate(engine, eval_loader)
-        writer.log(0, before)
-        step, started = 0, time.perf_counter()
-        for epoch in range(math.ceil(total_steps / steps_per_epoch)):
-            train_loader.set_epoch(epoch)
-            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps):
+        if state.step == 0:
+            state.answers = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
+            state.before = evaluate(engine, eval_loader)
+            writer.log(0, state.before)
+        step, started = state.step, time.perf_counter() - state.seconds
+        for epoch in range(step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
+            train_loader.set_epoch(epoch, step % steps_per_epoch * config.gradient_accumulation_steps)
+            steps_left = total_steps - step
+            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps, steps_left):
                 step, step_started = step + 1, time.perf_counter()
                 parts = micro_batches(rows, config.max_tokens_per_batch, sft_tokens)
                 batches = [distributed.to_device(collate(part)) for part in parts]
@@ -152,34 +161,36 @@ def main(config: Config) -> dict[str, float]:
                     return -logprobs.sum() / tokens
 
                 learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
-                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}")
+                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
                 metrics = {
                     "train/loss": loss,
                     "train/grad_norm": norm,
                     "train/learning_rate": learning_rate,
                     "train/epoch": epoch + 1,
+                    "train/skipped_steps": engine.skipped_steps,
                     "train/response_tokens_per_second": tokens / (time.perf_counter() - step_started),
                 }
                 writer.log(step, metrics, bar=["train/loss", "train/response_tokens_per_second"])
                 if config.print_loss:
                     writer.print(f"step {step}: loss {loss:.4f}")
                 if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
-                    writer.log(step, evaluate(engine, eval_loader))
-                if step == total_steps:
-                    break
-        seconds = time.perf_counter() - started
+                    evaluated = evaluate(engine, eval_loader)
+                    writer.log(step, evaluated)
+                    save_if_best(config, state, -evaluated["eval/loss"], engine.module.model, tokenizer)
+                checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader)
         writer.log(step, after)
         answers_after = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
-        for (prompt, old), (_, new) in zip(answers_before, answers_after, strict=True):
+        for (prompt, old), (_, new) in zip(state.answers, answers_after, strict=True):
             writer.print(f"\n{prompt.strip()}\n  before: {old.strip()}\n  after:  {new.strip()}")
-        writer.compare("held-out rows", before, after)
+        writer.compare("held-out rows", state.before, after)
         writer.plot(PANELS)
 
     # 5. Save
     if config.output_dir:
         save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-    return save_summary(config, before, after, steps=step, train_seconds=seconds)
+        save_if_best(config, state, -after["eval/loss"], engine.module.model, tokenizer)
+    return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from utils import distributed
-from utils.algorithms.advantages import masked_moments, moments_to_mean_var
 from utils.algorithms.losses import pairwise_loss, token_span_pairwise_loss
 from utils.algorithms.masking import last_index
 from utils.arguments import (
+    CheckpointArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -32,6 +32,7 @@ from utils.arguments import (
     SystemArguments,
     TokenizerArguments,
 )
+from utils.checkpoints import Checkpoints
 from utils.config import run
 from utils.data import (
     build_dataloader,
@@ -41,12 +42,14 @@ from utils.data import (
     micro_batches,
     preference_tokens,
 )
-from utils.models.checkpoint import save_model
+from utils.divergence import DivergenceGuard
+from utils.models.checkpoint import save_if_best, save_model, store_score_scale
 from utils.models.loading import check_length, check_model, load_matching_tokenizer, load_scalar_model
 from utils.models.lora import check_lora
+from utils.models.pair_scores import PairScores
 from utils.models.training_engine import build_engine
 from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import accumulation_groups, check_finite, optimizer_step
+from utils.zero import accumulation_groups, optimizer_step
 
 PANELS = {
     "loss per pair": ["train/loss", "eval/loss"],
@@ -65,6 +68,7 @@ class Config(
     LoraArguments,
     RewardArguments,
     OutputArguments,
+    CheckpointArguments,
     TokenizerArguments,
 ):
     """Flags of step 2."""
@@ -95,29 +99,11 @@ def score_pairs(
 def evaluate(engine, loader, config: Config, batches: int | None = None) -> dict[str, float]:
     """Loss, accuracy, margin, and mean and deviation of the scores over held-out pairs of all ranks."""
     engine.eval()
-    sums = {"pairs": 0, "loss": 0.0, "correct": 0.0, "margin": 0.0}
-    moments = torch.zeros(2, 3, dtype=torch.float64)
+    scores = PairScores()
     for batch in itertools.islice(loader, batches):
-        losses, chosen, rejected = score_pairs(engine, distributed.to_device(batch), config.reward_loss)
-        everything = torch.ones_like(chosen, dtype=torch.bool)
-        moments += torch.stack([masked_moments(scores, everything) for scores in (chosen, rejected)]).cpu()
-        sums["pairs"] += len(losses)
-        sums["loss"] += losses.sum().item()
-        sums["correct"] += (chosen > rejected).sum().item()
-        sums["margin"] += (chosen - rejected).sum().item()
+        scores.add(*score_pairs(engine, distributed.to_device(batch), config.reward_loss))
     engine.train()
-    sums, moments = distributed.all_reduce_dict(sums), distributed.all_reduce(moments)
-    check_finite(sums["loss"], "held-out pairs")
-    (chosen_mean, chosen_var), (rejected_mean, rejected_var) = (moments_to_mean_var(row) for row in moments)
-    return {
-        "eval/loss": sums["loss"] / sums["pairs"],
-        "eval/accuracy": sums["correct"] / sums["pairs"],
-        "eval/margin": sums["margin"] / sums["pairs"],
-        "eval/chosen_mean": chosen_mean.item(),
-        "eval/chosen_std": chosen_var.sqrt().item(),
-        "eval/rejected_mean": rejected_mean.item(),
-        "eval/rejected_std": rejected_var.sqrt().item(),
-    }
+    return scores.metrics()
 
 
 def main(config: Config) -> dict[str, float]:
@@ -162,14 +148,19 @@ def main(config: Config) -> dict[str, float]:
         lora_dropout=config.lora_dropout,
     )
 
-    # 4. Train
-    with open_metrics(config, "step 2: reward model", total_steps) as writer:
-        before = evaluate(engine, eval_loader, config)
-        writer.log(0, before)
-        step, started = 0, time.perf_counter()
-        for epoch in range(math.ceil(total_steps / steps_per_epoch)):
-            train_loader.set_epoch(epoch)
-            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps):
+    # 4. Train, from the beginning or from a checkpoint
+    guard = DivergenceGuard(config.on_nan, config.output_dir)
+    checkpoints = Checkpoints(config, {"model": engine}, total_steps=total_steps, data_keys=[eval_rows.key])
+    state = checkpoints.resume()
+    with open_metrics(config, "step 2: reward model", total_steps, state) as writer, checkpoints:
+        if state.step == 0:
+            state.before = evaluate(engine, eval_loader, config)
+            writer.log(0, state.before)
+        step, started = state.step, time.perf_counter() - state.seconds
+        for epoch in range(step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
+            train_loader.set_epoch(epoch, step % steps_per_epoch * config.gradient_accumulation_steps)
+            steps_left = total_steps - step
+            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps, steps_left):
                 step, step_started = step + 1, time.perf_counter()
                 parts = micro_batches(rows, config.max_tokens_per_batch, preference_tokens)
                 batches = [distributed.to_device(collate(part)) for part in parts]
@@ -182,7 +173,7 @@ def main(config: Config) -> dict[str, float]:
                     return losses.sum() / pairs
 
                 learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
-                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}")
+                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
                 margin = torch.cat(margins)
                 sums = distributed.all_reduce_dict({"margin": margin.sum(), "correct": (margin > 0).sum()})
                 metrics = {
@@ -192,25 +183,27 @@ def main(config: Config) -> dict[str, float]:
                     "train/grad_norm": norm,
                     "train/learning_rate": learning_rate,
                     "train/epoch": epoch + 1,
+                    "train/skipped_steps": engine.skipped_steps,
                     "train/pairs_per_second": pairs / (time.perf_counter() - step_started),
                 }
                 writer.log(step, metrics, bar=["train/loss", "train/accuracy", "train/pairs_per_second"])
                 if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
-                    writer.log(step, evaluate(engine, eval_loader, config, config.eval_iters))
-                if step == total_steps:
-                    break
-        seconds = time.perf_counter() - started
+                    evaluated = evaluate(engine, eval_loader, config, None if config.keep_best else config.eval_iters)
+                    writer.log(step, evaluated)
+                    store_score_scale(engine.module.model, evaluated)
+                    save_if_best(config, state, evaluated["eval/accuracy"], engine.module.model, tokenizer)
+                checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader, config)
         writer.log(step, after)
-        writer.compare("held-out pairs", before, after)
+        writer.compare("held-out pairs", state.before, after)
         writer.plot(PANELS)
 
-    # 5. Save, with the scale of the scores for step 3
+    # 5. Save
     if config.output_dir:
-        model = engine.module.model
-        model.config.score_mean, model.config.score_std = after["eval/chosen_mean"], after["eval/chosen_std"]
-        save_model(model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-    return save_summary(config, before, after, steps=step, train_seconds=seconds)
+        store_score_scale(engine.module.model, after)
+        save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
+        save_if_best(config, state, after["eval/accuracy"], engine.module.model, tokenizer)
+    return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 
 
 if __name__ == "__main__":

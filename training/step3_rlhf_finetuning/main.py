@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from utils import distributed
 from utils.algorithms.kl import adaptive_kl_ctl
 from utils.arguments import (
+    CheckpointArguments,
     OutputArguments,
     PpoArguments,
     PpoOptimizationArguments,
@@ -29,6 +30,7 @@ from utils.arguments import (
     RolloutArguments,
     TokenizerArguments,
 )
+from utils.checkpoints import Checkpoints
 from utils.config import run
 from utils.data import (
     build_dataloader,
@@ -44,7 +46,7 @@ from utils.models.lora import check_lora
 from utils.models.tokenizer import check_same_tokens
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.evaluation import evaluate_prompts, show_answers
-from utils.rlhf.ppo import explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
+from utils.rlhf.ppo import ExplosionAlarm, explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
 from utils.rlhf.rollout import rollout
 from utils.rlhf.tensor_parallel import check_tensor_parallel
 from utils.session import check_run, open_metrics, save_summary, start_run
@@ -74,6 +76,7 @@ class Config(
     RlhfSystemArguments,
     RlhfLoraArguments,
     OutputArguments,
+    CheckpointArguments,
     TokenizerArguments,
 ):
     """Flags of step 3."""
@@ -126,7 +129,7 @@ def main(config: Config) -> dict[str, float]:
     )
     eval_loader = build_dataloader(eval_rows, list, rollout_size, shuffle=False, **ranks)
     collate_text = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
-    unsupervised_batches = iter(())
+    text_loader, data_keys = None, [prompt_rows.key]
     if text_source:
         text_rows, _ = build_datasets(
             "pretrain",
@@ -144,7 +147,7 @@ def main(config: Config) -> dict[str, float]:
             size_flags="--per_device_training_batch_size",
             **ranks,
         )
-        unsupervised_batches = endless(text_loader)
+        data_keys.append(text_rows.key)
 
     iterations = config.max_steps or len(prompt_loader) * config.num_train_epochs
     if config.enable_test_mode:
@@ -160,13 +163,27 @@ def main(config: Config) -> dict[str, float]:
         critic_steps=iterations * steps_per_iteration,
     )
 
-    # 4. Train
-    with open_metrics(config, "step 3: PPO", iterations) as writer:
-        before = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
-        writer.log(0, before)
-        iteration, kl_ctl, started = 0, config.kl_ctl, time.perf_counter()
-        for epoch in range(math.ceil(iterations / len(prompt_loader))):
-            prompt_loader.set_epoch(epoch)
+    # 4. Train, from the beginning or from a checkpoint
+    checkpoints = Checkpoints(
+        config,
+        {"actor": engine.actor, "critic": engine.critic},
+        total_steps=iterations,
+        data_keys=data_keys,
+        frozen=[engine.ref, engine.reward],
+        averages=engine.ema.shadow if engine.ema else (),
+    )
+    state = checkpoints.resume()
+    unsupervised_batches = endless(text_loader, state.text_batches) if text_loader else iter(())
+    with open_metrics(config, "step 3: PPO", iterations, state) as writer, checkpoints:
+        if state.step == 0:
+            state.before = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
+            writer.log(0, state.before)
+            state.kl_ctl = config.kl_ctl
+        iteration, kl_ctl, started = state.step, state.kl_ctl, time.perf_counter() - state.seconds
+        alarm = ExplosionAlarm()
+        rollouts_per_epoch = len(prompt_loader)
+        for epoch in range(iteration // rollouts_per_epoch, math.ceil(iterations / rollouts_per_epoch)):
+            prompt_loader.set_epoch(epoch, iteration % rollouts_per_epoch)
             for prompt_batch in itertools.islice(prompt_loader, iterations - iteration):
                 iteration += 1
                 prompts = [row["prompt_ids"] for row in prompt_batch]
@@ -180,6 +197,7 @@ def main(config: Config) -> dict[str, float]:
                     order_seed = config.seed + iteration * config.ppo_epochs + ppo_epoch
                     for minibatch in ppo_minibatches(samples.minibatches, seed=order_seed):
                         texts = list(itertools.islice(unsupervised_batches, config.gradient_accumulation_steps))
+                        state.text_batches += len(texts)
                         parts = micro_batches(texts, config.max_tokens_per_batch, sft_tokens)
                         steps.append(
                             ppo_step(
@@ -191,28 +209,36 @@ def main(config: Config) -> dict[str, float]:
                                 unsupervised=[distributed.to_device(collate_text(part)) for part in parts],
                             )
                         )
+                metrics["ppo/skipped_steps"] = engine.actor.skipped_steps + engine.critic.skipped_steps
                 metrics |= mean_metrics(steps) | {"time/training": time.perf_counter() - training_started}
                 seconds = sum(metrics[f"time/{phase}"] for phase in ("generation", "scoring", "training"))
                 metrics["throughput/samples_per_second"] = samples.num_sequences / seconds
                 metrics["throughput/tokens_per_second"] = samples.num_sequences * metrics["ppo/length_mean"] / seconds
                 bar = ["ppo/score_mean", "ppo/kl_k1", "ppo/value_loss", "throughput/tokens_per_second"]
                 writer.log(iteration, metrics, bar=bar)
+                alarm.check(iteration, metrics)
                 if config.print_answers and iteration % config.print_answers_interval == 0:
                     writer.print(show_answers(samples.micro_batches[0], tokenizer))
                 if config.kl_target is not None:
                     kl_ctl = adaptive_kl_ctl(
                         kl_ctl, samples.kl, config.kl_target, config.kl_horizon, samples.num_sequences
                     )
-        train_seconds = time.perf_counter() - started
+                if config.eval_interval and iteration % config.eval_interval == 0 and iteration < iterations:
+                    evaluated = evaluate_prompts(engine, eval_loader, config)
+                    writer.log(iteration, evaluated)
+                    engine.save_if_best(state, evaluated)
+                state.kl_ctl = kl_ctl
+                checkpoints.step_done(state, writer, step=iteration, seconds=time.perf_counter() - started)
         after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
         writer.log(iteration, after)
-        writer.compare("greedy answers to held-out prompts", before, after)
+        writer.compare("greedy answers to held-out prompts", state.before, after)
         writer.plot(PANELS, per="rollout")
 
     # 5. Save
     if config.output_dir:
         engine.save(config.output_dir)
-    return save_summary(config, before, after, iterations=iteration, train_seconds=train_seconds)
+        engine.save_if_best(state, after)
+    return save_summary(config, state.before, after, iterations=iteration, train_seconds=state.seconds)
 
 
 if __name__ == "__main__":

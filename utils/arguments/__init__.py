@@ -11,7 +11,7 @@ from utils.arguments.rlhf import (
     RlhfSystemArguments,
     RolloutArguments,
 )
-from utils.arguments.shared import OutputArguments, TokenizerArguments
+from utils.arguments.shared import CheckpointArguments, OutputArguments, TokenizerArguments
 from utils.arguments.supervised import (
     DataArguments,
     LoraArguments,
@@ -24,6 +24,7 @@ from utils.arguments.supervised import (
 
 __all__ = [
     "Arguments",
+    "CheckpointArguments",
     "DataArguments",
     "LoraArguments",
     "ModelArguments",

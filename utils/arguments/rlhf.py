@@ -79,10 +79,15 @@ class RolloutArguments(Arguments):
     eval_prompts: int = flag(
         64, "held-out prompts whose answers are scored before and after training; 0 = none", at_least=0
     )
+    eval_interval: int = flag(
+        0, "rollouts between such evaluations during training; 0 = only before and after", at_least=0
+    )
     print_answers: bool = flag(False, "show prompts and answers of a rollout")
     print_answers_interval: int = flag(1, "rollouts between two such shows", at_least=1)
 
     def check(self) -> None:
+        if not self.eval_prompts and (self.eval_interval or getattr(self, "keep_best", False)):
+            raise InputError("--eval_interval and --keep_best score held-out prompts: --eval_prompts must not be 0")
         if self.min_new_tokens > self.max_answer_seq_len:
             raise InputError(
                 f"--min_new_tokens {self.min_new_tokens} is more than --max_answer_seq_len {self.max_answer_seq_len}"

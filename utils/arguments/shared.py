@@ -109,6 +109,44 @@ class OutputArguments(Arguments):
 
 
 @dataclass(kw_only=True)
+class CheckpointArguments(Arguments):
+    """Stopping and resuming."""
+
+    save_interval: int = flag(
+        0,
+        "optimiser steps (step 3: rollouts) between checkpoints, which a run resumes from; they go to "
+        "--output_dir/checkpoints, one more at the end and one when SIGTERM or Ctrl-C stops the run; 0 = none",
+        at_least=0,
+    )
+    save_total_limit: int = flag(
+        2,
+        "checkpoints to keep, older ones are removed: two, so that there is one before a damaged one; 0 = all",
+        at_least=0,
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "auto: continue from the newest checkpoint in --output_dir that is whole, or start if there is none; or the "
+        "folder of a checkpoint. The flags must be those of the checkpoint's run, but for those that only say how long "
+        "to train, when to evaluate and save, and what to show",
+    )
+    keep_best: bool = flag(
+        False,
+        "save the model of the best evaluation so far (perplexity, accuracy, score of held-out prompts) to "
+        "--output_dir/best; evaluations happen every --eval_interval and at the end",
+    )
+    on_nan: Literal["stop", "skip"] = flag(
+        "stop",
+        "what a loss or gradient that is NaN or infinite does: stop the run, or skip that optimiser step and count it "
+        "(metric skipped_steps); either way --output_dir/divergence.json tells the step and its rows",
+    )
+
+    def check(self) -> None:
+        for name in ("save_interval", "resume_from_checkpoint", "keep_best"):
+            if getattr(self, name) and not self.output_dir:
+                raise InputError(f"--{name} needs a place: give --output_dir")
+
+
+@dataclass(kw_only=True)
 class TokenizerArguments(Arguments):
     """Tokenizer."""
 

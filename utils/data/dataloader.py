@@ -61,11 +61,14 @@ class RankDataLoader(DataLoader):
         self.batch_sampler.epoch, self.batch_sampler.start_batch = epoch, start_batch
 
 
-def endless(loader: RankDataLoader) -> Iterator[Any]:
-    """The batches of `loader`, epoch after epoch, each in an order of its own."""
-    for epoch in itertools.count():
-        loader.set_epoch(epoch)
+def endless(loader: RankDataLoader, start: int = 0) -> Iterator[Any]:
+    """The batches of `loader` from the `start`-th on, epoch after epoch, each in an order of its own."""
+    loader.set_epoch(0)
+    first_epoch, start_batch = divmod(start, len(loader))
+    for epoch in itertools.count(first_epoch):
+        loader.set_epoch(epoch, start_batch)
         yield from loader
+        start_batch = 0
 
 
 def build_dataloader(
@@ -106,6 +109,7 @@ def build_dataloader(
         _MarkedRows(dataset),
         batch_sampler=sampler,
         collate_fn=collate,
+        generator=torch.Generator(),  # of its own: loading rows must not move the random stream that dropout reads
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )

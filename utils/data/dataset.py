@@ -32,11 +32,12 @@ class TokenDataset(Dataset):
 
     Attributes:
         description: one line on where the rows come from and what was dropped or cut.
+        key: a hash of all that the rows depend on: the sources' content, tokenizer, lengths, seed, code.
     """
 
-    def __init__(self, rows: "datasets.Dataset", description: str) -> None:
+    def __init__(self, rows: "datasets.Dataset", description: str, key: str) -> None:
         self._rows = rows
-        self.description = description
+        self.description, self.key = description, key
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -51,7 +52,7 @@ class TokenDataset(Dataset):
     def head(self, count: int) -> "TokenDataset":
         """The first `count` rows (all of them for 0), which are a fair sample: rows are in random order already."""
         rows = self._rows.select(range(min(count, len(self)))) if count else self._rows
-        return TokenDataset(rows, self.description)
+        return TokenDataset(rows, self.description, self.key)
 
 
 def build_datasets(
@@ -111,7 +112,9 @@ def build_datasets(
 
     folder = cached_folder(private_folder(cache_dir), key, build, is_writer=is_writer, timeout_s=timeout_s)
     description = f"{_names(shares)}: " + (folder / "report.txt").read_text(encoding="utf-8")
-    train, held_out = (TokenDataset(open_rows(folder / f"{name}.arrow"), description) for name in ("train", "eval"))
+    train, held_out = (
+        TokenDataset(open_rows(folder / f"{name}.arrow"), description, key) for name in ("train", "eval")
+    )
     return train, held_out
 
 

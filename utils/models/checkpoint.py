@@ -73,6 +73,21 @@ def save_model(
     distributed.barrier()
 
 
+def save_if_best(config, state, score: float, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """With --keep_best, write the model to `output_dir/best` if `score` beats all before. Every rank must call it.
+
+    Args:
+        state: the `RunState`, which remembers the best score; higher is better.
+    """
+    if config.keep_best and state.improves(score):
+        save_model(model, tokenizer, Path(config.output_dir) / "best", save_adapter=config.save_adapter)
+
+
+def store_score_scale(model: nn.Module, evaluated: dict[str, float]) -> None:
+    """Put the scale of a reward model's scores, which step 3 normalises with, where `save_model` will write it."""
+    model.config.score_mean, model.config.score_std = evaluated["eval/chosen_mean"], evaluated["eval/chosen_std"]
+
+
 @torch.no_grad()
 def _adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     state = {}

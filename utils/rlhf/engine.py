@@ -97,6 +97,14 @@ class RlhfEngine:
         values = response_values(self.critic, sequences, attention_mask, response_mask)
         return ((values - self.score_mean) / self.score_std).masked_fill(~response_mask, 0.0)
 
+    def save_if_best(self, state, evaluated: dict[str, float]) -> None:
+        """With --keep_best, `save` to `output_dir/best` if the score of held-out prompts beats all before.
+
+        `state` is the `RunState`, which remembers the best score. Every rank must call it.
+        """
+        if self.config.keep_best and state.improves(evaluated["eval/score_mean"]):
+            self.save(Path(self.config.output_dir) / "best")
+
     def save(self, output_dir: str | Path) -> None:
         """Write `actor/`, `critic/` and, with an average, `actor_ema/`. Every rank must call it."""
         output_dir, adapter = Path(output_dir), self.config.save_adapter

@@ -8,6 +8,7 @@ import torch
 from utils import distributed
 from utils.algorithms.advantages import explained_variance, masked_moments
 from utils.algorithms.losses import entropy_loss, policy_loss, value_loss
+from utils.divergence import DivergenceGuard
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.experience import Experience, response_logprobs
 from utils.zero import optimizer_step
@@ -73,15 +74,18 @@ def ppo_step(
         add({name: value for name, value in stats.items() if name != "tokens"})
         return loss
 
+    guard = DivergenceGuard(config.on_nan, config.output_dir)
     metrics = {"ppo/critic_lr": engine.critic.get_lr()[0]}  # before the step, which moves the schedule on
     if train_actor:
         metrics["ppo/actor_lr"] = engine.actor.get_lr()[0]
         _, metrics["ppo/actor_grad_norm"] = optimizer_step(
-            engine.actor, [*minibatch, *unsupervised], actor_loss, what=f"{what}, actor"
+            engine.actor, [*minibatch, *unsupervised], actor_loss, what=f"{what}, actor", guard=guard
         )
         if engine.ema:
             engine.ema.update()
-    _, metrics["ppo/critic_grad_norm"] = optimizer_step(engine.critic, minibatch, critic_loss, what=f"{what}, critic")
+    _, metrics["ppo/critic_grad_norm"] = optimizer_step(
+        engine.critic, minibatch, critic_loss, what=f"{what}, critic", guard=guard
+    )
 
     largest = {"ratio_max": statistics.pop("ratio_max")} if train_actor else {}
     unsupervised_loss = statistics.pop("unsupervised_loss", None)
@@ -118,6 +122,27 @@ def mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
         combined["ppo/first_ratio_mean"] = steps[0]["ppo/ratio_mean"]
         combined["ppo/first_ratio_max"] = steps[0]["ppo/ratio_max"]
     return combined
+
+
+class ExplosionAlarm:
+    """One warning in a run when the policy has jumped further than PPO's clip is meant to allow."""
+
+    MOST_RATIO = 100.0  # new over old probability of a token
+    MOST_KL = 1.0  # nats per token, between the policy before and after a rollout's update
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def check(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Look at an iteration's `ppo/ratio_max` and `ppo/approx_kl_k3`, absent while only the critic learns."""
+        ratio, kl = metrics.get("ppo/ratio_max", 1.0), metrics.get("ppo/approx_kl_k3", 0.0)
+        if not self._has_warned and (ratio > self.MOST_RATIO or kl > self.MOST_KL):
+            self._has_warned = True
+            distributed.warn(
+                f"iteration {iteration}: the policy jumps: largest probability ratio {ratio:.4g} (expected below 10), "
+                f"KL of the update {kl:.4g} nats per token (expected below 0.02); lower --actor_learning_rate or "
+                "--ppo_epochs. Further jumps are not reported"
+            )
 
 
 def explained_variance_over_ranks(experiences: Sequence[Experience]) -> float:

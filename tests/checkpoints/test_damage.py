@@ -1,0 +1,282 @@
+"""What is not a whole checkpoint of this very run is named and not used, and no stranger's pickle is ever read."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from processes import run_ranks
+from step_scripts import flags, load_step, run_step
+
+from utils.checkpoints import folders
+from utils.checkpoints.run_state import RunState, read_state, write_state
+from utils.config import run
+from utils.errors import InputError
+from utils.metrics import read_metrics
+
+CHANGES = {"max_steps": 3, "save_interval": 1, "save_total_limit": 0, "num_sample_generations": 0}
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Path:
+    """The output of a run with checkpoints after steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_step(1, flags(world, 1, folder, **CHANGES))
+    return folder
+
+
+@pytest.fixture
+def output(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "output"))
+
+
+def resume(world, output: Path, **changes) -> None:
+    run_step(1, flags(world, 1, output, **(CHANGES | {"resume_from_checkpoint": "auto"} | changes)))
+
+
+def refusal(world, output: Path, capsys, **changes) -> str:
+    script = load_step(1)
+    argv = flags(world, 1, output, **(CHANGES | {"resume_from_checkpoint": "auto"} | changes))
+    with pytest.raises(SystemExit) as stop:
+        run(script.main, script.Config, argv)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def rewrite_manifest(checkpoint: Path) -> None:
+    """Make the manifest describe what is there: what only somebody who may write the folder can do."""
+    (checkpoint / folders.MANIFEST).unlink()
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    content = json.dumps({"files": folders.file_records(checkpoint, files)})
+    (checkpoint / folders.MANIFEST).write_text(content)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+STATES = "model/mp_rank_00_model_states.pt"
+
+
+def truncate(checkpoint: Path) -> None:
+    os.truncate(checkpoint / STATES, (checkpoint / STATES).stat().st_size - 1)
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / STATES).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / STATES).write_bytes(content)
+
+
+def remove_a_file(checkpoint: Path) -> None:
+    (checkpoint / "rank-0.safetensors").unlink()
+
+
+def remove_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / folders.MANIFEST).unlink()
+
+
+def cut_the_manifest(checkpoint: Path) -> None:
+    os.truncate(checkpoint / folders.MANIFEST, 40)
+
+
+def link_a_file(checkpoint: Path) -> None:
+    moved = shutil.move(checkpoint / "state.json", checkpoint.parent / "elsewhere.json")
+    (checkpoint / "state.json").symlink_to(moved)
+
+
+DAMAGES = [
+    (truncate, f"{STATES} has"),
+    (flip_a_bit, f"{STATES} is not what was written"),
+    (remove_a_file, "rank-0.safetensors is missing"),
+    (remove_the_manifest, "manifest.json is missing"),
+    (cut_the_manifest, "manifest.json cannot be read"),
+    (link_a_file, "state.json is not a plain file"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
+def test_damage_is_named_and_the_checkpoint_before_is_used(world, finished, output, capsys, damage, message):
+    newest = output / "checkpoints" / "checkpoint-3"
+    damage(newest)
+    line = refusal(world, output, capsys, resume_from_checkpoint=newest)
+    assert str(newest) in line and message in line
+    resume(world, output)
+    printed = capsys.readouterr()
+    warnings = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and str(newest) in warnings[0] and message in warnings[0]
+    assert "checkpoint-2, after step 2 of 3" in printed.out
+    assert not isinstance(folders.read_manifest(newest), str)  # written anew by step 3
+    assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_no_whole_checkpoint_is_not_a_new_beginning(world, output, capsys):
+    for step in (1, 2, 3):
+        remove_a_file(output / "checkpoints" / f"checkpoint-{step}")
+    assert "no checkpoint in" in refusal(world, output, capsys)
+
+
+def test_what_a_killed_save_leaves_is_passed_over_and_removed(world, output, capsys):
+    checkpoints = output / "checkpoints"
+    shutil.move(checkpoints / "checkpoint-3", checkpoints / ".checkpoint-3.tmp")
+    shutil.move(checkpoints / "checkpoint-1", checkpoints / ".checkpoint-1.old")
+    resume(world, output)
+    assert "checkpoint-2, after step 2" in capsys.readouterr().out
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3", "latest"]
+    assert (checkpoints / "latest").read_text() == "checkpoint-3\n"
+
+
+def test_a_finished_run_resumes_to_its_end(world, finished, output):
+    """As after a kill while the model was saved."""
+    (output / "model.safetensors").unlink()
+    resume(world, output)
+    assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    steps = [[row["step"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (finished, output)]
+    assert steps[0] == steps[1]
+
+
+def test_old_checkpoints_are_removed(world, tmp_path):
+    run_step(1, flags(world, 1, tmp_path, **(CHANGES | {"max_steps": 4, "save_total_limit": 2})))
+    assert folders.checkpoint_steps(tmp_path / "checkpoints") == [4, 3]
+
+
+# --- other people's pickles ------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """An object whose unpickling writes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["model/mp_rank_01_model_states.pt", "model/latest", "rank-0.pt"])
+def test_a_file_that_the_manifest_does_not_name_is_not_read(world, output, tmp_path, capsys, name):
+    newest = output / "checkpoints" / "checkpoint-3"
+    (newest / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    resume(world, output)
+    assert f"{name} is not in manifest.json" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["rank-0.safetensors", STATES])
+def test_a_pickle_in_place_of_a_file_is_not_read(world, output, tmp_path, capsys, name):
+    newest = output / "checkpoints" / "checkpoint-3"
+    size = (newest / name).stat().st_size
+    (newest / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")).ljust(size, b"\0"))
+    resume(world, output)
+    assert f"{name} is not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_pickle_where_ours_belongs_is_not_executed_even_with_a_fitting_manifest(world, output, tmp_path, capsys):
+    newest = output / "checkpoints" / "checkpoint-3"
+    (newest / "rank-0.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    rewrite_manifest(newest)
+    assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys)
+    assert not (tmp_path / "executed").exists()
+
+
+# --- another run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 7}, "--seed is 7"),
+        ({"learning_rate": 2e-3}, "--learning_rate is 0.002"),
+        ({"per_device_train_batch_size": 2}, "--per_device_train_batch_size is 2"),
+        ({"zero_stage": 2}, "--zero_stage is 2"),
+        ({"max_steps": 2}, "--max_steps"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
+        ({"resume_from_checkpoint": "checkpoints/checkpoint-2"}, "checkpoint-3 is later"),
+    ],
+    ids=str,
+)
+def test_flags_that_change_the_run_are_refused_by_name(world, output, capsys, monkeypatch, changes, message):
+    monkeypatch.chdir(output)
+    assert message in refusal(world, output, capsys, **changes)
+
+
+def test_flags_that_do_not_change_what_is_computed_may_differ(world, output, capsys):
+    resume(world, output, max_steps=5, save_interval=2, logging_interval=2, eval_interval=1, lr_scheduler_type="cosine")
+    assert "after step 3 of 5" in capsys.readouterr().out
+    assert folders.checkpoint_steps(output / "checkpoints") == [5, 4, 3, 2, 1]
+
+
+def test_other_rows_are_refused(world, output, tmp_path, capsys):
+    original = Path(world["data"]).read_text()
+    try:
+        Path(world["data"]).write_text(original.replace("milk", "tea").replace("happy", "glad"))
+        assert "--data_path: the rows" in refusal(world, output, capsys)
+    finally:
+        Path(world["data"]).write_text(original)
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    described = {"config": {}, "data": [], "world_size": 2, "libraries": {}}
+    write_state(tmp_path, RunState(step=3), described)
+    assert read_state(tmp_path, described) == RunState(step=3)
+    with pytest.raises(InputError, match="--num_gpus 2"):
+        read_state(tmp_path, described | {"world_size": 1})
+
+
+def test_frozen_weights_that_changed_are_refused(world, tiny_tokenizer, tmp_path, capsys):
+    """With LoRA a checkpoint holds no frozen weights: those in the model's folder must be the same."""
+    from tiny_models import save_causal_lm
+
+    model = tmp_path / "model"
+    shutil.copytree(world["model"], model)
+    changes = {"model_name_or_path": model, "lora_dim": 2, "only_optimize_lora": True}
+    run_step(1, flags(world, 1, tmp_path / "output", **(CHANGES | changes)))
+    checkpoint = tmp_path / "output" / "checkpoints" / "checkpoint-3"
+    stored = sum(path.stat().st_size for path in checkpoint.rglob("*.pt"))
+    assert stored < (model / "model.safetensors").stat().st_size
+    save_causal_lm(model, tiny_tokenizer, seed=5)
+    assert "frozen weights" in refusal(world, tmp_path / "output", capsys, **changes)
+
+
+def test_a_run_with_checkpoints_is_not_begun_again_by_accident(world, output, capsys):
+    script = load_step(1)
+    with pytest.raises(SystemExit) as stop:
+        run(script.main, script.Config, flags(world, 1, output, **CHANGES))
+    assert stop.value.code == 2
+    assert "--resume_from_checkpoint auto" in capsys.readouterr().err
+
+
+def test_auto_without_a_checkpoint_begins_and_says_so(world, tmp_path, capsys):
+    resume(world, tmp_path / "new", max_steps=1)
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+# --- no room ---------------------------------------------------------------------------------------------------------
+
+
+def save_without_room(world: dict, output: str) -> str:
+    """Two steps with a checkpoint each; before the second, rank 1 may not write files of more than some bytes."""
+    from utils import distributed
+
+    changes = CHANGES | {"zero_stage": 2, "lr_scheduler_type": "constant"}
+    run_step(1, flags(world, 1, output, **(changes | {"max_steps": 1})))
+    if distributed.rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
+    try:
+        run_step(1, flags(world, 1, output, **(changes | {"resume_from_checkpoint": "auto", "max_steps": 2})))
+    except InputError as error:
+        return str(error)
+    return "it was saved"
+
+
+def test_a_full_disk_stops_every_rank_and_leaves_earlier_checkpoints(world, tmp_path):
+    messages = run_ranks(save_without_room, 2, world, str(tmp_path))
+    assert messages[0] == messages[1] and "--output_dir" in messages[0] and "step 2 cannot be written" in messages[0]
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-1", "latest"]
+    records = folders.read_manifest(checkpoints / "checkpoint-1")
+    assert folders.wrong_checksum(checkpoints / "checkpoint-1", records, records) is None

@@ -1,0 +1,139 @@
+"""A run that was stopped and resumed is the run that was not: weights, optimiser, metrics, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_ranks
+from safetensors.torch import load_file
+from step_scripts import flags, run_step, write_rows
+
+from utils.metrics import read_metrics
+
+STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) lie between
+
+
+def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **others) -> dict:
+    """Flags that put every kind of state to use: dropout, momentum, schedule, KL controller, average, text."""
+    shared = {"max_steps": STEPS[step], "save_interval": STEPS_BEFORE[step], "save_total_limit": 0, "dtype": dtype}
+    shared |= others
+    if step < 3:
+        rates = {"zero_stage": stage, "lora_dim": lora, "dropout": 0.2, "eval_interval": 2, "num_warmup_steps": 2}
+        return shared | rates | ({"lora_dropout": 0.2} if lora else {})
+    shared |= {"actor_zero_stage": stage, "critic_zero_stage": stage, "actor_lora_dim": lora, "critic_lora_dim": lora}
+    shared |= {"enable_ema": True, "kl_target": 0.5, "kl_horizon": 20, "ppo_epochs": 2, "actor_learning_rate": 1e-3}
+    return shared | {"eval_interval": 1, "keep_best": True, "per_device_generation_batch_size": 4}
+
+
+def state_of(checkpoint: Path) -> dict:
+    """Everything a checkpoint holds but the times."""
+    from utils import distributed
+
+    content = json.loads((checkpoint / "state.json").read_text())
+    content["state"].pop("seconds"), content["state"].pop("metrics_position")
+    state = {"state": content["state"]}
+    rank = distributed.rank()
+    state["tensors"] = load_file(checkpoint / f"rank-{rank}.safetensors")
+    for path in sorted(checkpoint.glob("*/*.pt")):
+        shards = torch.load(path, weights_only=False, map_location="cpu")
+        shards.pop("ds_config", None)
+        state[f"{path.parent.name}/{path.name}"] = shards
+    return state
+
+
+def same(one, other, place: str = "") -> bool:
+    """Whether two nests of containers hold the same bits; fails with the place of the first difference."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        assert all(same(one[key], other[key], f"{place}/{key}") for key in one)
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        assert all(same(a, b, f"{place}/{index}") for index, (a, b) in enumerate(zip(one, other)))
+    elif hasattr(one, "__dict__"):
+        assert same(vars(one), vars(other), place)
+    else:
+        assert one == other, (place, one, other)
+    return True
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of a run without what a clock says."""
+    clocks = ("time", "time/", "throughput/", "train/response_tokens_per_second", "train/pairs_per_second")
+    return [
+        {name: value for name, value in row.items() if not name.startswith(clocks)}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
+    """Run to the end; put back what was there after `STEPS_BEFORE`, as a kill leaves it; resume; compare."""
+    from utils import distributed
+
+    whole, cut = Path(folder) / "whole", Path(folder) / "cut"
+    expected = run_step(step, flags(world, step, whole, **changes))
+    if distributed.is_main():
+        first = f"checkpoints/checkpoint-{STEPS_BEFORE[step]}"
+        shutil.copytree(whole / first, cut / first)
+        shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")  # with rows that came after the checkpoint
+    distributed.barrier()
+    found = run_step(step, flags(world, step, cut, resume_from_checkpoint="auto", **changes))
+    expected.pop("train_seconds"), found.pop("train_seconds")
+    assert found == expected
+    last = f"checkpoints/checkpoint-{STEPS[step]}"
+    same(state_of(whole / last), state_of(cut / last))
+    assert rows_of(whole) == rows_of(cut)
+    weights = [path.relative_to(whole) for path in whole.rglob("model*.safetensors") if "best" not in path.parts]
+    assert len(weights) == (1 if step < 3 else 3)  # step 3: actor, critic, average
+    for path in weights:
+        same(load_file(whole / path), load_file(cut / path), str(path))
+
+
+def in_group(world: dict, folder: str, cases: list[tuple[int, dict]]) -> None:
+    for number, (step, kind) in enumerate(cases):
+        cut_and_resume(world, step, f"{folder}/{number}", changes_of(step, **kind))
+
+
+ONE_PROCESS = [
+    (1, {"stage": 0, "lora": 0}),
+    (1, {"stage": 3, "lora": 4}),
+    (1, {"stage": 2, "lora": 0, "packing": True, "max_tokens_per_batch": 64, "gradient_accumulation_steps": 2}),
+    (1, {"stage": 0, "lora": 4, "dtype": "bf16"}),
+    (2, {"stage": 1, "lora": 0}),
+    (2, {"stage": 2, "lora": 4}),
+    (3, {"stage": 0, "lora": 0}),
+    (3, {"stage": 3, "lora": 4}),
+]
+TWO_PROCESSES = [
+    (1, {"stage": 2, "lora": 0, "dtype": "bf16"}),
+    (2, {"stage": 3, "lora": 0}),
+    (3, {"stage": 3, "lora": 4}),
+    (3, {"stage": 0, "lora": 0}),
+]
+GRID = [{"stage": stage, "lora": lora} for stage in (0, 1, 2, 3) for lora in (0, 4)]
+
+
+@pytest.mark.parametrize(("step", "kind"), ONE_PROCESS, ids=str)
+def test_resumed_run_is_bit_identical(world, tmp_path, step, kind):
+    cut_and_resume(world, step, str(tmp_path), changes_of(step, **kind))
+
+
+def test_resumed_runs_of_two_processes_are_bit_identical(world, tmp_path):
+    run_ranks(in_group, 2, world, str(tmp_path), TWO_PROCESSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_resumed_runs_are_bit_identical_everywhere(world, tmp_path, step, processes):
+    run_ranks(in_group, processes, world, str(tmp_path), [(step, kind) for kind in GRID])
+
+
+def test_text_beside_ppo_continues_where_it_was(world, tmp_path):
+    """More text batches than an epoch of them has."""
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "the milk is white . " * 20} for _ in range(6)])
+    changes = changes_of(3, stage=0, lora=0) | {"unsupervised_dataset_name": text}
+    cut_and_resume(world, 3, str(tmp_path), changes)

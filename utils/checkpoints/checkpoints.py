@@ -1,0 +1,259 @@
+"""The checkpoints of a run: when one is due, how it is written and found again, and how a signal ends the run.
+
+    checkpoint-20/state.json            `RunState`, the flags, data and libraries of the run
+    checkpoint-20/rank-0.safetensors    states of random generators, averaged weights; one file for each process
+    checkpoint-20/<engine>/             DeepSpeed's files: weights, optimiser, schedule, loss scale
+    checkpoint-20/manifest.json         what makes it a checkpoint, see `folders`
+
+DeepSpeed's files are pickles. They are read after all sums in the manifest have been found right, and a folder with
+any file that the manifest does not name is not read at all. That guards against damage and strangers' files, not
+against someone who can write a whole checkpoint: see the README on whom to trust.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from utils import distributed
+from utils.checkpoints.engine_state import EngineWriter, frozen_weight_sums, load_engine
+from utils.checkpoints.folders import (
+    checkpoint_path,
+    checkpoint_steps,
+    file_records,
+    prune,
+    publish,
+    read_manifest,
+    remove_leftovers,
+    sync,
+    temporary_path,
+    wrong_checksum,
+)
+from utils.checkpoints.random_state import random_state, set_random_state
+from utils.checkpoints.run_state import RunState, describe_run, read_state, write_state
+from utils.checkpoints.signals import StopSignals
+from utils.errors import InputError, RunStopped
+from utils.metrics import METRICS_FILE, MetricsWriter
+from utils.zero import check_weights
+
+
+class Checkpoints:
+    """Saves and resumes a run. All methods are called by every rank.
+
+    Args:
+        config: a step's Config with its `CheckpointArguments`. Without --save_interval nothing is saved and signals
+            keep their ordinary meaning.
+        engines: the DeepSpeed engines that train, by name, freshly built.
+        total_steps: length of the run, in the unit of --save_interval.
+        data_keys: of the rows that the run trains on (`TokenDataset.key`).
+        frozen: other models that the run reads, None where there is none.
+        averages: further tensors of this rank, written into when the run resumes.
+    """
+
+    def __init__(
+        self,
+        config,
+        engines: dict,
+        *,
+        total_steps: int,
+        data_keys: Sequence[str],
+        frozen: Sequence[torch.nn.Module | None] = (),
+        averages: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self._config, self._engines, self._averages = config, engines, averages
+        self._total_steps = total_steps
+        self._run = describe_run(config, list(data_keys))
+        self._root = Path(config.output_dir) / "checkpoints" if config.output_dir else None
+        self._signals = StopSignals()
+        self._finished = False
+        if config.save_interval or config.resume_from_checkpoint:
+            models = [engine.module for engine in engines.values()]
+            self._frozen_sums = frozen_weight_sums([*models, *(model for model in frozen if model is not None)])
+
+    def __enter__(self) -> "Checkpoints":
+        if self._config.save_interval and not self._finished:
+            self._signals.activate()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._signals.deactivate()
+
+    def resume(self) -> RunState:
+        """The state to start from: a run's beginning, or that of the checkpoint which the flags ask for, all loaded.
+
+        Raises:
+            InputError: the checkpoint is damaged, or of a run with other flags, data, weights or processes.
+        """
+        wanted = self._config.resume_from_checkpoint
+        folder = self._newest_whole() if wanted == "auto" else self._chosen(Path(wanted)) if wanted else None
+        if folder is None:
+            if wanted:
+                distributed.log(f"no checkpoint in {self._root}: starting from the beginning")
+            return RunState()
+        state = read_state(folder, self._run)
+        if state.step > self._total_steps:
+            raise InputError(
+                f"{folder} is of step {state.step}, but --max_steps or --num_train_epochs end the run after "
+                f"{self._total_steps}: raise them"
+            )
+        newest = max(checkpoint_steps(self._root), default=0)
+        if wanted != "auto" and newest > state.step:
+            raise InputError(
+                f"--resume_from_checkpoint {folder}: {checkpoint_path(self._root, newest)} is later, and would be "
+                "mistaken for this run's: remove it, or name another --output_dir"
+            )
+        self._finished = state.step == self._total_steps
+        tensors, texts = _read_tensors(folder / _rank_file())
+        different = not torch.equal(tensors["frozen_sums"], self._frozen_sums)
+        if distributed.all_reduce_scalar(float(different), "max"):
+            raise InputError(
+                f"{folder}: the frozen weights are not those of the run that wrote it: a model folder that the flags "
+                "name has been changed; restore it, or start anew with another --output_dir"
+            )
+        for name, engine in self._engines.items():
+            load_engine(engine, folder, name)
+        for index, average in enumerate(self._averages):
+            average.copy_(tensors[f"average_{index}"])
+        set_random_state({name: tensors[name] for name in tensors if name.startswith("torch_")}, texts)
+        distributed.log(f"resumed from {folder}, after step {state.step} of {self._total_steps}")
+        return state
+
+    def step_done(self, state: RunState, writer: MetricsWriter, *, step: int, seconds: float) -> None:
+        """To be called after each step, its metrics logged: saves if it is time, and stops if a signal has asked to.
+
+        Args:
+            step: how many are done, `seconds` of training so far; `state` will hold both.
+
+        Raises:
+            RunStopped: SIGTERM or Ctrl-C arrived on any rank; the step was saved.
+            InputError: the checkpoint cannot be written. Earlier ones stay as they are.
+            DivergenceError: the weights are NaN or infinite; nothing was saved.
+        """
+        state.step, state.seconds = step, seconds
+        interval = self._config.save_interval
+        if not interval:
+            return
+        stops = bool(distributed.all_reduce_scalar(float(bool(self._signals.name)), "max"))
+        self._finished = state.step == self._total_steps
+        if stops or self._finished or state.step % interval == 0:
+            state.metrics_position = writer.position
+            self._save(state)
+        if self._finished:
+            self._signals.deactivate()  # what follows is quickly repeated from here
+        elif stops:
+            raise RunStopped(
+                f"{self._signals.name or 'a signal'} after step {state.step}, which was saved; continue with the same "
+                "command and --resume_from_checkpoint auto"
+            )
+
+    def _save(self, state: RunState) -> None:
+        for engine in self._engines.values():
+            check_weights(engine.module)
+        temporary, problem = temporary_path(self._root, state.step), None
+        if distributed.is_main():
+            try:
+                remove_leftovers(self._root)
+                temporary.mkdir(parents=True)
+                if (metrics := Path(self._config.output_dir) / METRICS_FILE).exists():
+                    sync(metrics)
+            except OSError as error:
+                problem = str(error)
+        self._stop_on(problem, state)
+        problem = self._write_own_files(temporary, state)
+        self._stop_on(problem, state)
+        if distributed.is_main():
+            try:
+                records = {}
+                for path in temporary.glob("files-*.json"):
+                    records |= json.loads(path.read_text(encoding="utf-8"))
+                    path.unlink()
+                publish(temporary, checkpoint_path(self._root, state.step), records)
+                prune(self._root, self._config.save_total_limit)
+            except OSError as error:
+                problem = str(error)
+        self._stop_on(problem, state)
+
+    def _write_own_files(self, temporary: Path, state: RunState) -> str | None:
+        """This rank's part of a checkpoint, and a list of it; what went wrong, or None."""
+        writer = EngineWriter(temporary)
+        for name, engine in self._engines.items():
+            writer.save(engine, name)
+        tensors, texts = random_state()
+        tensors["frozen_sums"] = self._frozen_sums
+        tensors |= {f"average_{index}": average.cpu() for index, average in enumerate(self._averages)}
+        try:
+            if writer.error:
+                raise writer.error
+            save_file(tensors, temporary / _rank_file(), metadata=texts)
+            files = [*writer.files, temporary / _rank_file()]
+            if distributed.is_main():
+                files.append(write_state(temporary, state, self._run))
+            listing = json.dumps(file_records(temporary, files))
+            (temporary / f"files-{distributed.rank()}.json").write_text(listing, encoding="utf-8")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            return str(error)
+        return None
+
+    def _stop_on(self, problem: str | None, state: RunState) -> None:
+        """Raise InputError on every rank if any has a problem."""
+        problem = distributed.first_problem(problem)
+        if not problem:
+            return
+        if distributed.is_main():
+            remove_leftovers(self._root)
+        raise InputError(
+            f"--output_dir {self._config.output_dir}: the checkpoint of step {state.step} cannot be written "
+            f"({problem}); earlier ones are as they were: make room, then --resume_from_checkpoint auto"
+        )
+
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint without damage, the same on every rank; None if there are none at all."""
+        steps = checkpoint_steps(self._root) if distributed.is_main() else []
+        count = int(distributed.all_reduce_scalar(len(steps), "max"))
+        for index in range(count):
+            folder = checkpoint_path(
+                self._root, int(distributed.all_reduce_scalar(steps[index] if steps else 0, "max"))
+            )
+            damage = _find_damage(folder)
+            if not damage:
+                return folder
+            distributed.warn(f"{folder} is damaged, trying the one before: {damage}")
+        if count:
+            raise InputError(
+                f"--resume_from_checkpoint auto: no checkpoint in {self._root} is whole; remove that folder to start "
+                "from the beginning"
+            )
+        return None
+
+    def _chosen(self, folder: Path) -> Path:
+        if not folder.is_dir():
+            raise InputError(f"--resume_from_checkpoint {folder}: there is no such folder")
+        if damage := _find_damage(folder):
+            raise InputError(f"--resume_from_checkpoint {folder} is damaged: {damage}")
+        return folder
+
+
+def _find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank, which share the reading; None if it is whole."""
+    records = read_manifest(folder)
+    if isinstance(records, str):
+        damage = records
+    else:
+        damage = wrong_checksum(folder, records, list(records)[distributed.rank() :: distributed.world_size()])
+    return distributed.first_problem(damage)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
+            return tensors, opened.metadata()
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file of a checkpoint: {error}") from error
+
+
+def _rank_file() -> str:
+    return f"rank-{distributed.rank()}.safetensors"

@@ -1,0 +1,93 @@
+"""The state of a DeepSpeed engine on disk, through DeepSpeed's own sharded files, and what of it is not stored."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from utils import distributed
+from utils.errors import InputError
+from utils.zero import is_partitioned
+
+
+class EngineWriter:
+    """Saves engines into a folder. Failures to write wait in `error`, so that all ranks meet in DeepSpeed's barriers.
+
+    Attributes:
+        files: what this rank has written.
+        error: the first failure of this rank, or None.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: list[Path] = []
+        self.error: OSError | RuntimeError | None = None
+
+    def save(self, engine, name: str) -> None:
+        """Write weights that train, optimiser, schedule and loss scale of `engine` to `folder/name`; on every rank.
+
+        Frozen weights are those of the model that the run started from, and are not stored.
+        """
+        shards, write = engine.checkpoint_engine, engine.checkpoint_engine.save
+
+        def write_or_remember(state_dict: dict, path: str) -> None:
+            try:
+                write(state_dict, path)
+                self.files.append(Path(path))
+            except (OSError, RuntimeError) as error:
+                self.error = self.error or error
+
+        shards.save = write_or_remember
+        engine._copy_recovery_script = lambda folder: None  # a checkpoint holds data, no programs
+        try:
+            with distributed.quiet():
+                engine.save_checkpoint(str(self.folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            del shards.save, engine._copy_recovery_script
+
+
+def load_engine(engine, folder: Path, name: str) -> None:
+    """Bring a freshly built engine to the state that `EngineWriter.save` stored. The files must have been checked.
+
+    Raises:
+        InputError: the weights are not those of this model.
+    """
+    frozen = {parameter for parameter, weight in engine.module.named_parameters() if not weight.requires_grad}
+
+    def load_weights(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+        result = dst.load_state_dict(src, strict=False)
+        wrong = sorted((set(result.missing_keys) - frozen) | set(result.unexpected_keys))
+        if wrong:
+            raise InputError(f"{folder}: is not a checkpoint of this model: {wrong[0]} is missing or unknown")
+
+    with distributed.quiet():
+        path, _ = engine.load_checkpoint(str(folder), tag=name, custom_load_fn=load_weights)
+    if path is None:
+        raise InputError(f"{folder}: holds no state of the {name}; resume with the flags of the run that wrote it")
+
+
+@torch.no_grad()
+def frozen_weight_sums(models: Iterable[torch.nn.Module]) -> torch.Tensor:
+    """One int64 for each frozen parameter: the sum of its bits, read as integers, over this rank's part of it.
+
+    A checkpoint does not store frozen weights; by these sums a resumed run sees that it has loaded the same.
+    """
+    sums = []
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                continue
+            bits = _own_part(parameter).detach().contiguous().view(torch.uint8)
+            words = bits.view(
+                {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(parameter.element_size(), torch.uint8)
+            )
+            sums.append(words.sum(dtype=torch.int64).cpu())
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def _own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values of a parameter that this rank holds; the last rank's part under ZeRO-3 ends in undefined padding."""
+    if not is_partitioned(parameter):
+        return parameter
+    part = parameter.ds_tensor.flatten()
+    return part[: max(parameter.ds_numel - distributed.rank() * part.numel(), 0)]

@@ -1,0 +1,136 @@
+"""Checkpoint folders: they appear whole, and damage is found before anything in them is read.
+
+checkpoints/checkpoint-20/manifest.json     sizes and SHA-256 sums of all other files; written last
+checkpoints/latest                          the name of the newest one, for people
+checkpoints/.checkpoint-30.tmp              one that is being written, or that a killed run left behind
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils.files import atomic_write_text
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    return root / f"checkpoint-{step}"
+
+
+def temporary_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is renamed; the same on every rank."""
+    return root / f".checkpoint-{step}.tmp"
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints in `root`, whole or damaged, newest first; none where the folder does not exist."""
+    if not root.is_dir():
+        return []
+    names = (_NAME.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the system has put a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
+    """Size and SHA-256 sum of each of `files`, by its path inside `folder`, once they are on the disk."""
+    records = {}
+    for file in files:
+        sync(file)
+        records[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return records
+
+
+def publish(temporary: Path, final: Path, records: dict[str, dict]) -> None:
+    """Write the manifest of `temporary`, rename it to `final`, and let `latest` name it.
+
+    A folder that is there already under that name, from before a resume, is replaced.
+    """
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps({"files": dict(sorted(records.items()))}, indent=1) + "\n", encoding="utf-8")
+    for path in (manifest, *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        sync(path)
+    if final.exists():
+        _remove(final)
+    os.replace(temporary, final)
+    sync(final.parent)
+    atomic_write_text(final.parent / LATEST, final.name + "\n")
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints; 0 keeps all."""
+    for step in checkpoint_steps(root)[keep:] if keep else []:
+        _remove(checkpoint_path(root, step))
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed runs left half-written or half-removed."""
+    for path in [*root.glob(".checkpoint-*.tmp"), *root.glob(".checkpoint-*.old")]:
+        shutil.rmtree(path)
+
+
+def read_manifest(folder: Path) -> dict[str, dict] | str:
+    """The records of `folder`'s manifest, or what is wrong: it is missing, or the files are not those it lists."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        records = {name: {"bytes": int(r["bytes"]), "sha256": str(r["sha256"])} for name, r in content["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not _is_folder(path)}
+    del present[MANIFEST]
+    if missing := sorted(records.keys() - present.keys()):
+        return f"{missing[0]} is missing"
+    if strangers := sorted(present.keys() - records.keys()):
+        return f"{strangers[0]} is not in {MANIFEST}"
+    for name, record in records.items():
+        if present[name].is_symlink() or not present[name].is_file():
+            return f"{name} is not a plain file"
+        if (size := present[name].stat().st_size) != record["bytes"]:
+            return f"{name} has {size} bytes instead of {record['bytes']}"
+    return records
+
+
+def wrong_checksum(folder: Path, records: dict[str, dict], names: Iterable[str]) -> str | None:
+    """What is wrong with the content of the first of `names` that is not as its record says; None if all are."""
+    for name in names:
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != records[name]["sha256"]:
+            return f"{name} is not what was written (its SHA-256 sum differs)"
+    return None
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that at no moment half of one bears its name."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
