@@ -73,6 +73,38 @@ def test_scores_of_a_packed_batch_equal_those_of_each_row_alone(tiny_tokenizer, 
     assert not scores[~mask].any()
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_as_matrix_products_equals_the_fused_kernel(key_heads, scaling):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(3, heads, 9, 8, generator=generator).requires_grad_() for heads in (4, key_heads, key_heads)
+    )
+    results = []
+    for attended in (
+        module._matmul_attention(query, key, value, scaling),
+        torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        ),
+    ):
+        results.append((attended, *torch.autograd.grad(attended.square().sum(), (query, key, value))))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_on_a_cpu_takes_the_matrix_products_for_short_sequences_only(monkeypatch):
+    taken = []
+    monkeypatch.setattr(module, "_matmul_attention", lambda query, key, value, scaling: taken.append(query) or value)
+    layout = pack(torch.ones(2, 6))
+    states = torch.randn(1, 2, 12, 8)
+    module.attend(None, states, states, states, None, layout=layout)
+    assert not taken
+    module.attend(None, *[states.bfloat16()] * 3, None, layout=layout)
+    assert len(taken) == 1
+    monkeypatch.setattr(module, "MATMUL_WIDTH", 5)
+    module.attend(None, *[states.bfloat16()] * 3, None, layout=layout)
+    assert len(taken) == 1
+
+
 def test_no_layer_computes_padding(tiny_tokenizer, tmp_path):
     model = load_causal_lm(str(save_causal_lm(tmp_path, tiny_tokenizer)), tiny_tokenizer, ZERO, dtype="fp32")
     seen = []

@@ -23,7 +23,7 @@ from utils import distributed
 from utils.models.lora import ADAPTER, lora_layers
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
 from utils.rlhf.memory import weight_bytes
-from utils.rlhf.packed_matrix import can_pack, linear
+from utils.rlhf.packed_matrix import PackedMatrix, can_pack, linear
 from utils.rlhf.step_graphs import StepGraphs, cuda_recorder
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not change with the length of the sequence
@@ -51,10 +51,12 @@ class LlamaDecoder:
     """Prefill and decode of a `LlamaForCausalLM`.
 
     `load` must be called whenever weights may have changed. It keeps references to the parameters; on a CPU, where the
-    cost of a step is the number of operations, it joins the matrices that read the same input into copies.
+    cost of a step is the number of operations, it joins the matrices that read the same input into copies, and packs
+    them where it can.
 
     Args:
-        keep_copies: copies of weights stay allocated between `unload` and the next `load`, which refills them.
+        keep_copies: copies of weights (but not packed ones) stay allocated between `unload` and the next `load`, which
+            refills them.
         shard: this process's place among those that share the model in generation.
         cuda_graphs: on an NVIDIA GPU, record decode steps and replay them.
     """
@@ -100,8 +102,6 @@ class LlamaDecoder:
         self.embedding = model.get_input_embeddings().weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.head = model.get_output_embeddings().weight
-        if self.device.type in JOIN_ON and can_pack(self.head):
-            self.head = self._copies.packed("head", [self.head])
         self.head_bias = model.get_output_embeddings().bias
         self.final_norm = model.model.norm.weight
         self._rotary = model.model.rotary_emb
@@ -111,7 +111,11 @@ class LlamaDecoder:
         if stream:  # copies would be made anew in every pass
             self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)
         else:
-            reader = LayerReader(self._copies, adapter, lora == "fused", self.device.type in JOIN_ON, self.shard)
+            joins = self.device.type in JOIN_ON
+            packs = joins and self._graphs is None and can_pack(self.head)
+            if packs:
+                self.head = PackedMatrix(self.head)
+            reader = LayerReader(self._copies, adapter, lora == "fused", joins, packs, self.shard)
             self.layers = (
                 read_shards(reader, modules, gather=gather_layers)
                 if self.shard

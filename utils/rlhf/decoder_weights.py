@@ -14,7 +14,7 @@ from torch import nn
 
 from utils import distributed
 from utils.models.lora import merged_weight
-from utils.rlhf.packed_matrix import PackedMatrix, can_pack, linear
+from utils.rlhf.packed_matrix import PackedMatrix, linear
 from utils.zero import gathered
 
 
@@ -99,7 +99,7 @@ class Copies:
     """Memory for weights that are not read in place, by name; refilled in place while shapes stay the same."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, torch.Tensor | PackedMatrix] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def joined(self, name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -110,12 +110,6 @@ class Copies:
         if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, first.dtype, first.device):
             kept = self._kept[name] = torch.empty(shape, dtype=first.dtype, device=first.device)
         return torch.cat(tensors, out=kept)
-
-    def packed(self, name: str, tensors: list[torch.Tensor]) -> PackedMatrix:
-        """`torch.cat(tensors)` in oneDNN's layout, in place of what `name` was the last time."""
-        self._kept.pop(name, None)
-        self._kept[name] = PackedMatrix(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
-        return self._kept[name]
 
     def release(self) -> None:
         """Give the memory back."""
@@ -133,8 +127,8 @@ class LayerReader:
         copies: where copies go; None reads everything in place, which rules out `join` and `shard`.
         adapter: name of the LoRA adapter to apply; None is the base model.
         fuse: LoRA is merged into a copy of the matrix; otherwise it is computed beside the matrix at every step.
-        join: matrices with the same input become one, which saves operations on a CPU, and all of them are packed
-            where that is possible.
+        join: matrices with the same input become one, which saves operations on a CPU.
+        pack: matrices become `PackedMatrix`es, which are made anew at every reading.
         shard: take only this process's part: heads and MLP columns are divided, so that the outputs of the two
             row-wise divided matrices (attention output, MLP down) are to be summed over the group.
     """
@@ -143,6 +137,7 @@ class LayerReader:
     adapter: str | None
     fuse: bool
     join: bool
+    pack: bool = False
     shard: Shard | None = None
 
     def read(self, index: int, layer: nn.Module) -> Layer:
@@ -177,10 +172,12 @@ class LayerReader:
             start += len(weight)
             matrices.append(weight)
             biases.append(bias)
-        if self.join and (len(modules) > 1 or can_pack(matrices[0])):
+        if self.join and len(modules) > 1:
             joined_bias = None if biases[0] is None else torch.cat(biases)
-            join = self.copies.packed if can_pack(matrices[0]) else self.copies.joined
-            return Projection([join(name, matrices)], [joined_bias], updates)
+            joined = PackedMatrix(torch.cat(matrices)) if self.pack else self.copies.joined(name, matrices)
+            return Projection([joined], [joined_bias], updates)
+        if self.pack:
+            return Projection([PackedMatrix(matrix) for matrix in matrices], biases, updates)
         matrices = [
             self.copies.joined(f"{name}.{part}", [matrix]) if copy else matrix
             for part, (matrix, copy) in enumerate(zip(matrices, copied, strict=True))
