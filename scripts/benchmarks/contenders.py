@@ -1,0 +1,167 @@
+"""Contenders of a comparison: each repetition is a process of its own, measured by the operating system."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.config import Arguments, flag
+from utils.errors import InputError
+from utils.metrics import METRICS_FILE, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ADAPTERS = Path(__file__).resolve().parent / "peers"
+MEMORY = "GiB"  # the measure that every contender has
+LAST_LINES = 15  # of the log of a process that failed
+
+Measures = dict[str, float]
+Contender = Callable[[], Measures]
+
+
+@dataclass(kw_only=True)
+class ContenderArguments(Arguments):
+    """The contenders."""
+
+    contenders: list[str] = flag([], "names from the table to run alone; left out, all that are there")
+    threads: int = flag(0, "threads of each contender; 0 = one for each core", at_least=0)
+
+
+def python_of(path: str | None, name: str) -> str | None:
+    """The interpreter that the flag `name` gives, if it is there.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if path and not Path(path).is_file():
+        raise InputError(f"--{name} {path}: no such file; give the python of an environment with the peer installed")
+    return path
+
+
+def run_process(command: Sequence[str], log: Path, threads: int, environment: Mapping[str, str]) -> float:
+    """Run `command` to its end and return its peak memory in GiB: on a GPU what it took there, else resident memory.
+
+    Raises:
+        InputError: it failed; the message ends with the last lines of its output, which `log` holds.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as output, gpu_memory() as gpu:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables | environment, cwd=log.parent
+        )
+        # The peak of this process alone, where getrusage would give the largest of all. It counts from the fork on,
+        # which is no more than this script itself takes and less than any contender, since all of them import torch.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+        raise SystemExit(f"error: {' '.join(command[:2])} ended with code {process.returncode}:\n{end}")
+    return gpu["GiB"] if torch.cuda.is_available() else usage.ru_maxrss / 2**20
+
+
+@contextmanager
+def gpu_memory():
+    """Yield a dictionary whose "GiB" is, after the block, the most GPU memory in use within it beyond that before."""
+    peak = {"GiB": 0.0}
+    if not torch.cuda.is_available():
+        yield peak
+        return
+    before, finished = _gpu_in_use(), threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.1):
+            peak["GiB"] = max(peak["GiB"], _gpu_in_use() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def _gpu_in_use() -> float:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 2**10
+
+
+def run_step(script: str, flags: Mapping[str, Any], folder: Path, threads: int) -> tuple[list[dict], float]:
+    """Run a step's main.py as its users do; return the rows of its metrics.jsonl and its peak memory in GiB.
+
+    Args:
+        script: folder below training/.
+        flags: of the command line; True for a switch, a list for several values.
+        folder: for output and logs.
+    """
+    command = [sys.executable, str(REPOSITORY / "training" / script / "main.py")]
+    for name, value in {**flags, "output_dir": folder / "output"}.items():
+        command.append(f"--{name}")
+        if value is not True:
+            command += [str(item) for item in (value if isinstance(value, list) else [value])]
+    peak = run_process(command, folder / "log.txt", threads, {"PYTHONPATH": str(REPOSITORY)})
+    return read_metrics(folder / "output" / METRICS_FILE), peak
+
+
+def run_peer(python: str, adapter: str, setting: Mapping[str, Any], folder: Path, threads: int) -> tuple[dict, float]:
+    """Run an adapter of peers/ under the peer's own interpreter; return what it measured and its peak memory in GiB.
+
+    Args:
+        setting: what the adapter reads from its JSON file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    request, answer = folder / "setting.json", folder / "measured.json"
+    request.write_text(json.dumps(setting), encoding="utf-8")
+    answer.unlink(missing_ok=True)
+    command = [python, str(ADAPTERS / f"{adapter}.py"), str(request), str(answer)]
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    peak = run_process(command, folder / "log.txt", threads, accelerator)
+    return json.loads(answer.read_text(encoding="utf-8")), peak
+
+
+def interleave(contenders: Mapping[str, Contender], repeats: int, chosen: Sequence[str]) -> dict[str, dict]:
+    """Run the contenders in turn, `repeats` times; name -> measure -> its values.
+
+    Raises:
+        InputError: a name in `chosen` is not one of them.
+    """
+    unknown = [name for name in chosen if name not in contenders]
+    if unknown:
+        raise InputError(f"--contenders {unknown[0]!r} is not one of {', '.join(contenders)}")
+    chosen = chosen or list(contenders)
+    measured: dict[str, dict[str, list[float]]] = {name: {} for name in contenders if name in chosen}
+    for repetition in range(repeats):
+        for name, values in measured.items():
+            print(f"{repetition + 1} of {repeats}: {name}", flush=True)
+            for measure, value in contenders[name]().items():
+                values.setdefault(measure, []).append(value)
+    return measured
+
+
+def ratios(measured: Mapping[str, dict], ours: str, speed: str, *, higher_is_faster: bool) -> list[tuple[str, ...]]:
+    """Rows (contender of ours, peer, how many times as fast, share of its memory), of medians.
+
+    Args:
+        ours: what the names of our own contenders begin with.
+        speed: the measure to compare.
+    """
+    rows = []
+    for mine in (name for name in measured if name.startswith(ours)):
+        for peer in (name for name in measured if not name.startswith(ours)):
+            fast, memory = (
+                statistics.median(measured[mine][measure]) / statistics.median(measured[peer][measure])
+                for measure in (speed, MEMORY)
+            )
+            rows.append((mine, peer, f"{fast if higher_is_faster else 1 / fast:.2f}", f"{memory:.2f}"))
+    return rows

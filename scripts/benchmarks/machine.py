@@ -1,0 +1,59 @@
+"""The machine that a benchmark runs on: its name for the report, a stopwatch, and what it can do at most."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROUNDS = 5  # of which the fastest counts
+
+
+def describe() -> str:
+    """Processor, cores, memory and GPU in one line."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{_processor()} ({capability}), {cores} cores, {memory:.0f} GiB, {gpu}"
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds that `function` takes, the device's work included."""
+    _synchronize()
+    started = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that the memory gives at most: the faster of a sum and a copy of 1 GiB (CPU: 256 MiB)."""
+    elements = 2**28 if device.type != "cpu" else 2**26
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    work = {source.sum: source.nbytes, lambda: target.copy_(source): 2 * source.nbytes}
+    return max(size / min(timed(function) for _ in range(ROUNDS)) for function, size in work.items())
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product in `dtype`."""
+    size = 8192 if device.type != "cpu" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: left @ right) for _ in range(ROUNDS))
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

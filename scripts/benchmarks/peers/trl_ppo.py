@@ -1,0 +1,101 @@
+"""TRL's PPOTrainer (up to 1.12.0) on prompts that are tokenised already: one epoch over each rollout, no checkpointing.
+
+The trainer has no phases of its own to read, so that calls which begin them are watched: generation is
+`batch_generation`, training runs from the first `accumulate` to the end of the iteration, the rest is scoring. The
+models are loaded in bf16 and trained so, which is faster and smaller than fp32 weights under autocast.
+"""
+
+import torch
+from adapter import Steps, clock, load_tokenizer, setting
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+
+class Stopwatch(TrainerCallback):
+    """Ends an iteration, whose training part began at `training_started`, when the trainer does."""
+
+    def __init__(self, steps):
+        self.steps, self.training_started = steps, None
+
+    def on_train_begin(self, *args, **kwargs):
+        self.steps.__init__()
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps.count("training", clock() - self.training_started)
+        self.training_started = None
+        self.steps.end()
+
+
+def watch(steps, stopwatch, trainer, pad_id):
+    """Have the trainer's calls report to `steps` and `stopwatch`."""
+    generation, truncation = ppo_trainer.batch_generation, ppo_trainer.truncate_response
+    accumulation = trainer.accelerator.accumulate
+
+    def timed_generation(*args, **kwargs):
+        started = clock()
+        result = generation(*args, **kwargs)
+        steps.count("generation", clock() - started)
+        return result
+
+    def counted_truncation(*args, **kwargs):
+        responses = truncation(*args, **kwargs)
+        steps.count("responses", int((responses != pad_id).sum()))
+        steps.count("sequences", len(responses))
+        return responses
+
+    def noticed_accumulation(*args, **kwargs):
+        if stopwatch.training_started is None:
+            stopwatch.training_started = clock()
+        return accumulation(*args, **kwargs)
+
+    ppo_trainer.batch_generation, ppo_trainer.truncate_response = timed_generation, counted_truncation
+    trainer.accelerator.accumulate = noticed_accumulation
+
+
+def main():
+    work, steps = setting(), Steps()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[work["dtype"]]
+    tokenizer = load_tokenizer(work["model"], "left")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype) for _ in range(2))
+    value, reward = (
+        AutoModelForSequenceClassification.from_pretrained(work["reward_model"], num_labels=1, dtype=dtype)
+        for _ in range(2)
+    )
+    config = PPOConfig(
+        output_dir=work["scratch"],
+        per_device_train_batch_size=work["rollout"],
+        num_mini_batches=work["rollout"] // work["batch"],
+        local_rollout_forward_batch_size=work["batch"],
+        total_episodes=len(work["rows"]),
+        num_ppo_epochs=1,
+        response_length=work["answer"],
+        stop_token="eos",
+        temperature=1.0,
+        learning_rate=work["learning_rate"],
+        bf16=False,  # no autocast on top: the weights are bf16 already
+        use_cpu=not torch.cuda.is_available(),
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    stopwatch = Stopwatch(steps)
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=Dataset.from_list([{"input_ids": row["prompt_ids"]} for row in work["rows"]]),
+        callbacks=[stopwatch],
+    )
+    watch(steps, stopwatch, trainer, tokenizer.pad_token_id)
+    trainer.train()
+    steps.save("trl", "transformers", "torch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a benchmark shows and leaves behind: a table on the screen, and a section of RESULTS.md with the machine."""
+
+import datetime
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import machine
+
+from utils.config import Arguments, flag
+from utils.files import atomic_write_text
+from utils.tables import format_table
+
+RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
+HEADING = "# Results\n\nEach section was appended by one run of the script that it names.\n"
+LIBRARIES = ("torch", "transformers", "deepspeed")
+
+
+@dataclass(kw_only=True)
+class ReportArguments(Arguments):
+    """The report."""
+
+    repeats: int = flag(3, "repetitions, interleaved; medians are reported", at_least=1)
+    results: str = flag(str(RESULTS), "file that a section with the results is appended to; empty = none")
+
+
+def median(values: Sequence[float], digits: int = 2) -> str:
+    """The median, with the range behind it where there is one: `2.31 (2.25 to 2.40)`."""
+    middle = f"{statistics.median(values):,.{digits}f}"
+    spread = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if len(values) > 1 else ""
+    return middle + spread
+
+
+class Report:
+    """The tables of one run, printed as they come and appended to the results file at the end."""
+
+    def __init__(self, work: str, versions: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            work: what was measured, in a line.
+            versions: of peers, by name.
+        """
+        self.work, self.versions = work, dict(versions or {})
+        self.parts: list[str] = []
+
+    def table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
+        """Print a table and keep it."""
+        print(f"\n{format_table(title, rows, header)}", flush=True)
+        lines = [tuple(header), ("---",) * len(header), *rows]
+        self.parts.append(f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+    def remark(self, text: str) -> None:
+        """Print a line and keep it."""
+        print(text, flush=True)
+        self.parts.append(f"{text}\n")
+
+    def close(self, path: str) -> None:
+        """Append the section to the file at `path`, which is made if missing; an empty path appends nothing."""
+        own = {name: version(name) for name in LIBRARIES} | {"Python": platform.python_version()}
+        names = [f"{name} {number}" for name, number in {**own, **self.versions}.items()]
+        script = Path(sys.argv[0]).name
+        facts = [machine.describe(), ", ".join(names), f"{self.work}"]
+        print("\n" + "\n".join(facts), flush=True)
+        if not path:
+            return
+        heading = f"## {script}, {datetime.date.today().isoformat()}\n"
+        section = "\n".join([heading, *(f"- {fact}" for fact in facts), "", *self.parts])
+        before = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else HEADING
+        atomic_write_text(path, f"{before.rstrip()}\n\n{section}")
+        print(f"appended to {path}", flush=True)

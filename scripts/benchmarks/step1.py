@@ -1,0 +1,144 @@
+"""Step 1: tokens per second and peak memory, ours against TRL's SFTTrainer and DeepSpeed-Chat.
+
+    python scripts/benchmarks/step1.py --data alpaca.json --tokenizer tokenizer.model \\
+        --trl_python trl/bin/python \\
+        --deepspeed_chat DeepSpeedExamples --deepspeed_chat_python deepspeed_chat/bin/python
+
+Every contender is a process of its own, runs as its users run it, and is given the same rows, as token ids: two passes,
+of which the second is timed. Tokens are those that are not padding; response tokens are those that ours and TRL's loss
+is about.
+"""
+
+import functools
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from contenders import (
+    MEMORY,
+    Contender,
+    ContenderArguments,
+    Measures,
+    interleave,
+    python_of,
+    ratios,
+    run_peer,
+    run_step,
+)
+from report import Report, ReportArguments, median
+from workload import SEED, WorkArguments, prepare_rows, prepare_tokenizer, save_language_model, tokenized_rows
+
+from utils.config import flag, run
+
+LEARNING_RATE = 1e-5
+SPEED, RESPONSES = "tokens/s", "response tokens/s"
+
+
+@dataclass(kw_only=True)
+class Config(WorkArguments, ContenderArguments, ReportArguments):
+    """Step 1."""
+
+    rows: int = flag(48, "rows of the data, each of which is read twice", at_least=1)
+    batch: int = flag(8, "rows of an optimiser step", at_least=1)
+    length: int = flag(512, "tokens of a row, at most", at_least=8)
+    budget: int = flag(1024, "--max_tokens_per_batch of the contender `ours, budget`", at_least=1)
+    trl_python: str | None = flag(None, "python of an environment with TRL")
+    deepspeed_chat: str | None = flag(None, "checkout of DeepSpeedExamples or of its DeepSpeed-Chat")
+    deepspeed_chat_python: str | None = flag(None, "python of an environment that can run it")
+
+
+def our_rate(rows: list[dict], tokens: int, responses: int) -> Measures:
+    """Rates of the second pass, from the times at which the rows of metrics.jsonl were written."""
+    times = [row["time"] for row in rows if "train/loss" in row]
+    seconds = times[-1] - times[len(times) // 2 - 1]
+    return {SPEED: tokens / seconds, RESPONSES: responses / seconds}
+
+
+def peer_rate(measured: dict) -> Measures:
+    """Rates of the second pass from an adapter's steps."""
+    second = measured["steps"][len(measured["steps"]) // 2 :]
+    seconds = sum(step["seconds"] for step in second)
+    return {
+        SPEED: sum(step["tokens"] for step in second) / seconds,
+        RESPONSES: sum(step["responses"] for step in second) / seconds,
+    }
+
+
+def contenders(config: Config, folder: Path, versions: dict[str, str]) -> dict[str, Contender]:
+    """All that can run, by name; versions of peers are put into `versions` as they run."""
+    data, cache = folder / "data", folder / "cache"
+    raw = prepare_rows(data, config.data, config.rows)
+    tokenizer = prepare_tokenizer(folder, config.tokenizer, raw)
+    model = save_language_model(folder / "model", config.model, 2 * config.length, tokenizer)
+    rows = tokenized_rows("sft", data, tokenizer, config.length, cache)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    responses = tokens - sum(row["response_start"] for row in rows)
+
+    def ours(name: str, **changes) -> Measures:
+        metrics, peak = run_step(
+            "step1_supervised_finetuning",
+            {
+                **{"model_name_or_path": model, "data_path": data, "data_split": "1,0,0", "seed": SEED},
+                **{"data_output_path": cache, "max_seq_len": config.length, "num_train_epochs": 2},
+                **{"per_device_train_batch_size": config.batch, "learning_rate": LEARNING_RATE},
+                **{"num_sample_generations": 0, **changes},
+            },
+            folder / name,
+            config.threads,
+        )
+        return our_rate(metrics, tokens, responses) | {MEMORY: peak}
+
+    def peer(name: str, adapter: str, python: str, **changes) -> Measures:
+        work = {
+            **{"model": str(model), "rows": rows, "batch": config.batch, "length": config.length, "epochs": 2},
+            **{"learning_rate": LEARNING_RATE, "dtype": "bf16", "scratch": str(folder / name), **changes},
+        }
+        measured, peak = run_peer(python, adapter, work, folder / name, config.threads)
+        versions.update({f"{name.partition('-')[0]} {key}": value for key, value in measured["versions"].items()})
+        return peer_rate(measured) | {MEMORY: peak}
+
+    everyone: dict[str, Contender] = {
+        "ours": functools.partial(ours, "ours"),
+        "ours, packing": functools.partial(ours, "ours-packing", packing=True),
+        "ours, budget": functools.partial(ours, "ours-budget", max_tokens_per_batch=config.budget),
+    }
+    if python := python_of(config.trl_python, "trl_python"):
+        everyone["TRL"] = functools.partial(peer, "trl", "trl_sft", python, packing=False)
+        everyone["TRL, packing"] = functools.partial(peer, "trl-packing", "trl_sft", python, packing=True)
+    else:
+        print("TRL is left out: --trl_python takes the python of an environment with `pip install trl`")
+    python = python_of(config.deepspeed_chat_python, "deepspeed_chat_python")
+    if python and config.deepspeed_chat:
+        checkout = str(Path(config.deepspeed_chat).resolve())
+        everyone["DeepSpeed-Chat"] = functools.partial(
+            peer, "dschat", "deepspeed_chat", python, checkout=checkout, step=1
+        )
+    else:
+        print("DeepSpeed-Chat is left out: give --deepspeed_chat CHECKOUT and --deepspeed_chat_python PYTHON")
+    return everyone
+
+
+def main(config: Config) -> None:
+    """Run the comparison, print its tables and append them to the results."""
+    with tempfile.TemporaryDirectory() as folder:
+        versions: dict[str, str] = {}
+        measured = interleave(contenders(config, Path(folder), versions), config.repeats, config.contenders)
+    source = "text from a file" if config.data else "made text"
+    report = Report(
+        f"{config.model} LLaMA, bf16, {config.batch} rows of up to {config.length} tokens a step, {config.rows} rows of "
+        f"{source}, {config.repeats} repetitions",
+        versions,
+    )
+    rows = [
+        (name, median(values[SPEED], 0), median(values[RESPONSES], 0), f"{statistics.median(values[MEMORY]):.2f}")
+        for name, values in measured.items()
+    ]
+    report.table("Step 1: supervised fine-tuning", rows, ("contender", SPEED, RESPONSES, "peak GiB"))
+    if compared := ratios(measured, "ours", SPEED, higher_is_faster=True):
+        report.table("Ratios of medians", compared, ("ours", "peer", "times as fast", "share of its memory"))
+    report.close(config.results)
+
+
+if __name__ == "__main__":
+    run(main, Config)
