@@ -1,4 +1,4 @@
-"""Contenders of a comparison: each repetition is a process of its own, measured by the operating system."""
+"""Contenders of a comparison, ours and peers. Each repetition is a process, measured by the operating system."""
 
 import json
 import os
@@ -35,15 +35,51 @@ class ContenderArguments(Arguments):
     threads: int = flag(0, "threads of each contender; 0 = one for each core", at_least=0)
 
 
-def python_of(path: str | None, name: str) -> str | None:
-    """The interpreter that the flag `name` gives, if it is there.
+@dataclass(kw_only=True)
+class TrlArguments(Arguments):
+    """TRL."""
 
-    Raises:
-        InputError: there is no such file.
-    """
+    trl_python: str | None = flag(None, "python of an environment with TRL")
+
+    def trl(self, advice: str = "pip install trl") -> str | None:
+        """Its interpreter, or None with a line that says how to give one.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        if self.trl_python is None:
+            print(f"TRL is left out: --trl_python takes the python of an environment with `{advice}`")
+        return _interpreter(self.trl_python, "--trl_python")
+
+
+@dataclass(kw_only=True)
+class DeepSpeedChatArguments(Arguments):
+    """DeepSpeed-Chat."""
+
+    deepspeed_chat: str | None = flag(None, "checkout of DeepSpeedExamples, or of the DeepSpeed-Chat in it")
+    deepspeed_chat_python: str | None = flag(None, "python of an environment with deepspeed and transformers 4.46")
+
+    def deepspeed(self) -> tuple[str, str] | None:
+        """Its interpreter and its checkout, or None with a line that says how to give them.
+
+        Raises:
+            InputError: one of them is not there.
+        """
+        if self.deepspeed_chat is None or self.deepspeed_chat_python is None:
+            print("DeepSpeed-Chat is left out: give --deepspeed_chat CHECKOUT and --deepspeed_chat_python PYTHON")
+            return None
+        if not Path(self.deepspeed_chat).is_dir():
+            raise InputError(
+                f"--deepspeed_chat {self.deepspeed_chat}: no such folder; give a checkout of its repository"
+            )
+        python = _interpreter(self.deepspeed_chat_python, "--deepspeed_chat_python")
+        return python, str(Path(self.deepspeed_chat).resolve())
+
+
+def _interpreter(path: str | None, name: str) -> str | None:
     if path and not Path(path).is_file():
-        raise InputError(f"--{name} {path}: no such file; give the python of an environment with the peer installed")
-    return path
+        raise InputError(f"{name} {path}: no such file; give the python of an environment with the peer installed")
+    return path and str(Path(path).absolute())  # not resolved: an environment's python is a link out of it
 
 
 def run_process(command: Sequence[str], log: Path, threads: int, environment: Mapping[str, str]) -> float:

@@ -38,11 +38,11 @@ def median(values: Sequence[float], digits: int = 2) -> str:
 class Report:
     """The tables of one run, printed as they come and appended to the results file at the end."""
 
-    def __init__(self, work: str, versions: Mapping[str, str] | None = None) -> None:
+    def __init__(self, work: str, versions: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """
         Args:
             work: what was measured, in a line.
-            versions: of peers, by name.
+            versions: of the libraries of each peer.
         """
         self.work, self.versions = work, dict(versions or {})
         self.parts: list[str] = []
@@ -60,10 +60,14 @@ class Report:
 
     def close(self, path: str) -> None:
         """Append the section to the file at `path`, which is made if missing; an empty path appends nothing."""
-        own = {name: version(name) for name in LIBRARIES} | {"Python": platform.python_version()}
-        names = [f"{name} {number}" for name, number in {**own, **self.versions}.items()]
+        own = {"Python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+        libraries = {"ours": own, **self.versions}
+        named = [
+            f"{name}: " + ", ".join(f"{library} {number}" for library, number in numbers.items())
+            for name, numbers in libraries.items()
+        ]
         script = Path(sys.argv[0]).name
-        facts = [machine.describe(), ", ".join(names), f"{self.work}"]
+        facts = [machine.describe(), *named, self.work]
         print("\n" + "\n".join(facts), flush=True)
         if not path:
             return

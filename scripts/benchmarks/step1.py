@@ -19,9 +19,10 @@ from contenders import (
     MEMORY,
     Contender,
     ContenderArguments,
+    DeepSpeedChatArguments,
     Measures,
+    TrlArguments,
     interleave,
-    python_of,
     ratios,
     run_peer,
     run_step,
@@ -36,16 +37,13 @@ SPEED, RESPONSES = "tokens/s", "response tokens/s"
 
 
 @dataclass(kw_only=True)
-class Config(WorkArguments, ContenderArguments, ReportArguments):
+class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArguments, ReportArguments):
     """Step 1."""
 
     rows: int = flag(48, "rows of the data, each of which is read twice", at_least=1)
     batch: int = flag(8, "rows of an optimiser step", at_least=1)
     length: int = flag(512, "tokens of a row, at most", at_least=8)
     budget: int = flag(1024, "--max_tokens_per_batch of the contender `ours, budget`", at_least=1)
-    trl_python: str | None = flag(None, "python of an environment with TRL")
-    deepspeed_chat: str | None = flag(None, "checkout of DeepSpeedExamples or of its DeepSpeed-Chat")
-    deepspeed_chat_python: str | None = flag(None, "python of an environment that can run it")
 
 
 def our_rate(rows: list[dict], tokens: int, responses: int) -> Measures:
@@ -65,7 +63,7 @@ def peer_rate(measured: dict) -> Measures:
     }
 
 
-def contenders(config: Config, folder: Path, versions: dict[str, str]) -> dict[str, Contender]:
+def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[str, Contender]:
     """All that can run, by name; versions of peers are put into `versions` as they run."""
     data, cache = folder / "data", folder / "cache"
     raw = prepare_rows(data, config.data, config.rows)
@@ -92,10 +90,10 @@ def contenders(config: Config, folder: Path, versions: dict[str, str]) -> dict[s
     def peer(name: str, adapter: str, python: str, **changes) -> Measures:
         work = {
             **{"model": str(model), "rows": rows, "batch": config.batch, "length": config.length, "epochs": 2},
-            **{"learning_rate": LEARNING_RATE, "dtype": "bf16", "scratch": str(folder / name), **changes},
+            **{"learning_rate": LEARNING_RATE, "dtype": "bf16", "scratch": str(folder / adapter), **changes},
         }
-        measured, peak = run_peer(python, adapter, work, folder / name, config.threads)
-        versions.update({f"{name.partition('-')[0]} {key}": value for key, value in measured["versions"].items()})
+        measured, peak = run_peer(python, adapter, work, folder / adapter, config.threads)
+        versions[name] = measured["versions"]
         return peer_rate(measured) | {MEMORY: peak}
 
     everyone: dict[str, Contender] = {
@@ -103,31 +101,23 @@ def contenders(config: Config, folder: Path, versions: dict[str, str]) -> dict[s
         "ours, packing": functools.partial(ours, "ours-packing", packing=True),
         "ours, budget": functools.partial(ours, "ours-budget", max_tokens_per_batch=config.budget),
     }
-    if python := python_of(config.trl_python, "trl_python"):
-        everyone["TRL"] = functools.partial(peer, "trl", "trl_sft", python, packing=False)
-        everyone["TRL, packing"] = functools.partial(peer, "trl-packing", "trl_sft", python, packing=True)
-    else:
-        print("TRL is left out: --trl_python takes the python of an environment with `pip install trl`")
-    python = python_of(config.deepspeed_chat_python, "deepspeed_chat_python")
-    if python and config.deepspeed_chat:
-        checkout = str(Path(config.deepspeed_chat).resolve())
-        everyone["DeepSpeed-Chat"] = functools.partial(
-            peer, "dschat", "deepspeed_chat", python, checkout=checkout, step=1
-        )
-    else:
-        print("DeepSpeed-Chat is left out: give --deepspeed_chat CHECKOUT and --deepspeed_chat_python PYTHON")
+    if python := config.trl():
+        everyone["TRL"] = functools.partial(peer, "TRL", "trl_sft", python, packing=False)
+        everyone["TRL, packing"] = functools.partial(peer, "TRL", "trl_sft", python, packing=True)
+    if given := config.deepspeed():
+        name, (python, checkout) = "DeepSpeed-Chat", given
+        everyone[name] = functools.partial(peer, name, "deepspeed_chat", python, checkout=checkout, step=1)
     return everyone
 
 
 def main(config: Config) -> None:
     """Run the comparison, print its tables and append them to the results."""
     with tempfile.TemporaryDirectory() as folder:
-        versions: dict[str, str] = {}
+        versions: dict[str, dict] = {}
         measured = interleave(contenders(config, Path(folder), versions), config.repeats, config.contenders)
-    source = "text from a file" if config.data else "made text"
     report = Report(
-        f"{config.model} LLaMA, bf16, {config.batch} rows of up to {config.length} tokens a step, {config.rows} rows of "
-        f"{source}, {config.repeats} repetitions",
+        f"{config.model} LLaMA, bf16, {config.batch} rows of up to {config.length} tokens a step, {config.rows} "
+        f"rows of {config.text}, budget {config.budget}; repetitions: {config.repeats}",
         versions,
     )
     rows = [

@@ -41,6 +41,11 @@ class WorkArguments(Arguments):
     data: str | None = flag(None, "file of rows that the steps read (Alpaca, pairs, ...); left out, text made here")
     tokenizer: str | None = flag(None, "tokenizer.model or folder; left out, one trained on the text")
 
+    @property
+    def text(self) -> str:
+        """What the rows are, in words."""
+        return "text from a file" if self.data else "made text"
+
 
 def llama_config(size: str, positions: int, vocabulary: int = 0) -> transformers.LlamaConfig:
     """The configuration of a LLaMA of a named size; `vocabulary` overrides its number of words."""

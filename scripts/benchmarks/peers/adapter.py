@@ -40,7 +40,13 @@ class Steps:
     """Wall-clock time of successive steps, and what was counted in each."""
 
     def __init__(self):
-        self.rows, self.counts, self.started = [], {}, clock()
+        self.target = Path(sys.argv[2])  # now: some peers read the command line, which then is another one
+        self.begin()
+
+    def begin(self):
+        """The first step begins now; whatever was counted is forgotten."""
+        self.rows = []
+        self.skip()
 
     def count(self, name, amount):
         """Add `amount` to the counter `name` of the current step."""
@@ -52,7 +58,11 @@ class Steps:
         self.rows.append({"seconds": now - self.started, **self.counts})
         self.counts, self.started = {}, now
 
+    def skip(self):
+        """The current step begins only now."""
+        self.counts, self.started = {}, clock()
+
     def save(self, *packages):
         """Write the steps and the versions of `packages` to the second file."""
         measured = {"steps": self.rows, "versions": {name: version(name) for name in packages}}
-        Path(sys.argv[2]).write_text(json.dumps(measured), encoding="utf-8")
+        self.target.write_text(json.dumps(measured), encoding="utf-8")

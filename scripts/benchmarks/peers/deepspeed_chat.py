@@ -56,7 +56,7 @@ def run_step1(work, steps, main, tokenizer):
     """Its step 1; counts tokens and response tokens (the loss is over all tokens, as it does it)."""
     from dschat.utils.data.data_utils import PromptDataset
 
-    pad_id, to_device = tokenizer.pad_token_id, main.to_device
+    pad_id, to_device, reduce = tokenizer.pad_token_id, main.to_device, main.get_all_reduce_mean
     responses = {tuple(row["input_ids"]): len(row["input_ids"]) - row["response_start"] for row in work["rows"]}
 
     def datasets(*args, **kwargs):
@@ -70,7 +70,14 @@ def run_step1(work, steps, main, tokenizer):
             steps.count("responses", responses[tuple(ids[mask].tolist())])
         return to_device(batch, device)
 
+    def evaluated(losses):
+        """Reduce the losses of an evaluation, the end of what lies between the epochs."""
+        mean = reduce(losses)
+        steps.skip()
+        return mean
+
     main.create_prompt_dataset = datasets
+    main.get_all_reduce_mean = evaluated
     main.to_device = counted_to_device
     main.print_throughput = lambda *args, **kwargs: steps.end()
     sys.argv = ["main.py", "--local_rank", "0", "--model_name_or_path", work["model"], "--dtype", work["dtype"]]
@@ -117,7 +124,7 @@ def run_step3(work, steps, main, tokenizer):
             engine.actor.module.generate = lambda *positional, **named: generate(
                 *positional, **(named | {"do_sample": True, "top_k": 0})
             )
-        steps.__init__()
+        steps.begin()
         return TimedTrainer(engine, args)
 
     def datasets(*args, **kwargs):

@@ -19,7 +19,7 @@ class Stopwatch(TrainerCallback):
         self.steps, self.training_started = steps, None
 
     def on_train_begin(self, *args, **kwargs):
-        self.steps.__init__()
+        self.steps.begin()
 
     def on_step_end(self, *args, **kwargs):
         self.steps.count("training", clock() - self.training_started)

@@ -30,7 +30,7 @@ class Stopwatch(TrainerCallback):
         self.steps = steps
 
     def on_train_begin(self, *args, **kwargs):
-        self.steps.__init__()
+        self.steps.begin()
 
     def on_step_end(self, *args, **kwargs):
         self.steps.end()

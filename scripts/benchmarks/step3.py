@@ -1,0 +1,171 @@
+"""Step 3: seconds of a PPO iteration by phase and peak memory, ours against TRL's PPOTrainer and DeepSpeed-Chat.
+
+    python scripts/benchmarks/step3.py --data alpaca.json --tokenizer tokenizer.model \\
+        --trl_ppo_python trl/bin/python \\
+        --deepspeed_chat DeepSpeedExamples --deepspeed_chat_python deepspeed_chat/bin/python
+    python scripts/benchmarks/step3.py --mean_answer 32 --answer 128 --generation_batches 4     # long-tailed lengths
+
+Every contender is a process of its own, runs as its users run it, and is given the same prompts, as token ids. The
+first iteration is left out, the others are averaged. DeepSpeed-Chat generates greedily for LLaMA; with "sampling" in
+its name its `generate` was made to sample. With --mean_answer, the actor's weights end an answer after that many tokens
+on average (a geometric distribution), which needs sampling.
+"""
+
+import functools
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from contenders import (
+    MEMORY,
+    Contender,
+    ContenderArguments,
+    DeepSpeedChatArguments,
+    Measures,
+    TrlArguments,
+    interleave,
+    ratios,
+    run_peer,
+    run_step,
+)
+from report import Report, ReportArguments, median
+from workload import (
+    SEED,
+    WorkArguments,
+    prepare_rows,
+    prepare_tokenizer,
+    save_language_model,
+    save_reward_model,
+    tokenized_rows,
+)
+
+from utils.config import flag, run
+
+LEARNING_RATE = 1e-6
+PHASES = ("generation", "scoring", "training")
+ITERATION, LENGTH = "iteration", "tokens per answer"
+
+
+@dataclass(kw_only=True)
+class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArguments, ReportArguments):
+    """Step 3."""
+
+    trl_python: str | None = flag(
+        None, "python of an environment with TRL 1.12.0, the last version with PPO", aliases=["trl_ppo_python"]
+    )
+    batch: int = flag(16, "prompts that generate together, and sequences of an optimiser step", at_least=1)
+    generation_batches: int = flag(1, "batches of a rollout", at_least=1)
+    prompt: int = flag(128, "tokens of a prompt, at most", at_least=1)
+    answer: int = flag(64, "tokens of an answer, at most", at_least=2)
+    mean_answer: float = flag(0.0, "mean length of an answer, in tokens, long-tailed; 0 = all reach --answer")
+    iterations: int = flag(3, "iterations that are timed, after one that is not", at_least=1)
+    budget: int = flag(1024, "--max_tokens_per_batch of the contender `ours, budget`", at_least=1)
+
+
+def averages(steps: Sequence[dict[str, float]]) -> Measures:
+    """Mean seconds by phase and mean length of an answer, of steps with sums of both; scoring is what remains."""
+    means = {name: statistics.mean(step[name] for step in steps) for name in ("seconds", "generation", "training")}
+    scoring = means["seconds"] - means["generation"] - means["training"]
+    length = sum(step["responses"] for step in steps) / sum(step["sequences"] for step in steps)
+    phases = dict(zip(PHASES, (means["generation"], scoring, means["training"])))
+    return {ITERATION: means["seconds"], **phases, LENGTH: length}
+
+
+def our_steps(rows: Sequence[dict]) -> list[dict[str, float]]:
+    """Iterations from the second on; each lasts from the time at which its predecessor's metrics were written."""
+    rows = [row for row in rows if "time/generation" in row]
+    return [
+        {
+            **{"seconds": row["time"] - before["time"], "generation": row["time/generation"]},
+            **{"training": row["time/training"], "sequences": row["ppo/sequences"]},
+            "responses": row["ppo/sequences"] * row["ppo/length_mean"],
+        }
+        for before, row in zip(rows, rows[1:])
+    ]
+
+
+def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[str, Contender]:
+    """All that can run, by name; versions of peers are put into `versions` as they run."""
+    rollout = config.batch * config.generation_batches
+    count = rollout * (config.iterations + 1)
+    data, cache = folder / "data", folder / "cache"
+    raw = prepare_rows(data, config.data, count)
+    tokenizer = prepare_tokenizer(folder, config.tokenizer, raw)
+    positions = config.prompt + config.answer
+    actor = save_language_model(folder / "actor", config.model, positions, tokenizer, config.mean_answer)
+    critic = save_reward_model(folder / "critic", config.model, positions, tokenizer)
+    rows = tokenized_rows("prompts", data, tokenizer, config.prompt, cache)
+    rows = [{"prompt_ids": row["prompt_ids"]} for row in rows]
+
+    def ours(name: str, **changes) -> Measures:
+        metrics, peak = run_step(
+            "step3_rlhf_finetuning",
+            {
+                **{"actor_model_name_or_path": actor, "critic_model_name_or_path": critic, "seed": SEED},
+                **{"data_path": data, "data_split": "0,0,1", "data_output_path": cache, "eval_prompts": 0},
+                **{"per_device_generation_batch_size": config.batch, "generation_batches": config.generation_batches},
+                **{"per_device_training_batch_size": config.batch, "max_prompt_seq_len": config.prompt},
+                **{"max_answer_seq_len": config.answer, "max_steps": config.iterations + 1, **changes},
+                **{"actor_learning_rate": LEARNING_RATE, "critic_learning_rate": LEARNING_RATE},
+            },
+            folder / name,
+            config.threads,
+        )
+        return averages(our_steps(metrics)) | {MEMORY: peak}
+
+    def peer(name: str, adapter: str, python: str, **changes) -> Measures:
+        work = {
+            **{"model": str(actor), "reward_model": str(critic), "rows": rows, "learning_rate": LEARNING_RATE},
+            **{"batch": config.batch, "rollout": rollout, "prompt": config.prompt, "answer": config.answer},
+            **{"dtype": "bf16", "scratch": str(folder / adapter), **changes},
+        }
+        measured, peak = run_peer(python, adapter, work, folder / adapter, config.threads)
+        versions[name] = measured["versions"]
+        return averages(measured["steps"][1:]) | {MEMORY: peak}
+
+    everyone: dict[str, Contender] = {
+        "ours": functools.partial(ours, "ours"),
+        "ours, budget": functools.partial(ours, "ours-budget", max_tokens_per_batch=config.budget),
+    }
+    if python := config.trl("pip install trl==1.12.0"):
+        everyone["TRL"] = functools.partial(peer, "TRL", "trl_ppo", python)
+    if given := config.deepspeed():
+        python, checkout = given
+        chat = functools.partial(peer, "DeepSpeed-Chat", "deepspeed_chat", python, checkout=checkout, step=3)
+        if not config.mean_answer:
+            everyone["DeepSpeed-Chat"] = functools.partial(chat, sampling=False)
+        everyone["DeepSpeed-Chat, sampling"] = functools.partial(chat, sampling=True)
+    return everyone
+
+
+def main(config: Config) -> None:
+    """Run the comparison, print its tables and append them to the results."""
+    with tempfile.TemporaryDirectory() as folder:
+        versions: dict[str, dict] = {}
+        measured = interleave(contenders(config, Path(folder), versions), config.repeats, config.contenders)
+    lengths = f"{config.mean_answer:g} on average, long-tailed, at most " if config.mean_answer else ""
+    report = Report(
+        f"{config.model} LLaMA, bf16, {config.generation_batches} x {config.batch} prompts of up to {config.prompt} "
+        f"tokens of {config.text}, answers of {lengths}{config.answer} tokens, budget {config.budget}, "
+        f"{config.iterations} iterations; repetitions: {config.repeats}",
+        versions,
+    )
+    rows = [
+        (
+            name,
+            *(median(values[measure]) for measure in (ITERATION, *PHASES)),
+            f"{statistics.median(values[LENGTH]):.1f}",
+            f"{statistics.median(values[MEMORY]):.2f}",
+        )
+        for name, values in measured.items()
+    ]
+    report.table("Step 3: seconds of a PPO iteration", rows, ("contender", ITERATION, *PHASES, LENGTH, "peak GiB"))
+    if compared := ratios(measured, "ours", ITERATION, higher_is_faster=False):
+        report.table("Ratios of medians", compared, ("ours", "peer", "times as fast", "share of its memory"))
+    report.close(config.results)
+
+
+if __name__ == "__main__":
+    run(main, Config)
