@@ -1,135 +1,176 @@
-"""Generation speed: the decode engine against `transformers`' generate, on the same weights, in one process.
+"""Generation speed: the decode engine, `transformers`' generate and its continuous batching, on the same weights.
 
-    python scripts/benchmarks/generation.py                       # the 15 M model, equal and long-tailed lengths
+    python scripts/benchmarks/generation.py                       # the 15 M model, answers of equal length
+    python scripts/benchmarks/generation.py --tail                # long-tailed lengths
     python scripts/benchmarks/generation.py --model 60M --batch 32
-    python scripts/benchmarks/generation.py --lora 16             # the same with LoRA: merged into copies, and beside
     python scripts/benchmarks/generation.py --model 1B --batch 64 --prompt 256 --answer 256   # on a GPU
 
 Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
-drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and both sides stop at them:
-`generate` runs until the longest of a batch is done, the engine refills slots. Medians of interleaved repetitions.
-A repetition includes taking the weights, as each rollout does.
+drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and all stop at them: `generate` runs
+until the longest of a batch is done, the others refill slots. All run in one process, in turn; ours takes the weights
+anew each time, as in a rollout.
+
+The roofline is the time that the machine needs at least: a prefill pass costs its floating-point operations at the rate
+of a large matrix product, a decode step those or the reading of weights and KV cache at the memory's bandwidth,
+whichever takes longer. Both are measured here. Weights that fit in a cache are read faster than that.
 """
 
-import argparse
-import functools
-import platform
-import statistics
-import time
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median as middle
+from typing import Literal
 
 import torch
 import transformers
+from machine import bandwidth, matmul_rate, timed
+from report import Report, ReportArguments, median
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from workload import Size, llama_config
 
 from utils import distributed
-from utils.models.lora import add_lora
+from utils.config import flag, run
 from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.generation import decode, generate
 from utils.rlhf.sampling import SamplingParams
 
-SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "toy": (128, 352, 4, 4, 4, 320),
-    "15M": (288, 768, 6, 6, 6, 32_000),
-    "60M": (576, 1536, 10, 9, 9, 32_000),
-    "1B": (2048, 5504, 22, 32, 4, 32_000),
-    "7B": (4096, 11_008, 32, 32, 32, 32_000),
-}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PAGE = 32  # tokens of a page of the continuous batching's cache
+NO_EOS = -1
 
 
-def build(size: str, positions: int, dtype: torch.dtype) -> torch.nn.Module:
-    """A random LLaMA of the given size on this process's device."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=positions,
+@dataclass(kw_only=True)
+class Config(ReportArguments):
+    """Generation."""
+
+    repeats: int = 5
+    model: Size = flag("15M", "size of the LLaMA, whose weights are random")
+    batch: int = flag(16, "rows that decode together", at_least=1)
+    rows: int = flag(0, "prompts in all; 0 = one batch (with --tail: four)", at_least=0)
+    prompt: int = flag(128, "tokens of a prompt", at_least=1)
+    answer: int = flag(64, "tokens of an answer, at most", at_least=1)
+    tail: bool = flag(False, "long-tailed answer lengths")
+    dtype: Literal["bf16", "fp32"] = flag("bf16", "number format of the weights")
+
+
+def answer_lengths(config: Config, rows: int) -> list[int]:
+    """How long each answer is to become."""
+    if not config.tail:
+        return [config.answer] * rows
+    drawn = torch.randn(rows).mul(0.8).exp() * config.answer / 4
+    return drawn.round().clamp(1, config.answer).int().tolist()
+
+
+def contenders(
+    config: Config, model: torch.nn.Module, prompts: list[list[int]], lengths: list[int]
+) -> dict[str, Callable[[], None]]:
+    """Functions that answer all the prompts, each row to its length, by the name of who does it."""
+    words = model.config.vocab_size
+    decoder = LlamaDecoder()
+    continuous_model = copy.deepcopy(model)  # continuous batching exchanges the attention of its model
+    settings = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=config.answer, eos_token_id=NO_EOS, pad_token_id=0
     )
-    with torch.device(distributed.device()):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    pages = config.batch * math.ceil((config.prompt + config.answer) / PAGE)
+    batching = ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=2 * pages,
+        max_batch_tokens=max(4096, config.prompt),  # as much prefill at once as ours does
+        max_requests_per_batch=config.batch,
+        allow_block_sharing=False,
+    )
 
-
-def timed(function) -> float:
-    """Seconds that `function` takes, the device's work included."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    started = time.perf_counter()
-    function()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SIZES, default="15M")
-    parser.add_argument("--batch", type=int, default=16, help="rows that decode together")
-    parser.add_argument("--rows", type=int, default=0, help="prompts in all; 0 = one batch (with --tail: four)")
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--answer", type=int, default=64)
-    parser.add_argument("--tail", action="store_true", help="long-tailed response lengths")
-    parser.add_argument("--lora", type=int, default=0, help="rank of LoRA on all linear layers; 0 = none")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-    model = build(options.model, options.prompt + options.answer, dtype)
-    vocabulary = model.config.vocab_size
-    rows = options.rows or options.batch * (4 if options.tail else 1)
-    prompts = torch.randint(3, vocabulary, (rows, options.prompt)).tolist()
-    if options.tail:
-        lengths = (
-            (torch.randn(rows).mul(0.8).exp() * options.answer / 4).round().clamp(1, options.answer).int().tolist()
-        )
-    else:
-        lengths = [options.answer] * rows
-    sampling = SamplingParams(max_new_tokens=options.answer)
-    if options.lora:
-        add_lora(model, options.lora)
-        for parameter in model.parameters():  # not the rotary frequencies, a buffer
-            parameter.data = parameter.data.to(dtype)
-    decoder = LlamaDecoder(keep_copies=True)
-
-    def ours(lora: str = "fused") -> None:
-        decoder.load(model, lora=lora)
+    def ours() -> None:
+        decoder.load(model)
         decode(
-            decoder, prompts, sampling, eos_id=vocabulary, pad_id=0, seed=0, slots=options.batch,
-            limits=lengths if options.tail else None,
-        )  # fmt: skip
+            decoder,
+            prompts,
+            SamplingParams(max_new_tokens=config.answer),
+            eos_id=words,
+            pad_id=0,
+            seed=0,
+            slots=config.batch,
+            limits=lengths,
+        )
 
-    def theirs() -> None:
-        for start in range(0, rows, options.batch):
-            limit = max(lengths[start : start + options.batch])
-            generate(
-                model, prompts[start : start + options.batch], SamplingParams(max_new_tokens=limit),
-                eos_id=vocabulary, pad_id=0, seed=0,
-            )  # fmt: skip
+    def one_batch_after_another() -> None:
+        for start in range(0, len(prompts), config.batch):
+            part = slice(start, start + config.batch)
+            sampling = SamplingParams(max_new_tokens=max(lengths[part]))
+            generate(model, prompts[part], sampling, eos_id=words, pad_id=0, seed=0)
 
-    ways = {"ours": ours, "generate": theirs}
-    if options.lora:
-        ways["unfused"] = functools.partial(ours, "unfused")
-    for function in ways.values():
-        function()
-    times = {name: [] for name in ways}
-    for _ in range(options.repeats):
-        for name, function in ways.items():
-            times[name].append(timed(function))
-    tokens = sum(lengths)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    print(f"{device}, {versions}")
-    work = f"{rows} prompts of {options.prompt} tokens, {options.batch} at a time, {tokens} new tokens"
-    print(f"{options.model}, {options.dtype}, {work}" + (f", LoRA of rank {options.lora}" if options.lora else ""))
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        print(f"  {name:9s} {median:7.3f} s ({spread})  {tokens / median:9.0f} tokens/s")
-    print(f"  ratio     {statistics.median(times['generate']) / statistics.median(times['ours']):.2f}")
+    def continuous() -> None:
+        with continuous_model.continuous_batching_context_manager(
+            generation_config=settings, continuous_batching_config=batching, warmup=False
+        ) as manager:
+            for prompt, length in zip(prompts, lengths):
+                manager.add_request(prompt, max_new_tokens=length, eos_token_id=NO_EOS)
+            waiting, tokens = len(prompts), 0
+            while waiting:
+                result = manager.get_result(timeout=60)
+                if result is None:
+                    raise SystemExit("error: transformers' continuous batching gave no result for a minute")
+                if result.is_finished():
+                    waiting, tokens = waiting - 1, tokens + len(result.generated_tokens)
+        if tokens != sum(lengths):
+            raise SystemExit(f"error: transformers' continuous batching gave {tokens} tokens, not {sum(lengths)}")
+
+    return {"ours": ours, "generate": one_batch_after_another, "continuous batching": continuous}
+
+
+def roofline(config: Config, model: torch.nn.Module, lengths: list[int]) -> tuple[float, str]:
+    """Seconds that the whole work takes at least on this machine, and in words how fast the machine is."""
+    shape, device, dtype = model.config, distributed.device(), DTYPES[config.dtype]
+    bytes_per_second, operations_per_second = bandwidth(device), matmul_rate(device, dtype)
+    head = shape.vocab_size * shape.hidden_size
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    # a layer's attention: 4 operations for each query unit and token before it, 2 numbers of each key-value unit read
+    attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
+
+    rows, new_tokens = len(lengths), sum(lengths) - len(lengths)  # the prefill gives the first token of each answer
+    context = sum(config.prompt + place for length in lengths for place in range(1, length))
+    prefill = 2 * rows * (config.prompt * layers + head) + attention * rows * config.prompt**2 / 2
+    steps = max(new_tokens / min(config.batch, rows), max(lengths) - 1)
+    reading = (steps * (layers + head) * dtype.itemsize + context * cached) / bytes_per_second
+    computing = (2 * new_tokens * (layers + head) + attention * context) / operations_per_second
+    speed = f"{bytes_per_second / 1e9:,.0f} GB/s, {operations_per_second / 1e9:,.0f} GFLOP/s"
+    return prefill / operations_per_second + max(reading, computing), speed
+
+
+def main(config: Config) -> None:
+    """Run the comparison, print its table and append it to the results."""
+    distributed.init_distributed()
+    torch.manual_seed(0)
+    with torch.device(distributed.device()):
+        shape = llama_config(config.model, config.prompt + config.answer)
+        model = transformers.AutoModelForCausalLM.from_config(shape, dtype=DTYPES[config.dtype]).eval()
+    rows = config.rows or config.batch * (4 if config.tail else 1)
+    prompts = torch.randint(3, shape.vocab_size, (rows, config.prompt)).tolist()
+    lengths = answer_lengths(config, rows)
+    everyone = contenders(config, model, prompts, lengths)
+    times: dict[str, list[float]] = {name: [] for name in everyone}
+    for repetition in range(config.repeats + 1):
+        for name, function in everyone.items():
+            seconds = timed(function)
+            if repetition:  # the first is a warm-up
+                times[name].append(seconds)
+    least, speed = roofline(config, model, lengths)
+    tokens, fastest = sum(lengths), middle(times["ours"])
+    kind = "long-tailed lengths" if config.tail else "equal lengths"
+    report = Report(
+        f"{config.model}, {config.dtype}, {rows} prompts of {config.prompt} tokens, {config.batch} at a time, {tokens} "
+        f"new tokens, {kind} up to {config.answer}, {torch.get_num_threads()} threads; repetitions: {config.repeats}"
+    )
+    table = [
+        (name, median(seconds, 3), f"{tokens / middle(seconds):,.0f}", f"{middle(seconds) / fastest:.2f}")
+        for name, seconds in times.items()
+    ]
+    table.append((f"roofline ({speed})", f"{least:.3f}", f"{tokens / least:,.0f}", f"{least / fastest:.2f}"))
+    report.table("Generation", table, ("", "seconds", "tokens/s", "time / ours"))
+    report.close(config.results)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Config)

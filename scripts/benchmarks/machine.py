@@ -1,5 +1,6 @@
 """The machine that a benchmark runs on: its name for the report, a stopwatch, and what it can do at most."""
 
+import ctypes
 import os
 import platform
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 ROUNDS = 5  # of which the fastest counts
+RESET_PEAK = Path("/proc/self/clear_refs")  # "5" written to it sets the peak to what is in use now
 
 
 def describe() -> str:
@@ -27,6 +29,25 @@ def timed(function: Callable[[], object]) -> float:
     function()
     _synchronize()
     return time.perf_counter() - started
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """MiB that `function` takes at most beyond what is in use before; on a CPU resident memory, read from Linux.
+
+    NaN where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not RESET_PEAK.exists():
+        return float("nan")
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not given back would not be counted when used again
+    RESET_PEAK.write_text("5", encoding="ascii")
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 2**10
 
 
 def bandwidth(device: torch.device) -> float:
@@ -48,6 +69,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _synchronize() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def _status(name: str) -> int:
+    """A size in KiB from this process's status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def _processor() -> str:
