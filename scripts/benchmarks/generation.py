@@ -8,7 +8,7 @@
 Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
 drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and all stop at them: `generate` runs
 until the longest of a batch is done, the others refill slots. All run in one process, in turn; ours takes the weights
-anew each time, as in a rollout.
+anew each time, as in a rollout; the manager of continuous batching is started once.
 
 The roofline is the time that the machine needs at least: a prefill pass costs its floating-point operations at the rate
 of a large matrix product, a decode step those or the reading of weights and KV cache at the memory's bandwidth,
@@ -17,7 +17,8 @@ whichever takes longer. Both are measured here. Weights that fit in a cache are 
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median as middle
 from typing import Literal
@@ -26,7 +27,7 @@ import torch
 import transformers
 from machine import bandwidth, matmul_rate, timed
 from report import Report, ReportArguments, median
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig
 from workload import Size, llama_config
 
 from utils import distributed
@@ -37,6 +38,8 @@ from utils.rlhf.sampling import SamplingParams
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAGE = 32  # tokens of a page of the continuous batching's cache
+PREFILL_TOKENS = 4096  # of a pass, here and there
+PATIENCE = 120  # seconds
 NO_EOS = -1
 
 
@@ -62,24 +65,37 @@ def answer_lengths(config: Config, rows: int) -> list[int]:
     return drawn.round().clamp(1, config.answer).int().tolist()
 
 
-def contenders(
-    config: Config, model: torch.nn.Module, prompts: list[list[int]], lengths: list[int]
-) -> dict[str, Callable[[], None]]:
-    """Functions that answer all the prompts, each row to its length, by the name of who does it."""
-    words = model.config.vocab_size
-    decoder = LlamaDecoder()
-    continuous_model = copy.deepcopy(model)  # continuous batching exchanges the attention of its model
-    settings = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=config.answer, eos_token_id=NO_EOS, pad_token_id=0
-    )
+@contextmanager
+def continuous_batching(config: Config, model: torch.nn.Module) -> Iterator[ContinuousBatchingManager]:
+    """A manager of `transformers`' continuous batching, with as many slots and as much prefill at once as ours has."""
     pages = config.batch * math.ceil((config.prompt + config.answer) / PAGE)
     batching = ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=2 * pages,
-        max_batch_tokens=max(4096, config.prompt),  # as much prefill at once as ours does
+        max_batch_tokens=max(PREFILL_TOKENS, config.prompt),
         max_requests_per_batch=config.batch,
-        allow_block_sharing=False,
+        allow_block_sharing=False,  # shared blocks would outlive a change of the weights
     )
+    settings = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=config.answer, eos_token_id=NO_EOS, pad_token_id=0
+    )
+    own = copy.deepcopy(model)  # it exchanges the attention of its model
+    with own.continuous_batching_context_manager(
+        generation_config=settings, continuous_batching_config=batching
+    ) as manager:
+        yield manager
+
+
+def contenders(
+    config: Config,
+    model: torch.nn.Module,
+    manager: ContinuousBatchingManager,
+    prompts: list[list[int]],
+    lengths: list[int],
+) -> dict[str, Callable[[], None]]:
+    """Functions that answer all the prompts, each row to its length, by the name of who does it."""
+    words = model.config.vocab_size
+    decoder = LlamaDecoder()
 
     def ours() -> None:
         decoder.load(model)
@@ -101,18 +117,15 @@ def contenders(
             generate(model, prompts[part], sampling, eos_id=words, pad_id=0, seed=0)
 
     def continuous() -> None:
-        with continuous_model.continuous_batching_context_manager(
-            generation_config=settings, continuous_batching_config=batching, warmup=False
-        ) as manager:
-            for prompt, length in zip(prompts, lengths):
-                manager.add_request(prompt, max_new_tokens=length, eos_token_id=NO_EOS)
-            waiting, tokens = len(prompts), 0
-            while waiting:
-                result = manager.get_result(timeout=60)
-                if result is None:
-                    raise SystemExit("error: transformers' continuous batching gave no result for a minute")
-                if result.is_finished():
-                    waiting, tokens = waiting - 1, tokens + len(result.generated_tokens)
+        for prompt, length in zip(prompts, lengths):
+            manager.add_request(prompt, max_new_tokens=length, eos_token_id=NO_EOS)
+        waiting, tokens = len(prompts), 0
+        while waiting:
+            result = manager.get_result(timeout=PATIENCE)
+            if result is None:
+                raise SystemExit(f"error: transformers' continuous batching gave no result for {PATIENCE} seconds")
+            if result.is_finished():
+                waiting, tokens = waiting - 1, tokens + len(result.generated_tokens)
         if tokens != sum(lengths):
             raise SystemExit(f"error: transformers' continuous batching gave {tokens} tokens, not {sum(lengths)}")
 
@@ -149,13 +162,14 @@ def main(config: Config) -> None:
     rows = config.rows or config.batch * (4 if config.tail else 1)
     prompts = torch.randint(3, shape.vocab_size, (rows, config.prompt)).tolist()
     lengths = answer_lengths(config, rows)
-    everyone = contenders(config, model, prompts, lengths)
-    times: dict[str, list[float]] = {name: [] for name in everyone}
-    for repetition in range(config.repeats + 1):
-        for name, function in everyone.items():
-            seconds = timed(function)
-            if repetition:  # the first is a warm-up
-                times[name].append(seconds)
+    with continuous_batching(config, model) as manager:
+        everyone = contenders(config, model, manager, prompts, lengths)
+        times: dict[str, list[float]] = {name: [] for name in everyone}
+        for repetition in range(config.repeats + 1):
+            for name, function in everyone.items():
+                seconds = timed(function)
+                if repetition:  # the first is a warm-up
+                    times[name].append(seconds)
     least, speed = roofline(config, model, lengths)
     tokens, fastest = sum(lengths), middle(times["ours"])
     kind = "long-tailed lengths" if config.tail else "equal lengths"

@@ -4,7 +4,7 @@
     python scripts/benchmarks/logprobs.py --tokens 8192 --vocabulary 128256 --hidden 4096       # on a GPU
 
 All three take hidden states and the weight of the vocabulary projection. `log_softmax` makes the logits, turns them
-into fp32 and leaves the backward pass to autograd. Memory is what a pass takes beyond its inputs and the gradients' places.
+into fp32 and leaves the backward pass to autograd. Memory is what a pass takes beyond what is there before it.
 """
 
 import statistics
@@ -77,6 +77,10 @@ def measure(way: Callable, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]
     return measured
 
 
+def ratio(theirs: float, ours: float) -> str:
+    return f"{theirs / ours:.2f}" if ours else "-"
+
+
 def main(config: Config) -> None:
     """Measure every way at every size, print a table for each size and append them to the results."""
     device = distributed.device()
@@ -107,7 +111,7 @@ def main(config: Config) -> None:
             (name, *(median([row[column] for row in measured[name]], 0) for column in columns)) for name in contenders
         ]
         rows += [
-            (f"{name} / ours", *(f"{theirs / own:.2f}" for theirs, own in zip(medians[name], medians["ours"])))
+            (f"{name} / ours", *(ratio(*pair) for pair in zip(medians[name], medians["ours"])))
             for name in contenders
             if name != "ours"
         ]

@@ -1,0 +1,186 @@
+"""The benchmarks: each runs on a toy without peers, and its figures are those of hand-made measurements."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from utils.config import parse_config
+from utils.errors import InputError
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Load a benchmark or a module of theirs by name, as it is when it is run from its folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+TOY = {
+    "step1": "--model toy --rows 4 --batch 2 --length 64 --repeats 1 --threads 1 --contenders ours",
+    "step2": "--model toy --pairs 4 --batch 2 --length 64 --repeats 1 --threads 1 --contenders ours",
+    "step3": "--model toy --batch 2 --prompt 16 --answer 4 --iterations 1 --repeats 1 --threads 1 --contenders ours",
+    "logprobs": "--tokens 16 --vocabulary 64 --hidden 8 --repeats 1",
+    "generation": "--model toy --batch 2 --prompt 8 --answer 4 --tail --repeats 1",
+}
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_each_runs_on_a_toy_without_peers(script, tmp_path, capsys, name):
+    module, results = script(name), tmp_path / "RESULTS.md"
+    results.write_text("# Results\n\n## earlier\n", encoding="utf-8")
+    config = parse_config(module.Config, [*TOY[name].split(), "--results", str(results)])
+    module.main(config)
+    output, section = capsys.readouterr().out, results.read_text(encoding="utf-8").partition("## earlier")[2]
+    assert "ours" in output and "│" not in output
+    rows = [line for line in section.splitlines() if line.startswith("| ours |")]
+    assert len(rows) == 1 and "nan" not in rows[0]
+    assert f"torch {torch.__version__}" in section and " cores, " in section
+    if "contenders" in TOY[name]:
+        assert "TRL is left out: --trl_" in output
+        assert float(rows[0].split("|")[-2]) > 0.1  # GiB of a process that imports torch
+
+
+def test_a_peer_is_run_by_its_own_interpreter_and_compared(script, tmp_path, monkeypatch):
+    contenders = script("contenders")
+    adapter = tmp_path / "peer.py"
+    adapter.write_text(
+        "import json, os, sys\n"
+        "assert 'PYTHONPATH' not in os.environ and os.environ['OMP_NUM_THREADS'] == '3'\n"
+        "work = json.load(open(sys.argv[1]))\n"
+        "block = bytearray(work['MiB'] * 2**20)\n"
+        "json.dump({'steps': [work['batch']]}, open(sys.argv[2], 'w'))\n"
+    )
+    monkeypatch.setattr(contenders, "ADAPTERS", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    peaks = []
+    for size in (8, 800):
+        measured, peak = contenders.run_peer(sys.executable, "peer", {"batch": 5, "MiB": size}, tmp_path / "work", 3)
+        assert measured == {"steps": [5]}
+        peaks.append(peak)
+    assert peaks[1] > 800 / 1024 and (torch.cuda.is_available() or peaks[1] < 6)
+
+
+def test_a_contender_that_fails_ends_the_run_with_its_last_lines(script, tmp_path):
+    command = [sys.executable, "-c", "print('the reason'); raise SystemExit(7)"]
+    with pytest.raises(SystemExit, match="(?s)ended with code 7.*the reason"):
+        script("contenders").run_process(command, tmp_path / "log.txt", 1, {})
+
+
+def test_interpreters_that_are_not_there_are_refused(script, tmp_path):
+    contenders = script("contenders")
+    with pytest.raises(InputError, match="--trl_python .*no such file"):
+        contenders.TrlArguments(trl_python=str(tmp_path / "python")).trl()
+    with pytest.raises(InputError, match="--deepspeed_chat .*no such folder"):
+        contenders.DeepSpeedChatArguments(
+            deepspeed_chat=str(tmp_path / "chat"), deepspeed_chat_python=sys.executable
+        ).deepspeed()
+
+
+def test_repetitions_are_interleaved_and_ratios_are_of_medians(script):
+    contenders, order = script("contenders"), []
+
+    def contender(name, values):
+        values = iter(values)
+
+        def measure():
+            order.append(name)
+            return {"rate": next(values), "GiB": 2.0 if name == "ours" else 8.0}
+
+        return measure
+
+    everyone = {"ours": contender("ours", [10, 30, 20]), "peer": contender("peer", [4, 5, 100])}
+    measured = contenders.interleave(everyone, 3, [])
+    assert order == ["ours", "peer"] * 3
+    assert contenders.ratios(measured, "ours", "rate", higher_is_faster=True) == [("ours", "peer", "4.00", "0.25")]
+    assert contenders.ratios(measured, "ours", "rate", higher_is_faster=False)[0][2] == "0.25"
+    with pytest.raises(InputError, match="--contenders 'other' is not one of ours, peer"):
+        contenders.interleave(everyone, 1, ["other"])
+
+
+def test_rates_of_steps_1_and_3_by_hand(script):
+    """Two passes of two steps; two iterations, of which the first is left out."""
+    step1, step3 = script("step1"), script("step3")
+    times = [{"time": 1.0, "eval/loss": 1.0}, *({"time": time, "train/loss": 1.0} for time in (3.0, 4.0, 5.0, 8.0))]
+    assert step1.our_rate(times, tokens=400, responses=100) == {"tokens/s": 100.0, "response tokens/s": 25.0}
+    steps = [{"seconds": 9, "tokens": 1, "responses": 1}, {"seconds": 2, "tokens": 100, "responses": 40}]
+    assert step1.peer_rate({"steps": steps}) == {"tokens/s": 50.0, "response tokens/s": 20.0}
+    rows = [
+        {"time": time, "time/generation": 1.0, "time/training": 2.0, "ppo/sequences": 4, "ppo/length_mean": length}
+        for time, length in ((5.0, 1.0), (10.0, 7.5))
+    ]
+    assert step3.averages(step3.our_steps(rows)) == {
+        **{"iteration": 5.0, "generation": 1.0, "scoring": 2.0, "training": 2.0},
+        "tokens per answer": 7.5,
+    }
+
+
+def test_answers_end_at_the_mean_length_asked_for(script, tmp_path, tiny_tokenizer):
+    folder = script("workload").save_language_model(tmp_path / "model", "toy", 64, tiny_tokenizer, mean_length=8)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(torch.randint(3, 300, (16, 32))).logits
+    probability = logits.softmax(-1)[..., tiny_tokenizer.eos_token_id]
+    assert probability.mean().item() == pytest.approx(1 / 8, rel=0.1)
+    assert probability.min() > 0.05 and probability.max() < 0.3
+
+
+def test_all_ways_to_log_probabilities_compute_the_same(script):
+    outcomes = []
+    for way in script("logprobs").ways().values():
+        torch.manual_seed(0)
+        hidden, weight = (torch.randn(rows, 8).requires_grad_() for rows in (20, 50))
+        logprobs = way(hidden, weight, torch.arange(20))
+        logprobs.sum().backward()
+        outcomes.append((logprobs.detach(), hidden.grad, weight.grad))
+    assert len(outcomes) == 3
+    for other in outcomes[1:]:
+        for tensor, expected in zip(other, outcomes[0]):
+            torch.testing.assert_close(tensor, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_roofline_by_hand(script, monkeypatch):
+    """Two answers of 2 and 3 tokens to prompts of 4, together, on a machine of 1 byte and 1000 operations a second."""
+    generation = script("generation")
+    monkeypatch.setattr(generation, "bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(generation, "matmul_rate", lambda device, dtype: 1000.0)
+    shape = transformers.LlamaConfig(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(shape)
+    config = generation.Config(batch=2, prompt=4, answer=3)
+    layers = 4 * 4 + 2 * (2 * 4) + 4 * 4 + 3 * 4 * 6 + 2 * 4  # q, k and v, o, the three of the MLP, two norms
+    prefill = 2 * 2 * (4 * layers + 40) + 4 * 4 * 2 * 8  # the last: 4 x query units x rows x half of 4 squared
+    cached = (5 + 5 + 6) * 2 * 2 * 2  # tokens before and with each new one x (key + value) x units x bytes
+    reading = 2 * (layers + 40) * 2 + cached  # two steps
+    assert generation.roofline(config, model, [2, 3])[0] == pytest.approx(prefill / 1000 + reading)
+
+
+def test_memory_of_a_function_is_what_it_takes(script):
+    machine = script("machine")
+    size = machine.peak_memory(lambda: torch.ones(64 * 2**20 // 4, device=torch.get_default_device()))
+    assert torch.cuda.is_available() or math.isnan(size) or 60 < size < 80
+    assert machine.bandwidth(torch.device("cpu")) > 1e8
+
+
+def test_what_an_adapter_writes_can_be_read(script, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    monkeypatch.setattr(sys, "argv", ["adapter", "setting.json", str(tmp_path / "measured.json")])
+    steps = script("adapter").Steps()
+    monkeypatch.setattr(sys, "argv", ["main.py"])  # as DeepSpeed-Chat's own command line
+    for tokens in (3, 4):
+        steps.count("tokens", tokens)
+        steps.count("tokens", 1)
+        steps.end()
+    steps.save("torch")
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert [step["tokens"] for step in measured["steps"]] == [4, 5]
+    assert measured["versions"] == {"torch": torch.__version__}
