@@ -155,7 +155,8 @@ def main(config: Config) -> None:
     rows = [
         (
             name,
-            *(median(values[measure]) for measure in (ITERATION, *PHASES)),
+            median(values[ITERATION]),
+            *(f"{statistics.median(values[phase]):.2f}" for phase in PHASES),
             f"{statistics.median(values[LENGTH]):.1f}",
             f"{statistics.median(values[MEMORY]):.2f}",
         )
