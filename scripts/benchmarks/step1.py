@@ -33,6 +33,10 @@ from workload import SEED, WorkArguments, prepare_rows, prepare_tokenizer, save_
 from utils.config import flag, run
 
 LEARNING_RATE = 1e-5
+NOTE = (
+    "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones; TRL, as it comes, keeps fp32 weights and casts "
+    "them each time (autocast); its checkpointing of activations is off. DeepSpeed-Chat's loss is over prompts as well."
+)
 SPEED, RESPONSES = "tokens/s", "response tokens/s"
 
 
@@ -127,6 +131,7 @@ def main(config: Config) -> None:
     report.table("Step 1: supervised fine-tuning", rows, ("contender", SPEED, RESPONSES, "peak GiB"))
     if compared := ratios(measured, "ours", SPEED, higher_is_faster=True):
         report.table("Ratios of medians", compared, ("ours", "peer", "times as fast", "share of its memory"))
+        report.remark(NOTE)
     report.close(config.results)
 
 
