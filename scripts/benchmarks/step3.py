@@ -7,8 +7,9 @@
 
 Every contender is a process of its own, runs as its users run it, and is given the same prompts, as token ids. The
 first iteration is left out, the others are averaged. DeepSpeed-Chat generates greedily for LLaMA; with "sampling" in
-its name its `generate` was made to sample. With --mean_answer, the actor's weights end an answer after that many tokens
-on average (a geometric distribution), which needs sampling.
+its name its `generate` was made to sample. TRL trains fp32 weights under autocast, or bf16 weights alone. With
+--mean_answer, the actor's weights end an answer after that many tokens on average (a geometric distribution), which
+needs sampling.
 """
 
 import functools
@@ -45,8 +46,8 @@ from utils.config import flag, run
 
 LEARNING_RATE = 1e-6
 NOTE = (
-    "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones; TRL was given bf16 weights alone, which is its "
-    "fastest and smallest way. All make one pass over a rollout. DeepSpeed-Chat pads prompts to the longest allowed."
+    "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones. TRL has fp32 weights and trains under autocast, or "
+    "was given bf16 weights alone. All make one pass over a rollout. DeepSpeed-Chat pads prompts to the longest allowed."
 )
 PHASES = ("generation", "scoring", "training")
 ITERATION, LENGTH = "iteration", "tokens per answer"
@@ -134,7 +135,8 @@ def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[
         "ours, budget": functools.partial(ours, "ours-budget", max_tokens_per_batch=config.budget),
     }
     if python := config.trl("pip install trl==1.12.0"):
-        everyone["TRL"] = functools.partial(peer, "TRL", "trl_ppo", python)
+        everyone["TRL"] = functools.partial(peer, "TRL", "trl_ppo", python, weights="fp32")
+        everyone["TRL, bf16 weights"] = functools.partial(peer, "TRL", "trl_ppo", python, weights="bf16")
     if given := config.deepspeed():
         python, checkout = given
         chat = functools.partial(peer, "DeepSpeed-Chat", "deepspeed_chat", python, checkout=checkout, step=3)

@@ -1,9 +1,14 @@
 """TRL's PPOTrainer (up to 1.12.0) on prompts that are tokenised already: one epoch over each rollout, no checkpointing.
 
 The trainer has no phases of its own to read, so that calls which begin them are watched: generation is
-`batch_generation`, training runs from the first `accumulate` to the end of the iteration, the rest is scoring. The
-models are loaded in bf16 and trained so, which is faster and smaller than fp32 weights under autocast.
+`batch_generation`, training runs from the first `accumulate` to the end of the iteration, the rest is scoring.
+
+With bf16 the weights are either fp32 under autocast, as under `accelerate launch --mixed_precision bf16` (the trainer
+looks at nothing else: its own `bf16` does nothing, and generation, reference and reward model stay in fp32), or bf16
+alone, which is faster and smaller but loses small updates.
 """
+
+import os
 
 import torch
 from adapter import Steps, clock, load_tokenizer, setting
@@ -55,7 +60,9 @@ def watch(steps, stopwatch, trainer, pad_id):
 
 def main():
     work, steps = setting(), Steps()
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[work["dtype"]]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[work["weights"]]
+    if work["weights"] != work["dtype"]:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = work["dtype"]
     tokenizer = load_tokenizer(work["model"], "left")
     policy, reference = (AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype) for _ in range(2))
     value, reward = (
@@ -73,7 +80,7 @@ def main():
         stop_token="eos",
         temperature=1.0,
         learning_rate=work["learning_rate"],
-        bf16=False,  # no autocast on top: the weights are bf16 already
+        bf16=False,
         use_cpu=not torch.cuda.is_available(),
         num_sample_generations=0,
         gradient_checkpointing=False,
