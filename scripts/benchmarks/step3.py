@@ -46,8 +46,8 @@ from utils.config import flag, run
 
 LEARNING_RATE = 1e-6
 NOTE = (
-    "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones. TRL has fp32 weights and trains under autocast, or "
-    "was given bf16 weights alone. All make one pass over a rollout. DeepSpeed-Chat pads prompts to the longest allowed."
+    "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones. TRL has fp32 weights and trains under autocast, "
+    "or has bf16 weights alone. All make one pass over a rollout. DeepSpeed-Chat pads prompts to the longest allowed."
 )
 PHASES = ("generation", "scoring", "training")
 ITERATION, LENGTH = "iteration", "tokens per answer"
