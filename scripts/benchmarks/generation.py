@@ -3,6 +3,7 @@
     python scripts/benchmarks/generation.py                       # the 15 M model, answers of equal length
     python scripts/benchmarks/generation.py --tail                # long-tailed lengths
     python scripts/benchmarks/generation.py --model 60M --batch 32
+    python scripts/benchmarks/generation.py --lora 16             # LoRA merged into copies (ours), and beside
     python scripts/benchmarks/generation.py --model 1B --batch 64 --prompt 256 --answer 256   # on a GPU
 
 Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
@@ -16,6 +17,7 @@ whichever takes longer. Both are measured here. Weights that fit in a cache are 
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ from workload import Size, llama_config
 
 from utils import distributed
 from utils.config import flag, run
+from utils.models.lora import add_lora
 from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.generation import decode, generate
 from utils.rlhf.sampling import SamplingParams
@@ -55,6 +58,7 @@ class Config(ReportArguments):
     answer: int = flag(64, "tokens of an answer, at most", at_least=1)
     tail: bool = flag(False, "long-tailed answer lengths")
     dtype: Literal["bf16", "fp32"] = flag("bf16", "number format of the weights")
+    lora: int = flag(0, "rank of LoRA on all linear layers; 0 = none", at_least=0)
 
 
 def answer_lengths(config: Config, rows: int) -> list[int]:
@@ -95,10 +99,10 @@ def contenders(
 ) -> dict[str, Callable[[], None]]:
     """Functions that answer all the prompts, each row to its length, by the name of who does it."""
     words = model.config.vocab_size
-    decoder = LlamaDecoder()
+    decoder = LlamaDecoder(keep_copies=True)
 
-    def ours() -> None:
-        decoder.load(model)
+    def ours(lora: Literal["fused", "unfused"]) -> None:
+        decoder.load(model, lora=lora)
         decode(
             decoder,
             prompts,
@@ -129,7 +133,10 @@ def contenders(
         if tokens != sum(lengths):
             raise SystemExit(f"error: transformers' continuous batching gave {tokens} tokens, not {sum(lengths)}")
 
-    return {"ours": ours, "generate": one_batch_after_another, "continuous batching": continuous}
+    everyone = {"ours": functools.partial(ours, "fused"), "generate": one_batch_after_another}
+    if config.lora:  # continuous batching has the model without it
+        return everyone | {"ours, unfused": functools.partial(ours, "unfused")}
+    return everyone | {"continuous batching": continuous}
 
 
 def roofline(config: Config, model: torch.nn.Module, lengths: list[int]) -> tuple[float, str]:
@@ -162,7 +169,12 @@ def main(config: Config) -> None:
     rows = config.rows or config.batch * (4 if config.tail else 1)
     prompts = torch.randint(3, shape.vocab_size, (rows, config.prompt)).tolist()
     lengths = answer_lengths(config, rows)
+    least, speed = roofline(config, model, lengths)
     with continuous_batching(config, model) as manager:
+        if config.lora:
+            add_lora(model, config.lora)
+            for parameter in model.parameters():  # not the rotary frequencies, a buffer
+                parameter.data = parameter.data.to(DTYPES[config.dtype])
         everyone = contenders(config, model, manager, prompts, lengths)
         times: dict[str, list[float]] = {name: [] for name in everyone}
         for repetition in range(config.repeats + 1):
@@ -170,12 +182,13 @@ def main(config: Config) -> None:
                 seconds = timed(function)
                 if repetition:  # the first is a warm-up
                     times[name].append(seconds)
-    least, speed = roofline(config, model, lengths)
     tokens, fastest = sum(lengths), middle(times["ours"])
     kind = "long-tailed lengths" if config.tail else "equal lengths"
     report = Report(
         f"{config.model}, {config.dtype}, {rows} prompts of {config.prompt} tokens, {config.batch} at a time, {tokens} "
-        f"new tokens, {kind} up to {config.answer}, {torch.get_num_threads()} threads; repetitions: {config.repeats}"
+        f"new tokens, {kind} up to {config.answer}, {torch.get_num_threads()} threads"
+        + (f", LoRA of rank {config.lora}" if config.lora else "")
+        + f"; repetitions: {config.repeats}"
     )
     table = [
         (name, median(seconds, 3), f"{tokens / middle(seconds):,.0f}", f"{middle(seconds) / fastest:.2f}")
