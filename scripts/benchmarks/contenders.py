@@ -179,8 +179,10 @@ def interleave(contenders: Mapping[str, Contender], repeats: int, chosen: Sequen
     measured: dict[str, dict[str, list[float]]] = {name: {} for name in contenders if name in chosen}
     for repetition in range(repeats):
         for name, values in measured.items():
-            print(f"{repetition + 1} of {repeats}: {name}", flush=True)
-            for measure, value in contenders[name]().items():
+            print(f"{repetition + 1} of {repeats}: {name}", end="", flush=True)
+            measures = contenders[name]()
+            print(": " + ", ".join(f"{value:.4g} {measure}" for measure, value in measures.items()), flush=True)
+            for measure, value in measures.items():
                 values.setdefault(measure, []).append(value)
     return measured
 
