@@ -9,7 +9,8 @@
 Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
 drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and all stop at them: `generate` runs
 until the longest of a batch is done, the others refill slots. All run in one process, in turn; ours takes the weights
-anew each time, as in a rollout; the manager of continuous batching is started once.
+anew each time, as in a rollout; the manager of continuous batching starts before the clock does, and stops before the
+next contender's turn: its thread, even idle, slows down whatever else computes in the process.
 
 The roofline is the time that the machine needs at least: a prefill pass costs its floating-point operations at the rate
 of a large matrix product, a decode step those or the reading of weights and KV cache at the memory's bandwidth,
@@ -17,7 +18,6 @@ whichever takes longer. Both are measured here. Weights that fit in a cache are 
 """
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,8 +83,7 @@ def continuous_batching(config: Config, model: torch.nn.Module) -> Iterator[Cont
     settings = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=config.answer, eos_token_id=NO_EOS, pad_token_id=0
     )
-    own = copy.deepcopy(model)  # it exchanges the attention of its model
-    with own.continuous_batching_context_manager(
+    with model.continuous_batching_context_manager(
         generation_config=settings, continuous_batching_config=batching
     ) as manager:
         yield manager
@@ -93,13 +92,14 @@ def continuous_batching(config: Config, model: torch.nn.Module) -> Iterator[Cont
 def contenders(
     config: Config,
     model: torch.nn.Module,
-    manager: ContinuousBatchingManager,
     prompts: list[list[int]],
     lengths: list[int],
-) -> dict[str, Callable[[], None]]:
-    """Functions that answer all the prompts, each row to its length, by the name of who does it."""
+) -> dict[str, Callable[[], float]]:
+    """Functions that answer all the prompts, each row to its length, and return the seconds, by who does it."""
     words = model.config.vocab_size
     decoder = LlamaDecoder(keep_copies=True)
+    counts: list[int] = []
+    plain_model = copy.deepcopy(model)  # continuous batching exchanges the attention of its model
 
     def ours(lora: Literal["fused", "unfused"]) -> None:
         decoder.load(model, lora=lora)
@@ -120,22 +120,32 @@ def contenders(
             sampling = SamplingParams(max_new_tokens=max(lengths[part]))
             generate(model, prompts[part], sampling, eos_id=words, pad_id=0, seed=0)
 
-    def continuous() -> None:
-        for prompt, length in zip(prompts, lengths):
-            manager.add_request(prompt, max_new_tokens=length, eos_token_id=NO_EOS)
-        waiting, tokens = len(prompts), 0
-        while waiting:
+    def answered(manager: ContinuousBatchingManager, limits: list[int]) -> int:
+        """New tokens of answers of the given lengths to the first prompts."""
+        for prompt, limit in zip(prompts, limits):
+            manager.add_request(prompt, max_new_tokens=limit, eos_token_id=NO_EOS)
+        tokens = 0
+        for _ in limits:
             result = manager.get_result(timeout=PATIENCE)
             if result is None:
                 raise SystemExit(f"error: transformers' continuous batching gave no result for {PATIENCE} seconds")
-            if result.is_finished():
-                waiting, tokens = waiting - 1, tokens + len(result.generated_tokens)
-        if tokens != sum(lengths):
-            raise SystemExit(f"error: transformers' continuous batching gave {tokens} tokens, not {sum(lengths)}")
+            tokens += len(result.generated_tokens)
+        return tokens
 
-    everyone = {"ours": functools.partial(ours, "fused"), "generate": one_batch_after_another}
-    if config.lora:  # continuous batching has the model without it
-        return everyone | {"ours, unfused": functools.partial(ours, "unfused")}
+    def continuous() -> float:
+        with continuous_batching(config, plain_model) as manager:
+            answered(manager, [1])  # its cache is made for the first request
+            seconds = timed(lambda: counts.append(answered(manager, lengths)))
+        if counts[-1] != sum(lengths):
+            raise SystemExit(f"error: transformers' continuous batching gave {counts[-1]} tokens, not {sum(lengths)}")
+        return seconds
+
+    everyone = {
+        "ours": lambda: timed(lambda: ours("fused")),
+        "generate": lambda: timed(one_batch_after_another),
+    }
+    if config.lora:  # merged into copies above, beside the weights here
+        return everyone | {"ours, unfused": lambda: timed(lambda: ours("unfused"))}
     return everyone | {"continuous batching": continuous}
 
 
@@ -170,18 +180,17 @@ def main(config: Config) -> None:
     prompts = torch.randint(3, shape.vocab_size, (rows, config.prompt)).tolist()
     lengths = answer_lengths(config, rows)
     least, speed = roofline(config, model, lengths)
-    with continuous_batching(config, model) as manager:
-        if config.lora:
-            add_lora(model, config.lora)
-            for parameter in model.parameters():  # not the rotary frequencies, a buffer
-                parameter.data = parameter.data.to(DTYPES[config.dtype])
-        everyone = contenders(config, model, manager, prompts, lengths)
-        times: dict[str, list[float]] = {name: [] for name in everyone}
-        for repetition in range(config.repeats + 1):
-            for name, function in everyone.items():
-                seconds = timed(function)
-                if repetition:  # the first is a warm-up
-                    times[name].append(seconds)
+    if config.lora:
+        add_lora(model, config.lora)
+        for parameter in model.parameters():  # not the rotary frequencies, a buffer
+            parameter.data = parameter.data.to(DTYPES[config.dtype])
+    everyone = contenders(config, model, prompts, lengths)
+    times: dict[str, list[float]] = {name: [] for name in everyone}
+    for repetition in range(config.repeats + 1):
+        for name, function in everyone.items():
+            seconds = function()
+            if repetition:  # the first is a warm-up
+                times[name].append(seconds)
     tokens, fastest = sum(lengths), middle(times["ours"])
     kind = "long-tailed lengths" if config.tail else "equal lengths"
     report = Report(
