@@ -23,7 +23,8 @@ PACKED = "packed"
 # Architectures whose layers see other tokens through the attention interface alone, and their place by position ids.
 PACKABLE = ("llama", "opt", "gpt2", "gpt_neox", "phi")
 GROUP_SPREAD = 2  # sequences whose lengths differ by less than this factor are padded to each other for attention
-MATMUL_WIDTH = 256  # longest sequences for which a CPU computes attention in bf16 as plain matrix products
+MATMUL_WIDTH = 1024  # longest sequences for which a CPU computes attention in bf16 as plain matrix products
+QUERY_BLOCK = 128  # queries of one such product, which leaves out the keys behind the block
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,7 @@ def attend(
     attended = []
     for group, *parts in zip(layout.groups, *(t.split(sizes) for t in (query, key, value)), strict=True):
         rectangles = [_rectangle(part, group) for part in parts]
-        if group.width <= MATMUL_WIDTH and query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout:
-            out = _matmul_attention(*rectangles, scaling)
-        else:
-            out = F.scaled_dot_product_attention(
-                *rectangles, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped_heads
-            )
+        out = causal_attention(*rectangles, scaling=scaling, dropout=dropout)
         out = out.transpose(1, 2).flatten(0, 1)
         attended.append(out if group.places is None else _Collect.apply(out, group.places))
     return (torch.cat(attended) if len(attended) > 1 else attended[0])[None], None
@@ -143,17 +139,38 @@ def _rectangle(tokens: torch.Tensor, group: Group) -> torch.Tensor:
     return tokens.unflatten(0, (group.sequences, group.width)).transpose(1, 2)
 
 
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float | None = None, dropout: float = 0.0
+) -> torch.Tensor:
+    """Attention of (S, heads, T, D) queries to keys and values of as many or fewer heads, up to their own place."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if on_cpu and query.size(2) <= MATMUL_WIDTH and not dropout:
+        return _matmul_attention(query, key, value, scaling)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=query.size(1) != key.size(1)
+    )
+
+
 def _matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Causal attention as matrix products; the fused kernel's backward pass takes thrice as long in bf16 on a CPU."""
+    """Causal attention as matrix products; the fused kernel takes two to three times as long in bf16 on a CPU."""
     sequences, heads, width, size = query.shape
     if key.size(1) != heads:
         key, value = (t.repeat_interleave(heads // key.size(1), 1) for t in (key, value))
     query, key, value = (t.reshape(-1, width, size) for t in (query, key, value))
     future = torch.full((width, width), float("-inf"), dtype=query.dtype).triu(1)
-    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling or size**-0.5)
-    return torch.bmm(scores.softmax(-1), value).unflatten(0, (sequences, heads))
+    attended = []
+    for start in range(0, width, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, width)
+        scores = torch.baddbmm(
+            future[start:end, :end],
+            query[:, start:end],
+            key[:, :end].transpose(1, 2),
+            alpha=scaling or size**-0.5,
+        )
+        attended.append(torch.bmm(scores.softmax(-1), value[:, :end]))
+    return torch.cat(attended, 1).unflatten(0, (sequences, heads))
 
 
 def _has_flash_varlen(query: torch.Tensor, dropout: float) -> bool:

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from utils import distributed
 from utils.models.lora import ADAPTER, lora_layers
+from utils.models.packed_attention import causal_attention
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
 from utils.rlhf.memory import weight_bytes
 from utils.rlhf.packed_matrix import PackedMatrix, can_pack, linear
@@ -220,9 +221,7 @@ class LlamaDecoder:
             query, key, value = (x.view(rows, width, -1, self.head_size).transpose(1, 2) for x in (query, key, value))
             keys[index, first_slot : first_slot + rows, :, :, :width] = key.transpose(2, 3)
             values[index, first_slot : first_slot + rows, :, :width] = value
-            attended = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=self.query_heads != self.kv_heads
-            )
+            attended = causal_attention(query, key, value)
             hidden = self._finish(layer, hidden, attended.transpose(1, 2).reshape(rows * width, -1))
         last = torch.arange(rows, device=ids.device) * width + lengths - 1
         return self._logits(hidden[last])
