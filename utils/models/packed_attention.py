@@ -125,8 +125,8 @@ def attend(
     attended = []
     for group, *parts in zip(layout.groups, *(t.split(sizes) for t in (query, key, value)), strict=True):
         rectangles = [_rectangle(part, group) for part in parts]
-        if group.width <= MATMUL_WIDTH and query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout:
-            out = _matmul_attention(*rectangles, scaling)
+        if uses_matmul(group, query.dtype, query.device.type, dropout):
+            out = matmul_attention(*rectangles, scaling)
         else:
             out = F.scaled_dot_product_attention(
                 *rectangles, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped_heads
@@ -143,7 +143,12 @@ def _rectangle(tokens: torch.Tensor, group: Group) -> torch.Tensor:
     return tokens.unflatten(0, (group.sequences, group.width)).transpose(1, 2)
 
 
-def _matmul_attention(
+def uses_matmul(group: Group, dtype: torch.dtype, device_type: str, dropout: float) -> bool:
+    """Whether `attend` computes a group by `matmul_attention` rather than by a fused kernel."""
+    return group.width <= MATMUL_WIDTH and device_type == "cpu" and dtype == torch.bfloat16 and not dropout
+
+
+def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """Causal attention as matrix products; the fused kernel's backward pass takes thrice as long in bf16 on a CPU."""

@@ -1,0 +1,6 @@
+"""Preflight: memory, tokens and optimiser steps of a run, predicted from its flags before any weights are read."""
+
+from utils.preflight.dry_run import dry_run, print_report
+from utils.preflight.estimate import Estimate, Machine, Subject, estimate
+
+__all__ = ["Estimate", "Machine", "Subject", "dry_run", "estimate", "print_report"]

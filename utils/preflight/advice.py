@@ -1,0 +1,142 @@
+"""What to change when a step does not fit: flags, and the predicted peak after each change."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from utils.arguments import refuse_unavailable
+from utils.errors import InputError
+from utils.preflight.estimate import Estimate, Machine, Subject, estimate
+
+LORA_DIM = 64
+MEANINGFUL = 0.02  # a change that saves less than this share of the peak is not worth a line
+
+
+@dataclass(frozen=True)
+class Change:
+    """Flags to give, as on a command line, the values they set, and what they cost."""
+
+    flags: str
+    values: dict[str, Any]
+    price: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change, and the estimate with it."""
+
+    flags: str
+    price: str
+    after: Estimate
+
+
+def advise(config: Any, subject: Subject, machine: Machine, now: Estimate) -> list[Advice]:
+    """Changes that lower the peak, each by itself, then all of them together if none is enough.
+
+    The ones together are taken in order, from those that change speed only to those that change what is learnt, until
+    the peak fits.
+    """
+    assert machine.memory is not None
+    helpful = []
+    for change in candidates(config, machine):
+        after = _estimate(config, change, subject, machine)
+        if after is not None and after.peak < (1 - MEANINGFUL) * now.peak:
+            helpful.append(Advice(change.flags, change.price, after))
+    if any(advice.after.peak <= machine.memory for advice in helpful):
+        return helpful
+    together = _together(config, subject, machine, now)
+    return [*helpful, together] if together else helpful
+
+
+def _together(config: Any, subject: Subject, machine: Machine, now: Estimate) -> Advice | None:
+    taken: list[Change] = []
+    peak, after = now.peak, now
+    while peak > machine.memory:
+        given = {name for change in taken for name in change.values}
+        for change in candidates(config, machine):
+            if given & set(change.values):
+                continue
+            tried = _estimate(config, change, subject, machine)
+            if tried is not None and tried.peak < (1 - MEANINGFUL) * peak:
+                config, peak, after = dataclasses.replace(config, **change.values), tried.peak, tried
+                taken.append(change)
+                break
+        else:
+            break
+    if len(taken) < 2:
+        return None
+    return Advice(" ".join(change.flags for change in taken), "all of it", after)
+
+
+def _estimate(config: Any, change: Change, subject: Subject, machine: Machine) -> Estimate | None:
+    """The estimate after `change`, or None where the flags refuse it."""
+    try:
+        changed = dataclasses.replace(config, **change.values)
+        refuse_unavailable(changed)
+        return estimate(changed, subject, machine)
+    except InputError:
+        return None
+
+
+def candidates(config: Any, machine: Machine) -> Iterator[Change]:
+    """Changes that might help, the cheapest first."""
+    rlhf = hasattr(config, "actor_model_name_or_path")
+    roles = ("actor_", "critic_") if rlhf else ("",)
+    if rlhf and not config.release_inference_cache and config.enable_hybrid_engine:
+        yield _set("allocates the cache anew for each rollout", release_inference_cache=True)
+    yield from _smaller_batches(config, rlhf)
+    unchecked = [f"{role}gradient_checkpointing" for role in roles if not getattr(config, f"{role}gradient_checkpointing")]
+    if unchecked:
+        yield _set("about a third more time for training", **dict.fromkeys(unchecked, True))
+    if machine.world_size > 1:
+        for stage in (1, 2, 3):
+            lower = [f"{role}zero_stage" for role in roles if getattr(config, f"{role}zero_stage") < stage]
+            if lower:
+                price = "more communication" if stage == 3 else "nearly nothing"
+                yield _set(price, **dict.fromkeys(lower, stage))
+    if machine.on_gpu:
+        if rlhf:
+            for name in ("offload_reference_model", "offload_reward_model"):
+                if not getattr(config, name):
+                    yield _set("slower scoring", **{name: True})
+        if not config.offload:
+            yield _set("slower optimiser steps, and host memory", offload=True)
+    if config.dtype == "fp32" and machine.on_gpu:
+        yield _set("16-bit activations", dtype="bf16")
+    without = [f"{role}lora_dim" for role in roles if not getattr(config, f"{role}lora_dim")]
+    if without or not config.only_optimize_lora:
+        yield _set(
+            "trains adapters only; wants a higher learning rate",
+            only_optimize_lora=True,
+            **dict.fromkeys(without, LORA_DIM),
+        )
+    if rlhf and config.per_device_generation_batch_size > 1 and config.per_device_generation_batch_size % 2 == 0:
+        yield _set(
+            "slower generation",
+            per_device_generation_batch_size=config.per_device_generation_batch_size // 2,
+            generation_batches=config.generation_batches * 2,
+        )
+
+
+def _smaller_batches(config: Any, rlhf: bool) -> Iterator[Change]:
+    """The same rows per optimiser step in more micro-batches, which changes neither the data order nor the result."""
+    name = "per_device_training_batch_size" if rlhf else "per_device_train_batch_size"
+    size, steps = getattr(config, name), config.gradient_accumulation_steps
+    length = config.max_prompt_seq_len + config.max_answer_seq_len if rlhf else config.max_seq_len
+    row = length * (2 if hasattr(config, "reward_loss") else 1)
+    for divisor in (2, 4, 8):
+        if size % divisor == 0:
+            yield _set(
+                "smaller matrix products",
+                **{name: size // divisor, "gradient_accumulation_steps": steps * divisor},
+            )
+    if not config.max_tokens_per_batch or config.max_tokens_per_batch > row:
+        yield _set("smaller matrix products; the result stays the same", max_tokens_per_batch=row)
+    if not rlhf and config.per_device_eval_batch_size > 1:
+        yield _set("slower evaluation", per_device_eval_batch_size=1)
+
+
+def _set(price: str, **values: Any) -> Change:
+    flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
+    return Change(flags, values, price)
