@@ -45,8 +45,8 @@ from utils.models.checkpoint import save_if_best, save_model
 from utils.models.loading import check_length, check_model, load_causal_lm, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.models.training_engine import build_engine
-from utils.rlhf.evaluation import greedy_answers
 from utils.preflight import dry_run
+from utils.rlhf.evaluation import greedy_answers
 from utils.session import check_run, open_metrics, save_summary, start_run
 from utils.zero import accumulation_groups, optimizer_step
 

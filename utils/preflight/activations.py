@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from utils.models.packed_attention import Group, Layout, matmul_attention, uses_matmul
+from utils.models.packed_attention import Group, matmul_attention, uses_matmul
 from utils.preflight.blocks import Blocks, blocks_of
 from utils.preflight.model_shape import ModelFlags, build_on_meta
 
@@ -47,8 +47,7 @@ def count_activations(
         device_type: "cpu" or "cuda": they compute attention in different ways.
     """
     one, two = (
-        _saved_by(build_on_meta(config, flags, layers=layers), sequences, width, device_type)
-        for layers in (1, 2)
+        _saved_by(build_on_meta(config, flags, layers=layers), sequences, width, device_type) for layers in (1, 2)
     )
     layer = two - one
     return Activations(outside=one - layer, layer=layer, layers=config.num_hidden_layers)
@@ -67,9 +66,11 @@ def _saved_by(wrapped, sequences: int, width: int, device_type: str) -> Blocks:
         positions = torch.zeros(1, count, dtype=torch.long)
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         saved = saved_storages(
-            lambda: model(
-                ids, attention_mask=no_mask, position_ids=positions, use_cache=False, layout=layout
-            ).last_hidden_state
+            lambda: (
+                model(
+                    ids, attention_mask=no_mask, position_ids=positions, use_cache=False, layout=layout
+                ).last_hidden_state
+            )
         )
     return blocks_of(size for storage, size in saved.items() if storage not in owned)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from utils.arguments import refuse_unavailable
 from utils.errors import InputError
-from utils.preflight.estimate import Estimate, Machine, Subject, estimate
+from utils.preflight.estimate import estimate
+from utils.preflight.phases import Estimate, Machine
+from utils.preflight.roles import Subject
 
 LORA_DIM = 64
 MEANINGFUL = 0.02  # a change that saves less than this share of the peak is not worth a line
@@ -15,8 +17,12 @@ MEANINGFUL = 0.02  # a change that saves less than this share of the peak is not
 
 @dataclass(frozen=True)
 class Change:
-    """Flags to give, as on a command line, the values they set, and what they cost."""
+    """Flags to give, as on a command line, the values they set, and what they cost.
 
+    Of several changes on one `topic` only one is taken.
+    """
+
+    topic: str
     flags: str
     values: dict[str, Any]
     price: str
@@ -53,9 +59,9 @@ def _together(config: Any, subject: Subject, machine: Machine, now: Estimate) ->
     taken: list[Change] = []
     peak, after = now.peak, now
     while peak > machine.memory:
-        given = {name for change in taken for name in change.values}
+        topics = {change.topic for change in taken}
         for change in candidates(config, machine):
-            if given & set(change.values):
+            if change.topic in topics:
                 continue
             tried = _estimate(config, change, subject, machine)
             if tried is not None and tried.peak < (1 - MEANINGFUL) * peak:
@@ -84,35 +90,39 @@ def candidates(config: Any, machine: Machine) -> Iterator[Change]:
     rlhf = hasattr(config, "actor_model_name_or_path")
     roles = ("actor_", "critic_") if rlhf else ("",)
     if rlhf and not config.release_inference_cache and config.enable_hybrid_engine:
-        yield _set("allocates the cache anew for each rollout", release_inference_cache=True)
+        yield _set("cache", "allocates the cache anew for each rollout", release_inference_cache=True)
     yield from _smaller_batches(config, rlhf)
-    unchecked = [f"{role}gradient_checkpointing" for role in roles if not getattr(config, f"{role}gradient_checkpointing")]
+    unchecked = [
+        f"{role}gradient_checkpointing" for role in roles if not getattr(config, f"{role}gradient_checkpointing")
+    ]
     if unchecked:
-        yield _set("about a third more time for training", **dict.fromkeys(unchecked, True))
+        yield _set("checkpointing", "about a third more time for training", **dict.fromkeys(unchecked, True))
     if machine.world_size > 1:
         for stage in (1, 2, 3):
             lower = [f"{role}zero_stage" for role in roles if getattr(config, f"{role}zero_stage") < stage]
             if lower:
                 price = "more communication" if stage == 3 else "nearly nothing"
-                yield _set(price, **dict.fromkeys(lower, stage))
+                yield _set("stage", price, **dict.fromkeys(lower, stage))
     if machine.on_gpu:
         if rlhf:
             for name in ("offload_reference_model", "offload_reward_model"):
                 if not getattr(config, name):
-                    yield _set("slower scoring", **{name: True})
+                    yield _set(name, "slower scoring", **{name: True})
         if not config.offload:
-            yield _set("slower optimiser steps, and host memory", offload=True)
+            yield _set("offload", "slower optimiser steps, and host memory", offload=True)
     if config.dtype == "fp32" and machine.on_gpu:
-        yield _set("16-bit activations", dtype="bf16")
+        yield _set("dtype", "16-bit activations", dtype="bf16")
     without = [f"{role}lora_dim" for role in roles if not getattr(config, f"{role}lora_dim")]
     if without or not config.only_optimize_lora:
         yield _set(
+            "lora",
             "trains adapters only; wants a higher learning rate",
             only_optimize_lora=True,
             **dict.fromkeys(without, LORA_DIM),
         )
     if rlhf and config.per_device_generation_batch_size > 1 and config.per_device_generation_batch_size % 2 == 0:
         yield _set(
+            "generation",
             "slower generation",
             per_device_generation_batch_size=config.per_device_generation_batch_size // 2,
             generation_batches=config.generation_batches * 2,
@@ -125,18 +135,16 @@ def _smaller_batches(config: Any, rlhf: bool) -> Iterator[Change]:
     size, steps = getattr(config, name), config.gradient_accumulation_steps
     length = config.max_prompt_seq_len + config.max_answer_seq_len if rlhf else config.max_seq_len
     row = length * (2 if hasattr(config, "reward_loss") else 1)
-    for divisor in (2, 4, 8):
-        if size % divisor == 0:
-            yield _set(
-                "smaller matrix products",
-                **{name: size // divisor, "gradient_accumulation_steps": steps * divisor},
-            )
+    divisors = [divisor for divisor in (2, 4, 8, 16) if size % divisor == 0]
+    for divisor in divisors:
+        values = {name: size // divisor, "gradient_accumulation_steps": steps * divisor}
+        yield _set("micro-batch", "smaller matrix products", **values)
     if not config.max_tokens_per_batch or config.max_tokens_per_batch > row:
-        yield _set("smaller matrix products; the result stays the same", max_tokens_per_batch=row)
+        yield _set("micro-batch", "smaller matrix products", max_tokens_per_batch=row)
     if not rlhf and config.per_device_eval_batch_size > 1:
-        yield _set("slower evaluation", per_device_eval_batch_size=1)
+        yield _set("evaluation", "slower evaluation", per_device_eval_batch_size=1)
 
 
-def _set(price: str, **values: Any) -> Change:
+def _set(topic: str, price: str, **values: Any) -> Change:
     flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
-    return Change(flags, values, price)
+    return Change(topic, flags, values, price)

@@ -8,9 +8,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from utils import distributed
 from utils.errors import DoesNotFit
 from utils.preflight.advice import advise
-from utils.preflight.estimate import Machine, Subject, estimate
+from utils.preflight.estimate import estimate
 from utils.preflight.machine import this_machine
+from utils.preflight.phases import Machine
 from utils.preflight.report import advice_table, fits, gib, memory_table, verdict
+from utils.preflight.roles import Subject
 from utils.preflight.workload import measure_rows
 
 

@@ -5,10 +5,10 @@ import os
 import torch
 
 from utils import distributed
-from utils.preflight.estimate import Machine
+from utils.preflight.phases import Machine
 
 MIB = 2**20
-LATER_LIBRARIES = 30 * MIB  # measured on a CPU: what torch, DeepSpeed and transformers load when training starts
+LATER_LIBRARIES = 45 * MIB  # measured on a CPU: what torch, DeepSpeed and transformers load when training starts
 DATA_LIBRARIES = 52 * MIB  # measured: what reading the data adds, for an estimate that does not read them
 GPU_CONTEXT = 600 * MIB  # assumed, not measured: CUDA context, cuBLAS workspaces
 GPU_COMMUNICATION = 500 * MIB  # assumed, not measured: NCCL's channels, with more than one process
@@ -18,7 +18,9 @@ def this_machine() -> Machine:
     """The machine that this process runs on, as one of the processes that share it."""
     world_size = distributed.world_size()
     if torch.accelerator.is_available():
-        memory = torch.cuda.get_device_properties(distributed.device()).total_memory if torch.cuda.is_available() else None
+        memory = (
+            torch.cuda.get_device_properties(distributed.device()).total_memory if torch.cuda.is_available() else None
+        )
         return gpu_machine(world_size, memory)
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     return cpu_machine(world_size, available_memory() / local + resident_memory())
@@ -52,9 +54,10 @@ def available_memory() -> float:
         with open("/proc/meminfo", encoding="ascii") as stream:
             fields = dict(line.split(":", 1) for line in stream)
         available = float(fields["MemAvailable"].split()[0]) * 1024
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open(
-            "/sys/fs/cgroup/memory.current", encoding="ascii"
-        ) as used:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
             available = min(available, float(limit.read().replace("max", "inf")) - float(used.read()))
     except OSError:
         return available

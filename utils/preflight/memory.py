@@ -5,13 +5,14 @@
 Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, and utils/zero.py, which configures them:
 
     stage            0 (fp32 only)     1                      2                      3
-    parameters       b n               b n, trained ones flat, in one block          b n / W, and b for those below 10,000
+    parameters       b n               b n, trained ones flat, in one block          b n / W, whole below 10,000 numbers
     master weights   -                 4 t / W
     Adam             8 t               8 t / W
     gradients        4 t               b t, then              -                      -
                                        4 t (16-bit dtypes)
-    kept gradients   -                 4 t / W in 16-bit dtypes                      4 t / W
-    reduction        4 t, flat         a bucket of t numbers at most REDUCE_BUCKET, allocated whole on a GPU
+    kept gradients   -                 4 t / W (16-bit)       4 t / W, till the step 4 t / W
+    reduction        4 t, flat         a bucket of t numbers, REDUCE_BUCKET at most and allocated as many on a GPU;
+                                       at stage 3 and at stage 2 in 16 bits as much again for the reduced numbers
     at the step      -                 4 t / W in fp32, as a flat copy               4 t / W
 """
 
@@ -71,7 +72,7 @@ class Engine:
                 items["optimiser states"] = block(self.part) * 2 * stays
             else:
                 items["optimiser states"] = self.of_parameters(4, trained_only=True) * 2
-            if self.real_stage == 3 or (self.real_stage and self.dtype != "fp32"):
+            if self.real_stage == 3 or (self.real_stage == 1 and self.dtype != "fp32"):
                 items["gradients"] = block(self.part) * stays
         return items
 
@@ -107,14 +108,20 @@ class Engine:
         """The weights that generation gathers at stage 3."""
         return self.of_parameters(self.item_size) if self.real_stage == 3 else Blocks()
 
-    def bucket(self, numbers: float | None = None) -> Blocks:
+    def bucket(self) -> Blocks:
         """DeepSpeed's reduction buckets, which a CPU process touches only as far as they are filled."""
         if not self.real_stage:
             return Blocks()
         size = 4 if self.real_stage == 1 else self.item_size
         if self.on_gpu:
             return block(REDUCE_BUCKET * size) * (2 if self.real_stage == 2 else 1)
-        return block(min(self.shape.trainable if numbers is None else numbers, REDUCE_BUCKET) * size)
+        return block(min(self.shape.trainable, REDUCE_BUCKET) * size)
+
+    def reduction_copy(self) -> Blocks:
+        """What a bucket's reduction makes beside it."""
+        if self.real_stage == 3 or (self.real_stage == 2 and self.dtype != "fp32"):
+            return block(min(self.shape.trainable, REDUCE_BUCKET) * self.item_size)
+        return Blocks()
 
     def accumulated(self) -> Blocks:
         """Gradients of earlier micro-batches of the same step, where they are not in `persistent`."""
@@ -123,10 +130,10 @@ class Engine:
         return self.of_parameters(4, trained_only=True)
 
     def reduced(self) -> Blocks:
-        """This process's part of the gradients at stages 1 and 2 in fp32, which has no buffer for them."""
+        """This process's part of the reduced gradients, where it is made anew for each step."""
         if self.real_stage in (1, 2) and self.dtype == "fp32":
             return self.of_parameters(4 / self.world_size, trained_only=True)
-        return Blocks()
+        return block(self.part) if self.real_stage == 2 else Blocks()
 
     def backward_moments(self, activations: Blocks, work: Blocks, head: dict[str, Blocks], steps: int) -> list[dict]:
         """Items beside `persistent` at the start of the backward pass, at its end, and in the optimiser step.
@@ -144,7 +151,11 @@ class Engine:
         size = 4 if stage == 1 or not stage else self.item_size
         gradients = self.of_parameters(size, trained_only=True) if stage < 2 else self.reduced()
         flat = self.bucket() if stage else block(4 * min(self.shape.trainable, REDUCE_BUCKET))
-        end = {"activations": work, "gradients": gradients, "gather buffers": flat + self.gathered()}
+        end = {
+            "activations": work,
+            "gradients": gradients,
+            "gather buffers": flat + self.reduction_copy() + self.gathered(),
+        }
         if stage == 0:
             return [start, end]
         copy = block(self.part) if self.dtype == "fp32" or stage == 3 else Blocks()

@@ -1,4 +1,4 @@
-"""What a model of given flags holds, from its config.json alone: built on the meta device, where tensors have no data."""
+"""What a model of given flags holds, from its config.json alone: built on the meta device, without any data."""
 
 import copy
 import math
@@ -13,6 +13,7 @@ from utils.models.causal_lm import CausalLM
 from utils.models.loading import set_dropout
 from utils.models.lora import add_lora, lora_layers
 from utils.models.scalar_head import ScalarHeadModel
+from utils.rlhf.decoder import supports
 from utils.zero import TORCH_DTYPES
 
 Kind = Literal["causal_lm", "scalar"]
@@ -50,8 +51,9 @@ class ModelShape:
     vocabulary: int  # 0 where the model has no vocabulary head
     head_trains: bool
     adapted: int  # in the matrices that have LoRA factors
-    joined: int  # in the matrices that the decode engine joins into copies on a CPU; 0 where it does not know the model
+    joined: int  # in the matrices that the decode engine joins into copies on a CPU
     cache_per_token: int  # numbers of keys and values of one token, all layers
+    decodes: bool  # whether the decode engine knows the architecture
 
     @property
     def total(self) -> int:
@@ -125,6 +127,7 @@ def model_shape(config: PreTrainedConfig, flags: ModelFlags, *, tokens: int = 0)
         adapted=adapted,
         joined=_joined(model),
         cache_per_token=2 * config.num_hidden_layers * kv_heads * head_size,
+        decodes=supports(model),
     )
 
 

@@ -1,7 +1,7 @@
 """The preflight's answer in words: a table of memory, counts, and what to change."""
 
 from utils.preflight.advice import Advice
-from utils.preflight.estimate import KEPT_HEAP, Estimate, Machine
+from utils.preflight.phases import KEPT_HEAP, Estimate, Machine
 from utils.tables import format_table
 
 GIB = 2**30
@@ -43,8 +43,5 @@ def verdict(estimate: Estimate, machine: Machine) -> str:
 
 def advice_table(advice: list[Advice], machine: Machine) -> str:
     """What to change, the predicted peak after each change, and what it costs."""
-    rows = [
-        (a.flags, gib(a.after.peak), "yes" if fits(a.after, machine) else "no", a.price)
-        for a in advice
-    ]
+    rows = [(a.flags, gib(a.after.peak), "yes" if fits(a.after, machine) else "no", a.price) for a in advice]
     return format_table("what to change", rows, ["flags", "peak after it, GiB", "fits", "price"])

@@ -74,7 +74,7 @@ def _row_size(row: dict[str, Any], step: int, answer: int) -> RowSize:
 
 
 def longest_row(step: int, length: int, answer: int = 0) -> RowSize:
-    """The heaviest row that the flags allow: `length` tokens to a sequence, in step 3 with `answer` of them answered."""
+    """The heaviest row that the flags allow: `length` tokens to a sequence, in step 3 `answer` of them an answer's."""
     if step == 1:
         return RowSize(length, length, length)
     if step == 2:

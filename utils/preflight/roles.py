@@ -1,0 +1,110 @@
+"""The models of a step in their engines, as its flags ask for them, and the items of their passes."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from utils.preflight.activations import Activations, count_activations
+from utils.preflight.blocks import Blocks, block
+from utils.preflight.memory import Engine, backward_work, saved_activations, vocabulary_head
+from utils.preflight.model_shape import Kind, ModelFlags, model_shape
+from utils.preflight.phases import Items, Machine
+from utils.preflight.workload import MicroBatch, Rows
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is estimated: a step, its models' configs by role, tokens of the tokenizer, and the data."""
+
+    step: int
+    configs: dict[str, PreTrainedConfig]  # steps 1 and 2: "model"; step 3: "actor" and "critic"
+    tokens: int
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model in its engine, and what it computes for a micro-batch."""
+
+    engine: Engine
+    flags: ModelFlags
+    activations: Activations
+
+    def saved(self, batch: MicroBatch) -> Blocks:
+        """What the forward pass keeps for the backward pass."""
+        layer_input = batch.tokens * self.engine.shape.hidden * self.engine.item_size
+        return saved_activations(
+            self.activations, checkpointing=self.flags.gradient_checkpointing, layer_input=layer_input
+        )
+
+    def scaled(self, factor: float) -> "Role":
+        """For a micro-batch of `factor` times as many tokens."""
+        counted = self.activations
+        return replace(self, activations=Activations(counted.outside * factor, counted.layer * factor, counted.layers))
+
+    def forward(self, targets: int) -> Items:
+        """Items of a pass without gradients."""
+        head = vocabulary_head(self.engine, targets, with_grad=False)
+        return {"activations": self.activations.layer, "gather buffers": self.engine.gathered()} | head
+
+    def training(self, batch: MicroBatch) -> list[Items]:
+        """Items of the moments of an optimiser step, beside those that stand."""
+        head = vocabulary_head(self.engine, batch.targets, with_grad=True)
+        work = backward_work(self.activations)
+        return self.engine.backward_moments(self.saved(batch), work, head, batch.per_step)
+
+
+def trained_role(config: Any, subject: Subject, machine: Machine, batch: MicroBatch, *, role: str, kind: Kind) -> Role:
+    """A model that trains on micro-batches like `batch`.
+
+    Args:
+        role: "model" in steps 1 and 2, else "actor" or "critic", whose flags carry the role's name in front.
+    """
+    prefix = "" if role == "model" else f"{role}_"
+    rlhf = bool(prefix)
+    flags = ModelFlags(
+        kind=kind,
+        dtype=config.dtype,
+        lora_dim=getattr(config, f"{prefix}lora_dim"),
+        lora_module_name=getattr(config, f"{prefix}lora_module_name"),
+        only_lora=config.only_optimize_lora,
+        dropout=0.0 if rlhf else config.dropout,
+        lora_dropout=0.0 if rlhf else config.lora_dropout,
+        gradient_checkpointing=getattr(config, f"{prefix}gradient_checkpointing"),
+    )
+    model_config = subject.configs[role]
+    engine = Engine(
+        shape=model_shape(model_config, flags, tokens=subject.tokens),
+        dtype=config.dtype,
+        stage=getattr(config, f"{prefix}zero_stage"),
+        world_size=machine.world_size,
+        offload=config.offload and machine.on_gpu,
+        on_gpu=machine.on_gpu,
+    )
+    counted = count_activations(
+        model_config, flags, sequences=batch.sequences, width=batch.width, device_type=machine.device_type
+    )
+    scaled = Activations(counted.outside * batch.fill, counted.layer * batch.fill, counted.layers)
+    if kind == "scalar" and config.dtype != "fp32":  # the head computes in fp32
+        scaled = Activations(
+            scaled.outside + block(4 * batch.tokens * engine.shape.hidden), scaled.layer, scaled.layers
+        )
+    return Role(engine, flags, scaled)
+
+
+def frozen_twin(
+    role: Role, config: Any, model_config: PreTrainedConfig, subject: Subject, *, stage: int, offload: bool
+) -> Role:
+    """The frozen twin of a model that trains, without its LoRA: the reference or the reward model."""
+    flags = ModelFlags(kind=role.flags.kind, dtype=config.dtype, dropout=0.0)
+    engine = Engine(
+        shape=model_shape(model_config, flags, tokens=subject.tokens),
+        dtype=config.dtype,
+        stage=3 if offload else stage,
+        world_size=role.engine.world_size,
+        trains=False,
+        offload=offload,
+        on_gpu=role.engine.on_gpu,
+    )
+    return Role(engine, flags, role.activations)
