@@ -27,6 +27,10 @@ class Activations:
     layer: Blocks
     layers: int
 
+    def scaled(self, factor: float) -> "Activations":
+        """Of `factor` times as many tokens."""
+        return Activations(self.outside * factor, self.layer * factor, self.layers)
+
 
 class _FusedAttention(torch.autograd.Function):
     """Saves what the fused kernels save: their inputs, the output, and a number per query."""

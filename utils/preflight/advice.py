@@ -38,10 +38,9 @@ class Advice:
 
 
 def advise(config: Any, subject: Subject, machine: Machine, now: Estimate) -> list[Advice]:
-    """Changes that lower the peak, each by itself, then all of them together if none is enough.
+    """Changes that lower the peak, each by itself, and then several together if none is enough.
 
-    The ones together are taken in order, from those that change speed only to those that change what is learnt, until
-    the peak fits.
+    Those are taken in the order of `candidates`, from what changes speed only to what changes what is learnt.
     """
     assert machine.memory is not None
     helpful = []
@@ -56,19 +55,18 @@ def advise(config: Any, subject: Subject, machine: Machine, now: Estimate) -> li
 
 
 def _together(config: Any, subject: Subject, machine: Machine, now: Estimate) -> Advice | None:
+    """The best change on each topic, one topic after the other, until the peak fits; None where that is a single one."""
     taken: list[Change] = []
-    peak, after = now.peak, now
-    while peak > machine.memory:
-        topics = {change.topic for change in taken}
-        for change in candidates(config, machine):
-            if change.topic in topics:
-                continue
-            tried = _estimate(config, change, subject, machine)
-            if tried is not None and tried.peak < (1 - MEANINGFUL) * peak:
-                config, peak, after = dataclasses.replace(config, **change.values), tried.peak, tried
-                taken.append(change)
-                break
-        else:
+    after = now
+    for topic in dict.fromkeys(change.topic for change in candidates(config, machine)):
+        changes = [change for change in candidates(config, machine) if change.topic == topic]
+        tried = [(change, _estimate(config, change, subject, machine)) for change in changes]
+        tried = [(change, result) for change, result in tried if result is not None]
+        best, result = min(tried, key=lambda pair: pair[1].peak, default=(None, after))
+        if best is not None and result.peak < (1 - MEANINGFUL) * after.peak:
+            config, after = dataclasses.replace(config, **best.values), result
+            taken.append(best)
+        if after.peak <= machine.memory:
             break
     if len(taken) < 2:
         return None

@@ -73,17 +73,16 @@ def _estimate_rlhf(config: Any, subject: Subject, machine: Machine) -> Estimate:
     batch = training_batch(config, 3, subject.rows, max_tokens=config.max_tokens_per_batch)
     actor = trained_role(config, subject, machine, batch, role="actor", kind="causal_lm")
     critic = trained_role(config, subject, machine, batch, role="critic", kind="scalar")
-    frozen = {
-        "reward model": frozen_twin(
-            critic, config, subject.configs["critic"], subject,
-            stage=config.critic_zero_stage, offload=config.offload_reward_model and machine.on_gpu,
-        )
-    }  # fmt: skip
+    on_gpu = machine.on_gpu
+    reward = frozen_twin(
+        critic, subject, role="critic", stage=config.critic_zero_stage, offload=config.offload_reward_model and on_gpu
+    )
+    frozen = {"reward model": reward}
     if not (config.actor_lora_dim and config.only_optimize_lora):
+        offload = config.offload_reference_model and on_gpu
         frozen["reference model"] = frozen_twin(
-            actor, config, subject.configs["actor"], subject,
-            stage=config.actor_zero_stage, offload=config.offload_reference_model and machine.on_gpu,
-        )  # fmt: skip
+            actor, subject, role="actor", stage=config.actor_zero_stage, offload=offload
+        )
     standing: Items = {"critic": total_of(critic.engine.persistent())}
     standing |= {name: role.engine.parameters() for name, role in frozen.items()}
     if config.enable_ema:

@@ -1,6 +1,6 @@
 """The models of a step in their engines, as its flags ask for them, and the items of their passes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -8,19 +8,39 @@ from transformers import PreTrainedConfig
 from utils.preflight.activations import Activations, count_activations
 from utils.preflight.blocks import Blocks, block
 from utils.preflight.memory import Engine, backward_work, saved_activations, vocabulary_head
-from utils.preflight.model_shape import Kind, ModelFlags, model_shape
+from utils.preflight.model_shape import Kind, ModelFlags, ModelShape, model_shape
 from utils.preflight.phases import Items, Machine
 from utils.preflight.workload import MicroBatch, Rows
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is estimated: a step, its models' configs by role, tokens of the tokenizer, and the data."""
+    """What is estimated: a step, its models' configs by role, tokens of the tokenizer, and the data.
+
+    It remembers what it has counted: advice estimates many flags that leave the models as they are.
+    """
 
     step: int
     configs: dict[str, PreTrainedConfig]  # steps 1 and 2: "model"; step 3: "actor" and "critic"
     tokens: int
     rows: Rows
+    counted: dict[tuple, ModelShape | Activations] = field(default_factory=dict, compare=False, repr=False)
+
+    def shape(self, role: str, flags: ModelFlags) -> ModelShape:
+        """`model_shape` of the role's model."""
+        key = (role, replace(flags, gradient_checkpointing=False))
+        if key not in self.counted:
+            self.counted[key] = model_shape(self.configs[role], flags, tokens=self.tokens)
+        return self.counted[key]
+
+    def activations(self, role: str, flags: ModelFlags, batch: MicroBatch, device_type: str) -> Activations:
+        """`count_activations` of the role's model for as many tokens as `batch` has."""
+        key = (role, replace(flags, gradient_checkpointing=False), batch.sequences, batch.width, device_type)
+        if key not in self.counted:
+            self.counted[key] = count_activations(
+                self.configs[role], flags, sequences=batch.sequences, width=batch.width, device_type=device_type
+            )
+        return self.counted[key].scaled(batch.fill)
 
 
 @dataclass(frozen=True)
@@ -40,8 +60,7 @@ class Role:
 
     def scaled(self, factor: float) -> "Role":
         """For a micro-batch of `factor` times as many tokens."""
-        counted = self.activations
-        return replace(self, activations=Activations(counted.outside * factor, counted.layer * factor, counted.layers))
+        return replace(self, activations=self.activations.scaled(factor))
 
     def forward(self, targets: int) -> Items:
         """Items of a pass without gradients."""
@@ -73,38 +92,29 @@ def trained_role(config: Any, subject: Subject, machine: Machine, batch: MicroBa
         lora_dropout=0.0 if rlhf else config.lora_dropout,
         gradient_checkpointing=getattr(config, f"{prefix}gradient_checkpointing"),
     )
-    model_config = subject.configs[role]
     engine = Engine(
-        shape=model_shape(model_config, flags, tokens=subject.tokens),
+        shape=subject.shape(role, flags),
         dtype=config.dtype,
         stage=getattr(config, f"{prefix}zero_stage"),
         world_size=machine.world_size,
         offload=config.offload and machine.on_gpu,
         on_gpu=machine.on_gpu,
     )
-    counted = count_activations(
-        model_config, flags, sequences=batch.sequences, width=batch.width, device_type=machine.device_type
-    )
-    scaled = Activations(counted.outside * batch.fill, counted.layer * batch.fill, counted.layers)
+    counted = subject.activations(role, flags, batch, machine.device_type)
     if kind == "scalar" and config.dtype != "fp32":  # the head computes in fp32
-        scaled = Activations(
-            scaled.outside + block(4 * batch.tokens * engine.shape.hidden), scaled.layer, scaled.layers
-        )
-    return Role(engine, flags, scaled)
+        widened = counted.outside + block(4 * batch.tokens * engine.shape.hidden)
+        counted = replace(counted, outside=widened)
+    return Role(engine, flags, counted)
 
 
-def frozen_twin(
-    role: Role, config: Any, model_config: PreTrainedConfig, subject: Subject, *, stage: int, offload: bool
-) -> Role:
+def frozen_twin(trained: Role, subject: Subject, *, role: str, stage: int, offload: bool) -> Role:
     """The frozen twin of a model that trains, without its LoRA: the reference or the reward model."""
-    flags = ModelFlags(kind=role.flags.kind, dtype=config.dtype, dropout=0.0)
-    engine = Engine(
-        shape=model_shape(model_config, flags, tokens=subject.tokens),
-        dtype=config.dtype,
-        stage=3 if offload else stage,
-        world_size=role.engine.world_size,
+    flags = ModelFlags(kind=trained.flags.kind, dtype=trained.flags.dtype, dropout=0.0)
+    engine = replace(
+        trained.engine,
+        shape=subject.shape(role, flags),
+        stage=3 if offload else stage,  # parameters can only be offloaded at stage 3
         trains=False,
         offload=offload,
-        on_gpu=role.engine.on_gpu,
     )
-    return Role(engine, flags, role.activations)
+    return Role(engine, flags, trained.activations)
