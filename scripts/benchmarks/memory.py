@@ -63,6 +63,7 @@ RUNS = {
         1, "72M", 256, "--dtype bf16 --zero_stage 3 --gradient_checkpointing --per_device_train_batch_size 8"
     ),
     "sft-zero2-small": Run(1, "24M", 512, "--dtype bf16 --zero_stage 2 --per_device_train_batch_size 8"),
+    "sft-long": Run(1, "24M", 512, "--dtype fp32 --per_device_train_batch_size 12"),
     "sft-lora": Run(
         1, "72M", 256, "--dtype fp32 --lora_dim 16 --only_optimize_lora --per_device_train_batch_size 8"
     ),
@@ -77,6 +78,10 @@ RUNS = {
     "ppo-lora": Run(
         3, "72M", 256, "--dtype fp32 --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora "
         "--per_device_generation_batch_size 16 --per_device_training_batch_size 8",
+    ),
+    "ppo-zero3": Run(
+        3, "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --enable_ema "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 4 --gradient_accumulation_steps 2",
     ),
     "ppo-checkpointing": Run(
         3, "24M", 256, "--dtype bf16 --actor_zero_stage 2 --critic_zero_stage 2 --actor_gradient_checkpointing "

@@ -55,7 +55,7 @@ def advise(config: Any, subject: Subject, machine: Machine, now: Estimate) -> li
 
 
 def _together(config: Any, subject: Subject, machine: Machine, now: Estimate) -> Advice | None:
-    """The best change on each topic, one topic after the other, until the peak fits; None where that is a single one."""
+    """The best change on each topic, one topic after the other, until the peak fits; None where one change is all."""
     taken: list[Change] = []
     after = now
     for topic in dict.fromkeys(change.topic for change in candidates(config, machine)):
