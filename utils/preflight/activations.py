@@ -43,28 +43,36 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def count_activations(
-    config: PreTrainedConfig, flags: ModelFlags, *, sequences: int, width: int, device_type: str
+    config: PreTrainedConfig,
+    flags: ModelFlags,
+    *,
+    sequences: int,
+    width: int,
+    device_type: str,
+    uneven: bool = False,
 ) -> Activations:
     """Activations of `sequences` rows of `width` tokens each.
 
     Args:
+        uneven: the real rows differ in length, so that the output of attention is put together from several parts.
         device_type: "cpu" or "cuda": they compute attention in different ways.
     """
     one, two = (
-        _saved_by(build_on_meta(config, flags, layers=layers), sequences, width, device_type) for layers in (1, 2)
+        _saved_by(build_on_meta(config, flags, layers=layers), sequences, width, device_type, uneven)
+        for layers in (1, 2)
     )
     layer = two - one
     return Activations(outside=one - layer, layer=layer, layers=config.num_hidden_layers)
 
 
-def _saved_by(wrapped, sequences: int, width: int, device_type: str) -> Blocks:
+def _saved_by(wrapped, sequences: int, width: int, device_type: str, uneven: bool) -> Blocks:
     wrapped.train()
     model = wrapped.model.base_model
     model.set_attn_implementation(COUNTED)
     owned = {parameter.untyped_storage()._cdata for parameter in wrapped.parameters()}
     owned |= {buffer.untyped_storage()._cdata for buffer in wrapped.buffers()}
     count = sequences * width
-    layout = _CountedLayout(device_type, Group(count, sequences, width, None))
+    layout = _CountedLayout(device_type, Group(count, sequences, width, None), uneven)
     with torch.device("meta"):
         ids = torch.zeros(1, count, dtype=torch.long)
         positions = torch.zeros(1, count, dtype=torch.long)
@@ -85,6 +93,7 @@ class _CountedLayout:
 
     device_type: str
     group: Group
+    uneven: bool
 
 
 def saved_storages(forward: Callable[[], Tensor]) -> dict[int, int]:
@@ -121,7 +130,8 @@ def _attend(module, query, key, value, attention_mask, *, layout: _CountedLayout
         out = _unfused_attention(query, key, value, dropout)
     else:
         out = _FusedAttention.apply(query, key, value)
-    return torch.cat([out.transpose(1, 2).flatten(0, 1)])[None], None
+    out = out.transpose(1, 2).flatten(0, 1)
+    return (out.clone() if layout.uneven else out)[None], None
 
 
 AttentionInterface.register(COUNTED, _attend)

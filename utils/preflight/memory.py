@@ -101,8 +101,8 @@ class Engine:
         """Whole parameters that a pass at stage 3 holds at once."""
         if self.real_stage != 3:
             return Blocks()
-        size = min(self.shape.total, LIVE_PARAMETERS + self.shape.largest) * self.item_size
-        return Blocks(0, size)
+        others = min(self.shape.total - self.shape.largest, LIVE_PARAMETERS)
+        return block(self.shape.largest * self.item_size) + Blocks(others * self.item_size)
 
     def whole(self) -> Blocks:
         """The weights that generation gathers at stage 3."""

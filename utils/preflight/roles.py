@@ -35,11 +35,10 @@ class Subject:
 
     def activations(self, role: str, flags: ModelFlags, batch: MicroBatch, device_type: str) -> Activations:
         """`count_activations` of the role's model for as many tokens as `batch` has."""
-        key = (role, replace(flags, gradient_checkpointing=False), batch.sequences, batch.width, device_type)
+        size = {"sequences": batch.sequences, "width": batch.width, "uneven": batch.fill < 1}
+        key = (role, replace(flags, gradient_checkpointing=False), *size.values(), device_type)
         if key not in self.counted:
-            self.counted[key] = count_activations(
-                self.configs[role], flags, sequences=batch.sequences, width=batch.width, device_type=device_type
-            )
+            self.counted[key] = count_activations(self.configs[role], flags, device_type=device_type, **size)
         return self.counted[key].scaled(batch.fill)
 
 
