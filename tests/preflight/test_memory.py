@@ -18,7 +18,7 @@ from utils.preflight.workload import Rows, RowSize, micro_batch
 MIB = 2**20
 SHAPE = ModelShape(
     parameters=(Matrix(20 * MIB, True), Matrix(4 * MIB, True), Matrix(1000, True), Matrix(8 * MIB, False)),
-    layers=2, hidden=64, vocabulary=32_000, head_trains=True, adapted=0, joined=0, cache_per_token=256, decodes=True,
+    layers=2, hidden=64, vocabulary=32_000, head_trains=True, adapted=0, matrices=0, cache_per_token=256, decodes=True,
 )  # fmt: skip
 TRAINED, TOTAL = 24 * MIB + 1000, 32 * MIB + 1000
 
@@ -183,6 +183,12 @@ def test_step3_counts_every_model_and_lora_shares_the_reference():
     assert phases["generation"]["KV cache"] == slots * length * per_token * 2
     released = {phase.name: phase.items for phase in estimated(3, release_inference_cache=True).phases}
     assert "KV cache" not in released["actor training"] and released["generation"]["KV cache"] > 0
+    matrices = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+    assert phases["actor training"]["generation copies"] == 2 * (matrices + 32_000 * 256)
+    unpinned = {phase.name: phase.items for phase in estimated(3, unpin_actor_parameters=True).phases}
+    assert "generation copies" not in unpinned["actor training"] and unpinned["generation"]["generation copies"] > 0
+    on_gpu = {phase.name: phase.items for phase in estimated(3, "gpu").phases}
+    assert on_gpu["generation"]["generation copies"] == 0
     shared = estimated(3, actor_lora_dim=4, critic_lora_dim=4, only_optimize_lora=True)
     assert all("reference model" not in phase.items for phase in shared.phases)
 

@@ -52,7 +52,7 @@ def test_parameters_of_a_llama_by_hand():
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
     assert shape.total == shape.trainable == 2 * layer + 2 * 320 * 32 + 32
     assert shape.cache_per_token == 2 * 2 * 2 * 8
-    assert shape.joined == 2 * (32 * 32 + 2 * 32 * 16 + 2 * 32 * 64)
+    assert shape.matrices == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     tied = model_shape(SIZES["tied_llama"](320), ModelFlags(kind="causal_lm", dtype="bf16"))
     assert tied.total == 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 320 * 32 + 32
 

@@ -89,6 +89,8 @@ def candidates(config: Any, machine: Machine) -> Iterator[Change]:
     roles = ("actor_", "critic_") if rlhf else ("",)
     if rlhf and not config.release_inference_cache and config.enable_hybrid_engine:
         yield _set("cache", "allocates the cache anew for each rollout", release_inference_cache=True)
+    if rlhf and not config.unpin_actor_parameters and config.enable_hybrid_engine:
+        yield _set("copies", "copies the weights anew for each rollout", unpin_actor_parameters=True)
     yield from _smaller_batches(config, rlhf)
     unchecked = [
         f"{role}gradient_checkpointing" for role in roles if not getattr(config, f"{role}gradient_checkpointing")

@@ -9,8 +9,8 @@ from utils.preflight.model_shape import Kind
 from utils.preflight.phases import Estimate, Items, Machine, Moment, joined, largest_moments, total_of
 from utils.preflight.roles import Role, Subject, frozen_twin, trained_role
 from utils.preflight.workload import MicroBatch, Rows, longest_row, micro_batch
+from utils.rlhf.batching import PREFILL_TOKENS
 from utils.rlhf.decoder import CACHE_STEP
-from utils.rlhf.generation import PREFILL_TOKENS
 
 SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen
 
@@ -93,6 +93,8 @@ def _estimate_rlhf(config: Any, subject: Subject, machine: Machine) -> Estimate:
     generation = _generation(config, actor, machine, batch)
     keeps = _decodes(config, actor) and not config.release_inference_cache
     kept = {"KV cache": generation["KV cache"]} if keeps else {}
+    if not config.unpin_actor_parameters:
+        kept["generation copies"] = generation["generation copies"]
     moments = [Moment("loading", joined(standing, _loading(actor.engine)))]
     moments.append(Moment("generation", joined(persistent, generation)))
     for role in (actor, critic, *frozen.values()):
@@ -118,21 +120,43 @@ def _generation(config: Any, actor: Role, machine: Machine, batch: MicroBatch) -
     shape, size = actor.engine.shape, actor.engine.item_size
     prompt, slots = config.max_prompt_seq_len, config.per_device_generation_batch_size
     length = math.ceil((prompt + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
-    cache = slots * length * shape.cache_per_token * size
-    decodes = _decodes(config, actor)
+    decodes, shards = _decodes(config, actor), config.inference_tp_size
+    cache = slots * length * shape.cache_per_token * size / shards
     prefill = min(slots * prompt, max(PREFILL_TOKENS, prompt)) if decodes else slots * prompt
-    copied = 0
-    if decodes:
-        joined = 0 if machine.on_gpu else shape.joined
-        copied = joined + max(shape.adapted - joined, 0)
-    layer = actor.activations.layer * (prefill / batch.tokens)
     return {
         "KV cache": block(cache / 2) * 2 if decodes else Blocks(cache * (1 + 1 / shape.layers)),
-        "generation copies": block(copied * size / shape.layers / 3) * 3 * shape.layers,
-        "gather buffers": actor.engine.whole(),
-        "activations": layer,
+        "generation copies": _copies(config, actor, machine) if decodes else Blocks(),
+        "gather buffers": _whole_weights(config, actor),
+        "activations": actor.activations.layer * (prefill / batch.tokens),
         "logits": block(slots * shape.vocabulary * size) + block(4 * slots * shape.vocabulary) * SAMPLING_COPIES,
     }
+
+
+def _streams(config: Any, actor: Role) -> bool:
+    return config.stream_generation_weights == "on" and actor.engine.real_stage == 3
+
+
+def _copies(config: Any, actor: Role, machine: Machine) -> Blocks:
+    """Weights that `rlhf.decoder_weights` copies: all matrices on a CPU, adapted or divided ones elsewhere."""
+    shape, size = actor.engine.shape, actor.engine.item_size
+    if _streams(config, actor):
+        return Blocks()
+    matrices = block(shape.matrices * size / shape.layers / 7) * 7 * shape.layers
+    if config.inference_tp_size > 1:
+        return matrices * (1 / config.inference_tp_size)
+    if not machine.on_gpu:
+        return matrices + block(shape.vocabulary * shape.hidden * size)
+    return Blocks(shape.adapted * size) if config.lora_generation == "fused" else Blocks()
+
+
+def _whole_weights(config: Any, actor: Role) -> Blocks:
+    """What generation gathers at stage 3: all weights, or a part of the layers where they are streamed or divided."""
+    whole, shape = actor.engine.whole(), actor.engine.shape
+    if not _streams(config, actor) and config.inference_tp_size == 1:
+        return whole
+    layers = 1 if _streams(config, actor) else config.tp_gather_partition_size
+    inside = shape.matrices * actor.engine.item_size * (1 - min(layers / shape.layers, 1))
+    return Blocks(max(whole.small - inside, 0), whole.large) if whole.total else whole
 
 
 def _tokens_per_step(config: Any, subject: Subject, machine: Machine) -> int:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from utils.models.causal_lm import CausalLM
 from utils.models.loading import set_dropout
-from utils.models.lora import add_lora, lora_layers
+from utils.models.lora import add_lora, find_linear_layers, lora_layers
 from utils.models.scalar_head import ScalarHeadModel
 from utils.rlhf.decoder import supports
 from utils.zero import TORCH_DTYPES
@@ -51,7 +51,7 @@ class ModelShape:
     vocabulary: int  # 0 where the model has no vocabulary head
     head_trains: bool
     adapted: int  # in the matrices that have LoRA factors
-    joined: int  # in the matrices that the decode engine joins into copies on a CPU
+    matrices: int  # in the linear layers, without heads
     cache_per_token: int  # numbers of keys and values of one token, all layers
     decodes: bool  # whether the decode engine knows the architecture
 
@@ -125,17 +125,16 @@ def model_shape(config: PreTrainedConfig, flags: ModelFlags, *, tokens: int = 0)
         vocabulary=head.out_features if head is not None else 0,
         head_trains=head is not None and head.weight.requires_grad,
         adapted=adapted,
-        joined=_joined(model),
+        matrices=_linear_numbers(model),
         cache_per_token=2 * config.num_hidden_layers * kv_heads * head_size,
         decodes=supports(model),
     )
 
 
-def _joined(model: nn.Module) -> int:
-    """Numbers in the matrices that `rlhf.decoder` joins: those of query, key, value, gate and up."""
-    names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+def _linear_numbers(model: nn.Module) -> int:
     return sum(
         parameter.numel()
-        for name, parameter in model.named_parameters()
-        if "lora_" not in name and any(f".{part}." in name for part in names)
+        for name in find_linear_layers(model)
+        for part, parameter in model.get_submodule(name).named_parameters()
+        if part == "weight" and "lora_" not in name
     )
