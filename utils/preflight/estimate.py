@@ -95,7 +95,10 @@ def _estimate_rlhf(config: Any, subject: Subject, machine: Machine) -> Estimate:
     kept = {"KV cache": generation["KV cache"]} if keeps else {}
     if not config.unpin_actor_parameters:
         kept["generation copies"] = generation["generation copies"]
-    moments = [Moment("loading", joined(standing, _loading(actor.engine)))]
+    moments = [
+        Moment("loading", _loading(actor.engine)),
+        Moment("loading", joined(_new(actor.engine), {"critic": total_of(_loading(critic.engine))})),
+    ]
     moments.append(Moment("generation", joined(persistent, generation)))
     for role in (actor, critic, *frozen.values()):
         targets = batch.targets if role.engine.shape.vocabulary else 0
@@ -163,6 +166,11 @@ def _tokens_per_step(config: Any, subject: Subject, machine: Machine) -> int:
     """Tokens of an optimiser step of all processes, at most; how rows are grouped does not change them."""
     batch = training_batch(config, subject.step, subject.rows, max_tokens=0)
     return batch.tokens * batch.per_step * machine.world_size
+
+
+def _new(engine: Engine) -> Items:
+    """What stands before the first optimiser step, which makes Adam's states."""
+    return {name: blocks for name, blocks in engine.persistent().items() if name != "optimiser states"}
 
 
 def _loading(engine: Engine) -> Items:
