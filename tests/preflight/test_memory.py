@@ -1,6 +1,7 @@
 """Bytes of an engine by hand, by ZeRO stage, number format and processes; and what must hold for any flags."""
 
 import dataclasses
+import sys
 
 import pytest
 import transformers
@@ -184,13 +185,27 @@ def test_step3_counts_every_model_and_lora_shares_the_reference():
     released = {phase.name: phase.items for phase in estimated(3, release_inference_cache=True).phases}
     assert "KV cache" not in released["actor training"] and released["generation"]["KV cache"] > 0
     matrices = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
-    assert phases["actor training"]["generation copies"] == 2 * (matrices + 32_000 * 256)
-    unpinned = {phase.name: phase.items for phase in estimated(3, unpin_actor_parameters=True).phases}
-    assert "generation copies" not in unpinned["actor training"] and unpinned["generation"]["generation copies"] > 0
-    on_gpu = {phase.name: phase.items for phase in estimated(3, "gpu").phases}
-    assert on_gpu["generation"]["generation copies"] == 0
+    assert phases["generation"]["generation copies"] == 2 * (matrices + 32_000 * 256)
     shared = estimated(3, actor_lora_dim=4, critic_lora_dim=4, only_optimize_lora=True)
     assert all("reference model" not in phase.items for phase in shared.phases)
+
+
+def test_adapted_copies_of_weights_stay_unless_they_are_unpinned():
+    def copies(machine="gpu", **changes):
+        items = {phase.name: phase.items for phase in estimated(3, machine, actor_lora_dim=4, **changes).phases}
+        return items["generation"]["generation copies"], items["actor training"].get("generation copies", 0)
+
+    adapted = 2 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+    assert copies() == (adapted, adapted)
+    assert copies(unpin_actor_parameters=True) == (adapted, 0)
+    assert copies(lora_generation="unfused") == (0, 0)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_copies_on_a_cpu_stay_unless_they_are_packed(monkeypatch, packs):
+    monkeypatch.setattr(sys.modules[estimate.__module__], "can_pack", lambda weight: packs)
+    training = next(phase for phase in estimated(3).phases if phase.name == "actor training")
+    assert (training.items.get("generation copies", 0) == 0) == packs
 
 
 def test_tokens_and_rows_known_from_the_data_count_rather_than_the_flags():

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import torch
+
 from utils.preflight.blocks import Blocks, block
 from utils.preflight.memory import Engine
 from utils.preflight.model_shape import Kind
@@ -11,6 +13,8 @@ from utils.preflight.roles import Role, Subject, frozen_twin, trained_role
 from utils.preflight.workload import MicroBatch, Rows, longest_row, micro_batch
 from utils.rlhf.batching import PREFILL_TOKENS
 from utils.rlhf.decoder import CACHE_STEP
+from utils.rlhf.packed_matrix import can_pack
+from utils.zero import TORCH_DTYPES
 
 SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen
 
@@ -93,7 +97,8 @@ def _estimate_rlhf(config: Any, subject: Subject, machine: Machine) -> Estimate:
     generation = _generation(config, actor, machine, batch)
     keeps = _decodes(config, actor) and not config.release_inference_cache
     kept = {"KV cache": generation["KV cache"]} if keeps else {}
-    if not config.unpin_actor_parameters:
+    packed = not on_gpu and can_pack(torch.empty(0, dtype=TORCH_DTYPES[config.dtype]))  # made anew for each rollout
+    if not config.unpin_actor_parameters and not packed:
         kept["generation copies"] = generation["generation copies"]
     moments = [
         Moment("loading", _loading(actor.engine)),
