@@ -9,19 +9,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 UTILS = REPOSITORY / "utils"
 SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in (REPOSITORY / folder).rglob("*.py"))
 
-# What the modules under a name must not import: algorithms <- data, models <- rlhf <- training and scripts. The modules
-# directly in utils lie beneath the packages, except that every package may use the algorithms.
+# What the modules under a name must not import: algorithms <- data, models <- rlhf <- preflight <- training, scripts.
+# The modules directly in utils lie beneath the packages, except that every package may use the algorithms.
 FORBIDDEN_IMPORTS = {
     "utils": ["training", "scripts", "tests"],
     "utils.algorithms": [
-        *("utils.data", "utils.models", "utils.rlhf", "utils.toy", "utils.config", "utils.arguments"),
+        *("utils.data", "utils.models", "utils.rlhf", "utils.preflight", "utils.toy"),
+        *("utils.config", "utils.arguments"),
         *("utils.distributed", "utils.zero", "utils.metrics", "transformers", "datasets", "peft"),
     ],
-    "utils.data": ["utils.models", "utils.rlhf", "utils.toy"],
-    "utils.models": ["utils.data", "utils.rlhf", "utils.toy"],
-    "utils.rlhf": ["utils.toy"],
-    "utils.toy": ["utils.models", "utils.rlhf"],
-    "utils.arguments": ["torch", "utils.config", "utils.data", "utils.models", "utils.rlhf"],
+    "utils.data": ["utils.models", "utils.rlhf", "utils.preflight", "utils.toy"],
+    "utils.models": ["utils.data", "utils.rlhf", "utils.preflight", "utils.toy"],
+    "utils.rlhf": ["utils.preflight", "utils.toy"],
+    "utils.preflight": ["utils.toy"],
+    "utils.toy": ["utils.models", "utils.rlhf", "utils.preflight"],
+    "utils.arguments": ["torch", "utils.config", "utils.data", "utils.models", "utils.rlhf", "utils.preflight"],
     "training": ["training", "scripts", "tests"],
 }
 MAY_IMPORT_DEEPSPEED = ("utils.distributed", "utils.zero", "utils.models", "utils.rlhf", "scripts.debug_deepspeed")
@@ -71,7 +73,7 @@ def test_modules_beneath_the_packages_do_not_import_them():
         wrong = {
             module
             for module in imported_modules(path)
-            if any(within(module, f"utils.{package}") for package in ("data", "models", "rlhf", "toy"))
+            if any(within(module, f"utils.{package}") for package in ("data", "models", "rlhf", "preflight", "toy"))
         }
         assert not wrong, f"{path.name} imports {sorted(wrong)}"
 

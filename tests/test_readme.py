@@ -20,7 +20,7 @@ PURPOSES = {"1": "sft", "2": "preference", "3": "prompts"}
 # Flags of other programs and of scripts with a parser of their own.
 OTHER_FLAGS = {
     "--num_gpus", "--nproc_per_node", "--debug_host", "--debug_port", "--debug_rank", "--help", "--repo-type",
-    "--local-dir", "--include",
+    "--local-dir", "--include", "--world_size", "--device_memory", "--rows",
 }  # fmt: skip
 
 

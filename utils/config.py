@@ -18,7 +18,7 @@ import yaml
 
 from utils.arguments.base import Arguments, field_metadata, flag
 from utils.arguments.parser import build_parser, convert_yaml, flag_actions, flag_groups, is_required, nearest
-from utils.errors import DivergenceError, InputError, RunStopped
+from utils.errors import DivergenceError, DoesNotFit, InputError, RunStopped
 from utils.files import atomic_write_text
 
 __all__ = ["Arguments", "flag", "parse_config", "run", "save_config"]
@@ -29,10 +29,10 @@ ConfigT = TypeVar("ConfigT")
 def run(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv: Sequence[str] | None = None) -> None:
     """Entry point of a script: parse the command line, call `main(config)`, turn its errors into exit codes.
 
-    `InputError` exits with 2, `DivergenceError` with 3, `RunStopped` with 75 (the system's EX_TEMPFAIL: run it again),
-    Ctrl-C with 130, each with one line on stderr. The process
-    group is then destroyed, because leaving that to the interpreter's exit aborts now and then. Any other exception
-    passes through at once: destroying the group could wait for other ranks while the launcher waits for this one.
+    `InputError` exits with 2, `DivergenceError` with 3, `DoesNotFit` with 4, `RunStopped` with 75 (the system's
+    EX_TEMPFAIL: run it again), Ctrl-C with 130, each with one line on stderr. The process group is then destroyed,
+    because leaving that to the interpreter's exit aborts now and then. Any other exception passes through at once:
+    destroying the group could wait for other ranks while the launcher waits for this one.
     """
     config = parse_config(config_class, argv)
     exit_code = 0
@@ -42,6 +42,8 @@ def run(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv: Seque
         exit_code = _report(error, 2)
     except DivergenceError as error:
         exit_code = _report(error, 3)
+    except DoesNotFit as error:
+        exit_code = _report(error, 4)
     except RunStopped as stop:
         for number in (signal.SIGTERM, signal.SIGINT):  # the launcher's, sent to the others when the first has gone
             signal.signal(number, signal.SIG_IGN)

@@ -5,6 +5,10 @@ class InputError(ValueError):
     """The user's input cannot work: a flag, a file or a folder. The message names it and the fix. Exit code 2."""
 
 
+class DoesNotFit(RuntimeError):
+    """`--dry_run` or `estimate_memory.py`: the run needs more memory than a process has. Exit code 4."""
+
+
 class DivergenceError(RuntimeError):
     """Training produced NaN or infinity. The message names the step, the likely cause and the flags. Exit code 3."""
 

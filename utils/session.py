@@ -30,8 +30,9 @@ def check_run(config) -> None:
     refuse_unavailable(config)
     check_precision(config.dtype)
     if config.output_dir:
-        _check_nothing_to_resume(config)
-        _check_writable(Path(config.output_dir))
+        if not config.dry_run:
+            _check_nothing_to_resume(config)
+            _check_writable(Path(config.output_dir))
         _check_inputs_stay(config)
 
 
@@ -39,7 +40,7 @@ def start_run(config) -> None:
     """Join the process group, seed every generator, save the resolved configuration and remark on idle flags once."""
     distributed.init_distributed(verbose=config.verbose)
     distributed.seed_everything(config.seed)
-    if config.output_dir and distributed.is_main():
+    if config.output_dir and not config.dry_run and distributed.is_main():
         save_config(config, Path(config.output_dir) / CONFIG_FILE)
     for remark in meaningless_flags(config, has_accelerator=torch.accelerator.is_available()):
         distributed.log(f"note: {remark}")

@@ -83,7 +83,7 @@ def test_attention_as_matrix_products_equals_the_fused_kernel(key_heads, scaling
     )
     results = []
     for attended in (
-        module._matmul_attention(query, key, value, scaling),
+        module.matmul_attention(query, key, value, scaling),
         torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         ),
@@ -94,7 +94,7 @@ def test_attention_as_matrix_products_equals_the_fused_kernel(key_heads, scaling
 
 def test_bf16_on_a_cpu_takes_the_matrix_products_for_short_sequences_only(monkeypatch):
     taken = []
-    monkeypatch.setattr(module, "_matmul_attention", lambda query, key, value, scaling: taken.append(query) or value)
+    monkeypatch.setattr(module, "matmul_attention", lambda query, key, value, scaling: taken.append(query) or value)
     layout = pack(torch.ones(2, 6))
     states = torch.randn(1, 2, 12, 8)
     module.attend(None, states, states, states, None, layout=layout)

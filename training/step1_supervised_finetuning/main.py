@@ -45,6 +45,7 @@ from utils.models.checkpoint import save_if_best, save_model
 from utils.models.loading import check_length, check_model, load_causal_lm, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.models.training_engine import build_engine
+from utils.preflight import dry_run
 from utils.rlhf.evaluation import greedy_answers
 from utils.session import check_run, open_metrics, save_summary, start_run
 from utils.zero import accumulation_groups, optimizer_step
@@ -126,6 +127,8 @@ def main(config: Config) -> dict[str, float]:
     total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
 
     # 3. Model
+    if config.dry_run:
+        return dry_run(config, 1, {"model": model_config}, tokenizer, train_rows)
     engine = build_engine(
         load_causal_lm,
         tokenizer,

@@ -48,6 +48,7 @@ from utils.models.loading import check_length, check_model, load_matching_tokeni
 from utils.models.lora import check_lora
 from utils.models.pair_scores import PairScores
 from utils.models.training_engine import build_engine
+from utils.preflight import dry_run
 from utils.session import check_run, open_metrics, save_summary, start_run
 from utils.zero import accumulation_groups, optimizer_step
 
@@ -138,6 +139,8 @@ def main(config: Config) -> dict[str, float]:
     total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
 
     # 3. Model
+    if config.dry_run:
+        return dry_run(config, 2, {"model": model_config}, tokenizer, train_rows)
     engine = build_engine(
         functools.partial(load_scalar_model, new_head=True),
         tokenizer,

@@ -44,6 +44,7 @@ from utils.data import (
 from utils.models.loading import check_length, check_model, check_scalar_model, load_matching_tokenizer
 from utils.models.lora import check_lora
 from utils.models.tokenizer import check_same_tokens
+from utils.preflight import dry_run
 from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.evaluation import evaluate_prompts, show_answers
 from utils.rlhf.ppo import ExplosionAlarm, explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
@@ -156,6 +157,8 @@ def main(config: Config) -> dict[str, float]:
     steps_per_iteration = config.ppo_epochs * rollout_size // step_size
 
     # 3. Models
+    if config.dry_run:
+        return dry_run(config, 3, {"actor": actor_config, "critic": critic_config}, tokenizer, prompt_rows)
     engine = RlhfEngine(
         config,
         tokenizer,

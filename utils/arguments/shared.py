@@ -95,6 +95,11 @@ class OutputArguments(Arguments):
     output_dir: str | None = flag(
         None, "folder for the model, tokenizer, metrics and curves; left out, nothing is saved"
     )
+    dry_run: bool = flag(
+        False,
+        "say how much memory each process needs, how many tokens and optimiser steps there are, and what to change if "
+        "it does not fit; stop before weights are read. Nothing is written to --output_dir",
+    )
     save_adapter: bool = flag(False, "with LoRA, save the adapter as well, beside the merged weights")
     enable_tensorboard: bool = flag(False, "write TensorBoard event files")
     tensorboard_path: str = flag("", "folder of the TensorBoard files; left out, a folder inside --output_dir")

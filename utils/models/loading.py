@@ -27,7 +27,9 @@ from utils.zero import TORCH_DTYPES, gathered, sharded_loading
 HEAD_WEIGHT = "score.weight"
 
 
-def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    path: str, flag: str, *, trust_remote_code: bool = False, needs_weights: bool = True
+) -> PreTrainedConfig:
     """The `config.json` of a model, read without its weights.
 
     Raises:
@@ -40,7 +42,8 @@ def load_config(path: str, flag: str, *, trust_remote_code: bool = False) -> Pre
             raise InputError(
                 f"{flag} {path}: no config.json there; give the folder of a step's output or of a Hugging Face model"
             )
-        check_weight_files(folder, f"{flag} {path}")
+        if needs_weights:
+            check_weight_files(folder, f"{flag} {path}")
     elif _looks_local(path):
         raise InputError(f"{flag} {path}: no such folder")
     reachable = folder.exists() or is_reachable()
@@ -130,7 +133,7 @@ def check_scalar_model(config, name: str) -> PreTrainedConfig:
     return model_config
 
 
-def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
+def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
     """Set every dropout probability that the architecture's config knows; None keeps the model's own."""
     if dropout is None:
         return
@@ -195,7 +198,7 @@ def load_causal_lm(
         InputError: weights are missing from the file or left over in it.
     """
     config = load_config(path, "--model_name_or_path", trust_remote_code=trust_remote_code)
-    _set_dropout(config, dropout)
+    set_dropout(config, dropout)
     model, missing, unexpected = _from_pretrained(
         AutoModelForCausalLM, path, config, zero_config, dtype, trust_remote_code
     )
@@ -229,7 +232,7 @@ def load_scalar_model(
         InputError: weights are missing from the file or left over in it.
     """
     config = load_config(path, "--model_name_or_path", trust_remote_code=trust_remote_code)
-    _set_dropout(config, dropout)
+    set_dropout(config, dropout)
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
     model, missing, unexpected = _from_pretrained(

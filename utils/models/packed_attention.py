@@ -143,15 +143,19 @@ def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float | None = None, dropout: float = 0.0
 ) -> torch.Tensor:
     """Attention of (S, heads, T, D) queries to keys and values of as many or fewer heads, up to their own place."""
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if on_cpu and query.size(2) <= MATMUL_WIDTH and not dropout:
-        return _matmul_attention(query, key, value, scaling)
+    if uses_matmul(query.size(2), query.dtype, query.device.type, dropout):
+        return matmul_attention(query, key, value, scaling)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=query.size(1) != key.size(1)
     )
 
 
-def _matmul_attention(
+def uses_matmul(width: int, dtype: torch.dtype, device_type: str, dropout: float) -> bool:
+    """Whether sequences of `width` tokens go through `matmul_attention` rather than a fused kernel."""
+    return width <= MATMUL_WIDTH and device_type == "cpu" and dtype == torch.bfloat16 and not dropout
+
+
+def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """Causal attention as matrix products; the fused kernel takes two to three times as long in bf16 on a CPU."""

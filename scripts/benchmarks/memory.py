@@ -1,0 +1,229 @@
+"""Is the preflight right? Predicted against measured peak memory of real runs of the three steps, on this CPU.
+
+    python scripts/benchmarks/memory.py                     # all configurations, about ten minutes on two idle cores
+    python scripts/benchmarks/memory.py --only sft-bf16 ppo-lora
+
+Every configuration is a step's main.py run twice in processes of its own: with `--dry_run`, whose prediction is read
+from its output, and for real, a few optimiser steps on random models and data. Measured is the greatest resident
+memory that the system reports of a process when it has ended (`ru_maxrss`), the larger one of two ranks.
+"""
+
+import json
+import os
+import platform
+import random
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from utils.config import Arguments, flag, run
+from utils.errors import InputError
+from utils.files import atomic_write_text
+from utils.tables import format_table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GIB = 2**30
+VOCABULARY = 32_000
+SIZES = {"24M": (288, 768, 6, 6, 6), "72M": (576, 1536, 10, 9, 3)}  # hidden, intermediate, layers, heads, kv heads
+STEPS = {
+    1: "step1_supervised_finetuning",
+    2: "step2_reward_model_finetuning",
+    3: "step3_rlhf_finetuning",
+}
+ROWS = 240
+HEADER = ("configuration", "step", "model", "processes", "flags", "predicted", "measured", "ratio")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to predict and to measure; `length` is that of the data's rows, half of it prompt."""
+
+    step: int
+    size: str
+    length: int
+    flags: str
+    processes: int = 1
+
+
+RUNS = {
+    "sft-fp32": Run(1, "72M", 256, "--dtype fp32 --per_device_train_batch_size 8"),
+    "sft-bf16": Run(1, "72M", 256, "--dtype bf16 --per_device_train_batch_size 8"),
+    "sft-zero1-fp32": Run(
+        1, "72M", 128, "--dtype fp32 --zero_stage 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    ),
+    "sft-zero3": Run(
+        1, "72M", 256, "--dtype bf16 --zero_stage 3 --gradient_checkpointing --per_device_train_batch_size 8"
+    ),
+    "sft-zero2-small": Run(1, "24M", 512, "--dtype bf16 --zero_stage 2 --per_device_train_batch_size 8"),
+    "sft-long": Run(1, "24M", 512, "--dtype fp32 --per_device_train_batch_size 12"),
+    "sft-lora": Run(
+        1, "72M", 256, "--dtype fp32 --lora_dim 16 --only_optimize_lora --per_device_train_batch_size 8"
+    ),
+    "sft-two": Run(1, "72M", 256, "--dtype bf16 --zero_stage 2 --per_device_train_batch_size 4", processes=2),
+    "reward-zero2": Run(2, "72M", 256, "--dtype fp32 --zero_stage 2 --per_device_train_batch_size 4"),
+    "reward-budget": Run(
+        2, "72M", 256, "--dtype bf16 --per_device_train_batch_size 8 --max_tokens_per_batch 1024"
+    ),
+    "ppo-bf16": Run(
+        3, "72M", 256, "--dtype bf16 --per_device_generation_batch_size 16 --per_device_training_batch_size 8"
+    ),
+    "ppo-lora": Run(
+        3, "72M", 256, "--dtype fp32 --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 8",
+    ),
+    "ppo-zero3": Run(
+        3, "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --enable_ema "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 4 --gradient_accumulation_steps 2",
+    ),
+    "ppo-checkpointing": Run(
+        3, "24M", 256, "--dtype bf16 --actor_zero_stage 2 --critic_zero_stage 2 --actor_gradient_checkpointing "
+        "--critic_gradient_checkpointing --per_device_generation_batch_size 16 --per_device_training_batch_size 16",
+    ),
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Config(Arguments):
+    """Memory benchmark."""
+
+    only: list[str] = flag([], "names of the configurations to run; left out, all")
+    output_dir: str = flag(str(REPOSITORY / "output" / "memory"), "folder for models, data and the table")
+
+    def check(self) -> None:
+        if unknown := set(self.only) - set(RUNS):
+            raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(RUNS)}")
+
+
+def make_models(folder: Path) -> None:
+    """Random language and reward models with a tokenizer of whole words, unless they are there."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{number}": number for number in range(4, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    for size, (hidden, intermediate, layers, heads, kv_heads) in SIZES.items():
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024, num_labels=1,
+            pad_token_id=0,
+        )  # fmt: skip
+        for name, auto_class in (
+            ("language", transformers.AutoModelForCausalLM),
+            ("reward", transformers.AutoModelForSequenceClassification),
+        ):
+            path = folder / f"{name}-{size}"
+            if not (path / "tokenizer.json").is_file():
+                auto_class.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+                tokenizer.save_pretrained(path)
+
+
+def make_rows(folder: Path, length: int) -> Path:
+    """A file of preference rows whose prompts and answers have `length` / 2 words each."""
+    path, words = folder / f"rows{length}.jsonl", random.Random(length)
+    if not path.is_file():
+        rows = (
+            {
+                name: " " + " ".join(f"w{words.randrange(4, VOCABULARY)}" for _ in range(length // 2))
+                for name in ("prompt", "chosen", "rejected")
+            }
+            for _ in range(ROWS)
+        )
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(run: Run, folder: Path) -> list[str]:
+    """The command line of `run`, without `--dry_run`."""
+    script = REPOSITORY / "training" / STEPS[run.step] / "main.py"
+    flags = [
+        *(
+            "--data_path",
+            make_rows(folder, run.length),
+            "--data_split",
+            "1,1,1",
+            "--data_output_path",
+            folder / "cache",
+        ),
+        *("--output_dir", folder / "out", "--max_steps", 3),
+    ]
+    if run.step == 3:
+        flags += ["--actor_model_name_or_path", folder / f"language-{run.size}"]
+        flags += ["--critic_model_name_or_path", folder / f"reward-{run.size}"]
+        flags += ["--max_prompt_seq_len", run.length // 2, "--max_answer_seq_len", run.length // 4, "--eval_prompts", 8]
+    else:
+        flags += ["--model_name_or_path", folder / f"language-{run.size}", "--max_seq_len", run.length]
+        flags += ["--eval_samples", 8, "--per_device_eval_batch_size", 4]
+    return [sys.executable, str(script), *map(str, flags), *run.flags.split()]
+
+
+def start(words: list[str], rank: int, run: Run, port: int, log: Path) -> subprocess.Popen:
+    """One rank of a run; what it prints goes to `log`."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.processes)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(log, "w", encoding="utf-8") as stream:
+        return subprocess.Popen(words, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+
+
+def peak_bytes(words: list[str], run: Run, log: Path) -> int:
+    """Run all ranks; the greatest resident memory of any of them.
+
+    Raises:
+        InputError: a rank failed; the message names its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [log.with_suffix(f".{rank}.log") for rank in range(run.processes)]
+    processes = [start(words, rank, run, port, path) for rank, path in enumerate(logs)]
+    peaks = []
+    for process, path in zip(processes, logs, strict=True):
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise InputError(f"a run ended with exit code {process.returncode}: see {path}")
+        peaks.append(usage.ru_maxrss * 1024)
+    return max(peaks)
+
+
+def measure(name: str, run: Run, folder: Path) -> tuple[str, ...]:
+    """A row of the table."""
+    words, log = command(run, folder), folder / name
+    peak_bytes([*words, "--dry_run"], run, log)
+    printed = log.with_suffix(".0.log").read_text(encoding="utf-8")
+    predicted = float(re.search(r"predicted peak: ([\d.]+) GiB", printed)[1])
+    measured = peak_bytes(words, run, log) / GIB
+    return (
+        name, str(run.step), run.size, str(run.processes), f"rows of {run.length} tokens; {run.flags}",
+        f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}",
+    )  # fmt: skip
+
+
+def main(config: Config) -> None:
+    """Measure, print the table and write it as memory.md."""
+    folder = Path(config.output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    make_models(folder)
+    rows = []
+    for name in config.only or RUNS:
+        rows.append(measure(name, RUNS[name], folder))
+        print(" ".join(rows[-1]), flush=True)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    machine = f"{os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}"
+    title = f"peak memory of a process, GiB; {machine}, {versions}, {' '.join(platform.libc_ver())}"
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    atomic_write_text(folder / "memory.md", f"{title}\n\n" + "".join("| " + " | ".join(x) + " |\n" for x in lines))
+    print(format_table(title, rows, HEADER))
+
+
+if __name__ == "__main__":
+    run(main, Config)

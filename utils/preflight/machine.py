@@ -1,0 +1,64 @@
+"""What a process has: the device's memory, and what it takes before any model is there."""
+
+import os
+
+import torch
+
+from utils import distributed
+from utils.preflight.phases import Machine
+
+MIB = 2**20
+LATER_LIBRARIES = 45 * MIB  # measured on a CPU: what torch, DeepSpeed and transformers load when training starts
+DATA_LIBRARIES = 52 * MIB  # measured: what reading the data adds, for an estimate that does not read them
+GPU_CONTEXT = 600 * MIB  # assumed, not measured: CUDA context, cuBLAS workspaces
+GPU_COMMUNICATION = 500 * MIB  # assumed, not measured: NCCL's channels, with more than one process
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on, as one of the processes that share it."""
+    world_size = distributed.world_size()
+    if torch.accelerator.is_available():
+        memory = (
+            torch.cuda.get_device_properties(distributed.device()).total_memory if torch.cuda.is_available() else None
+        )
+        return gpu_machine(world_size, memory)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return cpu_machine(world_size, available_memory() / local + resident_memory())
+
+
+def gpu_machine(world_size: int, memory: float | None) -> Machine:
+    """GPUs of `memory` bytes each."""
+    base = GPU_CONTEXT + (GPU_COMMUNICATION if world_size > 1 else 0)
+    return Machine(device_type="cuda", world_size=world_size, base=base, memory=memory)
+
+
+def cpu_machine(world_size: int, memory: float | None, *, data_is_read: bool = True) -> Machine:
+    """CPU processes with `memory` bytes each; the libraries' share is read off this process, which has loaded them."""
+    base = resident_memory() + LATER_LIBRARIES + (0 if data_is_read else DATA_LIBRARIES)
+    return Machine(device_type="cpu", world_size=world_size, base=base, memory=memory)
+
+
+def resident_memory() -> float:
+    """Bytes of this process that are in memory now; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0.0
+
+
+def available_memory() -> float:
+    """Bytes that new allocations could take on this machine, or may in its control group; infinite where not told."""
+    available = float("inf")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            fields = dict(line.split(":", 1) for line in stream)
+        available = float(fields["MemAvailable"].split()[0]) * 1024
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
+            available = min(available, float(limit.read().replace("max", "inf")) - float(used.read()))
+    except OSError:
+        return available
+    return available

@@ -1,0 +1,47 @@
+"""The preflight's answer in words: a table of memory, counts, and what to change."""
+
+from utils.preflight.advice import Advice
+from utils.preflight.phases import KEPT_HEAP, Estimate, Machine
+from utils.tables import format_table
+
+GIB = 2**30
+ORDER = (  # of the table's rows
+    *("base of the process", "parameters", "flat copy", "gradients", "fp32 master weights", "optimiser states"),
+    *("activations", "logits", "KV cache", "generation copies", "gather buffers", "moving average"),
+    *("reference model", "reward model", "critic", "copy to save", KEPT_HEAP),
+)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def memory_table(estimate: Estimate, machine: Machine) -> str:
+    """Items by phase in GiB per process; each column is the phase's largest moment."""
+    present = {name for phase in estimate.phases for name, size in phase.items.items() if size >= GIB / 200}
+    names = [name for name in ORDER if name in present]
+    rows = [(name, *(gib(phase.items.get(name, 0.0)) for phase in estimate.phases)) for name in names]
+    rows.append(("in all", *(gib(phase.total) for phase in estimate.phases)))
+    unit = "GPU" if machine.on_gpu else "process"
+    title = f"predicted memory of each of {machine.world_size} processes, GiB per {unit}, at the largest moment"
+    return format_table(title, rows, ["", *(phase.name for phase in estimate.phases)])
+
+
+def fits(estimate: Estimate, machine: Machine) -> bool:
+    return machine.memory is None or estimate.peak <= machine.memory
+
+
+def verdict(estimate: Estimate, machine: Machine) -> str:
+    """One line: the peak, its phase, and whether it fits."""
+    largest = max(estimate.phases, key=lambda phase: phase.total)
+    line = f"predicted peak: {gib(estimate.peak)} GiB per process, in {largest.name}"
+    if machine.memory is None:
+        return line
+    answer = "fits" if fits(estimate, machine) else "does not fit"
+    return f"{line}; {answer} in the {gib(machine.memory)} GiB that each process has"
+
+
+def advice_table(advice: list[Advice], machine: Machine) -> str:
+    """What to change, the predicted peak after each change, and what it costs."""
+    rows = [(a.flags, gib(a.after.peak), "yes" if fits(a.after, machine) else "no", a.price) for a in advice]
+    return format_table("what to change", rows, ["flags", "peak after it, GiB", "fits", "price"])
