@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from step_scripts import REPOSITORY, STEPS, flags, load_step, run_step, write_rows
-from tiny_models import save_causal_lm
+from tiny_models import save_causal_lm, save_reward_model
 
 from utils.config import run
 from utils.metrics import read_metrics
@@ -116,6 +116,34 @@ def test_step1_packing_gives_the_loss_and_gradients_of_the_rows_by_themselves(
     assert packed["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-4)
     for key, value in weights.items():
         torch.testing.assert_close(packed_weights[key], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_zero3_saves_a_model_larger_than_what_deepspeed_gathers_ahead(
+    world, tmp_path, tiny_tokenizer, step, monkeypatch
+):
+    """An evaluation leaves weights in flight, for a backward pass that does not come; saving gathers the same ones."""
+    import utils.models.training_engine as training_engine
+
+    def small_limits(*arguments, **options):
+        config = zero_config(*arguments, **options)
+        config["zero_optimization"] |= {"stage3_max_live_parameters": 60_000, "stage3_prefetch_bucket_size": 60_000}
+        return config
+
+    zero_config = training_engine.zero_config
+    monkeypatch.setattr(training_engine, "zero_config", small_limits)
+    sizes = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}
+    model = save_causal_lm(tmp_path / "model", tiny_tokenizer, **sizes)
+    if step < 3:
+        changes = {"model_name_or_path": model, "zero_stage": 3, "max_steps": 2}
+        changes |= {"num_sample_generations": 0} if step == 1 else {}
+    else:
+        reward = save_reward_model(tmp_path / "reward", tiny_tokenizer, **sizes)
+        changes = {"actor_model_name_or_path": model, "critic_model_name_or_path": reward, "eval_interval": 1}
+        changes |= {"actor_zero_stage": 3, "critic_zero_stage": 3}
+    run_step(step, flags(world, step, tmp_path / "out", **changes))
+    opened = transformers.AutoConfig.from_pretrained(tmp_path / "out" / ("actor" if step == 3 else ""))
+    assert opened.num_hidden_layers == 4
 
 
 def test_step2_result_does_not_depend_on_a_token_budget(world, tmp_path):

@@ -1,5 +1,6 @@
 """DeepSpeed: a complete configuration for every ZeRO stage, engines, and one optimiser step over micro-batches."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,7 +182,18 @@ def initialize_engine(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `optimizer_step` does, with advice
+    if engine.zero_optimization_partition_weights():
+        engine.module.register_forward_hook(functools.partial(_release_prefetched, engine))
     return engine
+
+
+def _release_prefetched(engine: deepspeed.DeepSpeedEngine, *_: object) -> None:
+    """After a forward pass without gradients: let go of what ZeRO-3 has begun to gather for a backward pass.
+
+    It would arrive while others gather the same weights to save them or to generate, which DeepSpeed refuses.
+    """
+    if not torch.is_grad_enabled():
+        engine.optimizer.empty_partition_cache()
 
 
 def accumulation_groups(loader: Iterable, accumulation_steps: int, limit: int | None = None) -> Iterator[list]:
