@@ -52,8 +52,9 @@ def full_state(engine) -> dict:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
     if stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False  # its own linking misses all groups but the first
         optimizer._lazy_init_hp_params_optimizer_state()
-    state = {"steps": {float(values["step"]) for values in base.state.values()}}
+    state = {"steps": {float(values["step"]) for values in base.state.values() if values}}
     state["rates"] = engine.get_lr(), [group["lr"] for group in optimizer.param_groups]
     state["schedule"] = engine.lr_scheduler.last_epoch
     state["counters"] = engine.global_steps, engine.skipped_steps
@@ -65,7 +66,7 @@ def full_state(engine) -> dict:
         shape = state[name].shape
         master = parameter if stage == 0 else safe_get_full_fp32_param(parameter)
         state[f"{name} master"] = master.detach().clone().view(shape)
-        for key in ("exp_avg", "exp_avg_sq") if base.state else ():
+        for key in ("exp_avg", "exp_avg_sq") if state["steps"] else ():
             found = base.state[parameter][key] if stage == 0 else safe_get_full_optimizer_state(parameter, key)
             state[f"{name} {key}"] = found.detach().clone().view(shape)
     return state

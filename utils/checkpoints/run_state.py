@@ -16,7 +16,7 @@ MAY_DIFFER = frozenset({
     *("output_dir", "data_output_path", "tensorboard_path", "enable_tensorboard", "verbose", "logging_interval"),
     *("save_interval", "save_total_limit", "resume_from_checkpoint", "keep_best", "save_adapter", "on_nan"),
     *("max_steps", "num_train_epochs", "enable_test_mode", "test_stop_step", "eval_interval"),
-    *("print_loss", "print_answers", "print_answers_interval", "release_inference_cache"),
+    *("stall_timeout", "print_loss", "print_answers", "print_answers_interval", "release_inference_cache"),
     *("local_rank", "deepspeed", "compute_fp32_loss", "preprocessing_num_workers", "num_padding_at_beginning"),
 })  # fmt: skip
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
