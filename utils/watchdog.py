@@ -70,8 +70,9 @@ def start(rank: int, world_size: int, minutes: float) -> None:
 
 
 def _watch(store: dist.Store, rank: int, world_size: int, limit: float, watched: int) -> None:
+    interval = min(1.0, limit / POLLS)
     while True:
-        time.sleep(min(1.0, limit / POLLS))
+        time.sleep(interval)
         idle = time.time() - _own.since
         if idle > limit / 2:
             _own.place, _own.waits = _position(watched)
@@ -84,11 +85,14 @@ def _watch(store: dist.Store, rank: int, world_size: int, limit: float, watched:
             if still < limit:
                 continue
             if store.add("watchdog/told", 1) == 1:
-                _tell(stall_message(reports, world_size, still))
-                time.sleep(2 * min(1.0, limit / POLLS))  # the store may live in this process: others still read it
-        except (RuntimeError, OSError):  # the process that holds the store has gone
+                os.write(2, (stall_message(reports, world_size, still) + "\n").encode())
+            # All leave together: one that is still waiting when another has gone would end with that as its error.
+            store.set(f"watchdog/{rank}/leaves", "")
+            everybody = [f"watchdog/{other}/leaves" for other in range(world_size)]
+            store.wait(everybody, timedelta(seconds=5 * interval))
+        except (RuntimeError, OSError):  # the process that holds the store has gone, or one cannot even leave
             if idle < limit / 2:
-                return  # as it does at the end of a run; the launcher takes care of the rest
+                return  # as it goes at the end of a run
         os._exit(EXIT_CODE)
 
 
@@ -140,7 +144,3 @@ def _position(thread: int) -> tuple[str, bool]:
         elif any(package in file.as_posix() for package in _COLLECTIVES) or frame.name in ("wait", "synchronize"):
             waits = True
     return place, waits
-
-
-def _tell(message: str) -> None:
-    os.write(2, (message + "\n").encode())
