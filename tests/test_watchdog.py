@@ -84,7 +84,7 @@ def test_the_message_names_who_is_behind():
     waiting = report(9, "step 3", waits=True)
     message = stall_message({0: waiting, 1: report(7, "step 2"), 2: waiting}, 3, 3600.0)
     assert message == (
-        "error: nothing has moved for 60 minutes: rank 1 is at step 2, file.py line 7 while rank 0 (and 1 more, up to "
+        "error: nothing has moved for 60 minutes: rank 1 is at step 2, file.py line 7, while rank 0 (and 1 more, up to "
         "rank 2) waits for others at step 3, file.py line 9 (--stall_timeout)"
     )
     level = stall_message({0: waiting, 1: report(9, "step 3"), 2: waiting}, 3, 60.0)

@@ -113,7 +113,7 @@ def stall_message(reports: dict[int, Report], world_size: int, seconds: float) -
     if others:
         parts.append(f"while {_describe(others, reports)}")
     minutes = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
-    return f"error: nothing has moved for {minutes}: {' '.join(parts)} (--stall_timeout)"
+    return f"error: nothing has moved for {minutes}: {', '.join(parts)} (--stall_timeout)"
 
 
 def _describe(ranks: list[int], reports: dict[int, Report]) -> str:

@@ -79,13 +79,14 @@ def check_equal(found: dict, expected: dict, place: str) -> None:
         assert equal, (place, name, found[name], value)
 
 
-def save_layouts(folder: str, output: str, layouts: list[Layout], steps: int) -> None:
+def save_layouts(folder: str, output: str, layouts: list[Layout], steps: list[int]) -> None:
+    """Each after its number of `steps`."""
     from utils import distributed
     from utils.checkpoints.engine_state import EngineWriter
 
     for number, layout in enumerate(layouts):
         engine = make_engine(folder, layout)
-        train(engine, steps)
+        train(engine, steps[number])
         writer = EngineWriter(Path(output) / str(number))
         writer.folder.mkdir(parents=True, exist_ok=True)
         writer.save(engine, "model")
@@ -121,16 +122,17 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("steps", [2, 0])
-def test_state_of_two_processes_on_one(folder, tmp_path, steps):
+def load_and_save(folder: str, loaded: str, saved: str, layouts: list[Layout], steps: list[int]) -> None:
+    load_layouts(folder, loaded, LOADED)
+    save_layouts(folder, saved, layouts, steps)
+
+
+def test_state_of_one_process_on_two_and_of_two_on_one(folder, tmp_path):
     """Also before the first step, when the optimiser has no moments yet."""
-    run_ranks(save_layouts, 2, folder, str(tmp_path), SAVED if steps else SAVED[:3], steps)
-    load_layouts(folder, str(tmp_path), LOADED if steps else LOADED[:3])
-
-
-def test_state_of_one_process_on_two(folder, tmp_path):
-    save_layouts(folder, str(tmp_path), SAVED, 2)
-    run_ranks(load_layouts, 2, folder, str(tmp_path), LOADED)
+    of_one, of_two = str(tmp_path / "one"), str(tmp_path / "two")
+    save_layouts(folder, of_one, SAVED, [2] * len(SAVED))
+    run_ranks(load_and_save, 2, folder, of_one, of_two, SAVED + SAVED[:2], [2] * len(SAVED) + [0, 0])
+    load_layouts(folder, of_two, LOADED + LOADED[:2])
 
 
 @pytest.mark.slow
@@ -138,12 +140,12 @@ def test_state_of_one_process_on_two(folder, tmp_path):
 def test_state_of_every_stage_at_every_stage(folder, tmp_path, before, after):
     dtypes = [(dtype, lora) for dtype in ("fp32", "bf16") for lora in (0, 4)]
     pairs = [((a, *kind), (b, *kind)) for a in range(4) for b in range(4) for kind in dtypes]
-    run_ranks(save_layouts, before, folder, str(tmp_path), [saved for saved, _ in pairs], 2)
+    run_ranks(save_layouts, before, folder, str(tmp_path), [saved for saved, _ in pairs], [2] * len(pairs))
     run_ranks(load_layouts, after, folder, str(tmp_path), [loaded for _, loaded in pairs])
 
 
-def run_it(step: int, argv: list[str]) -> dict[str, float]:
-    return run_step(step, argv)
+def run_it(processes: int, step: int, argv: list[str]) -> None:
+    run_step(step, argv) if processes == 1 else run_ranks(run_step, processes, step, argv)
 
 
 def changes_of(step: int, stage: int, lora: int, rows: int) -> dict:
@@ -159,11 +161,11 @@ def changes_of(step: int, stage: int, lora: int, rows: int) -> dict:
 def continue_elsewhere(world: dict, folder: Path, step: int, lora: int, before: list[int], after: list[int]) -> None:
     """Run on `before` = [processes, stage] to the end, and from the middle on `after`; compare the final weights."""
     whole, cut = folder / "whole", folder / "cut"
-    run_ranks(run_it, before[0], step, flags(world, step, whole, **changes_of(step, before[1], lora, 8 // before[0])))
+    run_it(before[0], step, flags(world, step, whole, **changes_of(step, before[1], lora, 8 // before[0])))
     shutil.copytree(whole / "checkpoints/checkpoint-2", cut / "checkpoints/checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")
     changes = changes_of(step, after[1], lora, 8 // after[0])
-    run_ranks(run_it, after[0], step, flags(world, step, cut, resume_from_checkpoint="auto", **changes))
+    run_it(after[0], step, flags(world, step, cut, resume_from_checkpoint="auto", **changes))
     weights = [path.relative_to(whole) for path in whole.rglob("model*.safetensors")]
     assert len(weights) == (1 if step == 1 else 3)
     for path in weights:
