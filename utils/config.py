@@ -29,10 +29,10 @@ ConfigT = TypeVar("ConfigT")
 def run(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv: Sequence[str] | None = None) -> None:
     """Entry point of a script: parse the command line, call `main(config)`, turn its errors into exit codes.
 
-    `InputError` exits with 2, `DivergenceError` with 3, `DoesNotFit` with 4, `RunStopped` with 75 (the system's
-    EX_TEMPFAIL: run it again), Ctrl-C with 130, each with one line on stderr. The process group is then destroyed,
-    because leaving that to the interpreter's exit aborts now and then. Any other exception passes through at once:
-    destroying the group could wait for other ranks while the launcher waits for this one.
+    `InputError` exits with 2, `DivergenceError` with 3, `DoesNotFit` with 4 (5 is `utils.watchdog`'s), `RunStopped`
+    with 75 (the system's EX_TEMPFAIL: run it again), Ctrl-C with 130, each with one line on stderr. The process group
+    is then destroyed, because leaving that to the interpreter's exit aborts now and then. Any other exception passes
+    through at once: destroying the group could wait for other ranks while the launcher waits for this one.
     """
     config = parse_config(config_class, argv)
     exit_code = 0

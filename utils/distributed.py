@@ -22,12 +22,19 @@ if not torch.accelerator.is_available():
 
 import deepspeed
 
+from utils import watchdog
+
 _verbose = False
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+LEAST_TIMEOUT = 60.0  # minutes
 
 
-def init_distributed(verbose: bool = False) -> None:
-    """Join (or, in a single process, create) the process group: nccl on GPUs, gloo on a CPU. Safe to call again."""
+def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
+    """Join (or, in a single process, create) the process group: nccl on GPUs, gloo on a CPU. Safe to call again.
+
+    Args:
+        stall_timeout: minutes without progress after which the run ends, see `utils.watchdog`; 0: none. Collectives
+            have a time limit of their own, which says less, and so comes later.
+    """
     global _verbose
     _verbose = verbose
     if not verbose:
@@ -44,7 +51,8 @@ def init_distributed(verbose: bool = False) -> None:
         # Compiling DeepSpeed's shared-memory collectives takes half a minute and leaks /dev/shm; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quiet():
-        deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=max(LEAST_TIMEOUT, 2 * stall_timeout)))
+    watchdog.start(rank(), world_size(), stall_timeout)
 
 
 def quiet() -> contextlib.AbstractContextManager:
@@ -98,6 +106,7 @@ def device() -> torch.device:
 
 def to_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A collated batch on this process's device."""
+    watchdog.alive()
     return {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
 
 
@@ -115,6 +124,7 @@ def warn(message: str) -> None:
 
 def barrier() -> None:
     if world_size() > 1:
+        watchdog.alive()
         dist.barrier()
 
 
@@ -133,6 +143,7 @@ def all_reduce(values: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """Sum (or "max", "min", "mean") of `values` over all ranks."""
     if world_size() == 1:
         return values
+    watchdog.alive()
     reduced = values.to(device(), copy=True)
     operations = {
         "sum": dist.ReduceOp.SUM,

@@ -38,7 +38,7 @@ def check_run(config) -> None:
 
 def start_run(config) -> None:
     """Join the process group, seed every generator, save the resolved configuration and remark on idle flags once."""
-    distributed.init_distributed(verbose=config.verbose)
+    distributed.init_distributed(verbose=config.verbose, stall_timeout=config.stall_timeout)
     distributed.seed_everything(config.seed)
     if config.output_dir and not config.dry_run and distributed.is_main():
         save_config(config, Path(config.output_dir) / CONFIG_FILE)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from utils import distributed  # before deepspeed: it chooses the accelerator
+from utils import distributed, watchdog  # before deepspeed: it chooses the accelerator
 
 import deepspeed  # isort: skip
 import transformers
@@ -245,7 +245,9 @@ def optimizer_step(
     losses = []
     for index, micro_batch in enumerate(micro_batches):
         engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+        watchdog.alive(f"{what}, forward pass of micro-batch {index + 1}")
         loss = loss_function(micro_batch)
+        watchdog.alive(f"{what}, backward pass of micro-batch {index + 1}")
         losses.append(loss.detach().double())
         # DeepSpeed averages over ranks, our losses are shares of a sum. A loss that is not finite may have a gradient
         # that is: made NaN, it keeps the optimiser of every rank from this step.
@@ -254,6 +256,7 @@ def optimizer_step(
     loss_value = distributed.all_reduce(losses.sum()).item()
     if guard.on_nan == "stop" and not math.isfinite(loss_value):
         guard.report(what, loss_value, math.nan, micro_batches, losses.tolist())
+    watchdog.alive(f"{what}, update of the weights")
     norm = _step(engine, what)
     if not math.isfinite(loss_value + norm) and not (engine.fp16_enabled() and math.isfinite(loss_value)):
         guard.report(what, loss_value, norm, micro_batches, losses.tolist())

@@ -12,7 +12,6 @@ from processes import run_ranks
 from step_scripts import flags, load_step, run_step
 
 from utils.checkpoints import folders
-from utils.checkpoints.run_state import RunState, read_state, write_state
 from utils.config import run
 from utils.errors import InputError
 from utils.metrics import read_metrics
@@ -217,14 +216,6 @@ def test_other_rows_are_refused(world, output, tmp_path, capsys):
         assert "--data_path: the rows" in refusal(world, output, capsys)
     finally:
         Path(world["data"]).write_text(original)
-
-
-def test_another_number_of_processes_is_refused(tmp_path):
-    described = {"config": {}, "data": [], "world_size": 2, "libraries": {}}
-    write_state(tmp_path, RunState(step=3), described)
-    assert read_state(tmp_path, described) == RunState(step=3)
-    with pytest.raises(InputError, match="--num_gpus 2"):
-        read_state(tmp_path, described | {"world_size": 1})
 
 
 def test_frozen_weights_that_changed_are_refused(world, tiny_tokenizer, tmp_path, capsys):

@@ -132,7 +132,8 @@ class CheckpointArguments(Arguments):
         None,
         "auto: continue from the newest checkpoint in --output_dir that is whole, or start if there is none; or the "
         "folder of a checkpoint. The flags must be those of the checkpoint's run, but for those that only say how long "
-        "to train, when to evaluate and save, and what to show",
+        "to train, when to evaluate and save, and what to show. The number of processes, the ZeRO stages and the batch "
+        "sizes may differ if a step keeps its number of rows: the run is then equal in state though not in bits",
     )
     keep_best: bool = flag(
         False,
@@ -143,6 +144,14 @@ class CheckpointArguments(Arguments):
         "stop",
         "what a loss or gradient that is NaN or infinite does: stop the run, or skip that optimiser step and count it "
         "(metric skipped_steps); either way --output_dir/divergence.json tells the step and its rows",
+    )
+
+    stall_timeout: float = flag(
+        60.0,
+        "minutes after which a run of several processes in which nothing moves, neither a step nor a batch of an "
+        "evaluation, ends with exit code 4 and names the process that the others wait for; must cover the longest "
+        "single phase, such as tokenising or loading; 0 = no watch",
+        at_least=0,
     )
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ any file that the manifest does not name is not read at all. That guards against
 against someone who can write a whole checkpoint: see the README on whom to trust.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils import distributed
+from utils.checkpoints.elastic import divide_average
 from utils.checkpoints.engine_state import EngineWriter, frozen_weight_sums, load_engine
 from utils.checkpoints.folders import (
     checkpoint_path,
@@ -85,7 +87,7 @@ class Checkpoints:
         """The state to start from: a run's beginning, or that of the checkpoint which the flags ask for, all loaded.
 
         Raises:
-            InputError: the checkpoint is damaged, or of a run with other flags, data, weights or processes.
+            InputError: the checkpoint is damaged, or of a run with other flags, data or weights.
         """
         wanted = self._config.resume_from_checkpoint
         folder = self._newest_whole() if wanted == "auto" else self._chosen(Path(wanted)) if wanted else None
@@ -93,7 +95,7 @@ class Checkpoints:
             if wanted:
                 distributed.log(f"no checkpoint in {self._root}: starting from the beginning")
             return RunState()
-        state = read_state(folder, self._run)
+        state, processes = read_state(folder, self._run)
         if state.step > self._total_steps:
             raise InputError(
                 f"{folder} is of step {state.step}, but --max_steps or --num_train_epochs end the run after "
@@ -106,7 +108,8 @@ class Checkpoints:
                 "mistaken for this run's: remove it, or name another --output_dir"
             )
         self._finished = state.step == self._total_steps
-        tensors, texts = _read_tensors(folder / _rank_file())
+        is_new = distributed.rank() >= processes  # a process that the run did not have before
+        tensors, texts = _read_tensors(folder / _rank_file(0 if is_new else distributed.rank()))
         different = not torch.equal(tensors["frozen_sums"], self._frozen_sums)
         if distributed.all_reduce_scalar(float(different), "max"):
             raise InputError(
@@ -115,9 +118,11 @@ class Checkpoints:
             )
         for name, engine in self._engines.items():
             load_engine(engine, folder, name)
-        for index, average in enumerate(self._averages):
-            average.copy_(tensors[f"average_{index}"])
-        set_random_state({name: tensors[name] for name in tensors if name.startswith("torch_")}, texts)
+        self._load_averages(folder, processes)
+        if is_new:
+            distributed.seed_everything(hash((self._config.seed, state.step, distributed.rank())) % 2**32)
+        else:
+            set_random_state({name: tensors[name] for name in tensors if name.startswith("torch_")}, texts)
         distributed.log(f"resumed from {folder}, after step {state.step} of {self._total_steps}")
         return state
 
@@ -187,8 +192,8 @@ class Checkpoints:
         try:
             if writer.error:
                 raise writer.error
-            save_file(tensors, temporary / _rank_file(), metadata=texts)
-            files = [*writer.files, temporary / _rank_file()]
+            save_file(tensors, temporary / _rank_file(distributed.rank()), metadata=texts)
+            files = [*writer.files, temporary / _rank_file(distributed.rank())]
             if distributed.is_main():
                 files.append(write_state(temporary, state, self._run))
             listing = json.dumps(file_records(temporary, files))
@@ -196,6 +201,19 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as error:
             return str(error)
         return None
+
+    def _load_averages(self, folder: Path, processes: int) -> None:
+        """Fill the averages from those of the `processes` ranks that wrote them, divided alike or not."""
+        if not self._averages:
+            return
+        files = [folder / _rank_file(rank) for rank in range(processes)]
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(_open_tensors(file)) for file in files]
+            named = [set(file.keys()) for file in opened]
+            for index, average in enumerate(self._averages):
+                name = f"average_{index}"
+                parts = [file.get_tensor(name) for file, names in zip(opened, named, strict=True) if name in names]
+                divide_average(parts, average, distributed.rank())
 
     def _stop_on(self, problem: str | None, state: RunState) -> None:
         """Raise InputError on every rank if any has a problem."""
@@ -247,13 +265,18 @@ def _find_damage(folder: Path) -> str | None:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors but averages, and the texts, of a rank's file."""
+    with _open_tensors(path) as opened:
+        names = [name for name in opened.keys() if not name.startswith("average_")]  # noqa: SIM118 (not a dictionary)
+        return {name: opened.get_tensor(name) for name in names}, opened.metadata()
+
+
+def _open_tensors(path: Path) -> safe_open:
     try:
-        with safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
-            return tensors, opened.metadata()
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise InputError(f"{path} is not a safetensors file of a checkpoint: {error}") from error
 
 
-def _rank_file() -> str:
-    return f"rank-{distributed.rank()}.safetensors"
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from utils import distributed
+from utils.checkpoints.elastic import rebuild_engine
+from utils.checkpoints.shards import Shards
 from utils.errors import InputError
 from utils.zero import is_partitioned
 
@@ -49,9 +51,15 @@ class EngineWriter:
 def load_engine(engine, folder: Path, name: str) -> None:
     """Bring a freshly built engine to the state that `EngineWriter.save` stored. The files must have been checked.
 
+    The same number of processes and ZeRO stage get back what each of them wrote; others divide it anew.
+
     Raises:
         InputError: the weights are not those of this model.
     """
+    shards = Shards(folder / name)
+    if (shards.world_size, shards.stage) != (distributed.world_size(), engine.zero_optimization_stage()):
+        rebuild_engine(engine, shards)
+        return
     frozen = {parameter for parameter, weight in engine.module.named_parameters() if not weight.requires_grad}
 
     def load_weights(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
@@ -61,18 +69,16 @@ def load_engine(engine, folder: Path, name: str) -> None:
             raise InputError(f"{folder}: is not a checkpoint of this model: {wrong[0]} is missing or unknown")
 
     with distributed.quiet():
-        path, _ = engine.load_checkpoint(str(folder), tag=name, custom_load_fn=load_weights)
-    if path is None:
-        raise InputError(f"{folder}: holds no state of the {name}; resume with the flags of the run that wrote it")
+        engine.load_checkpoint(str(folder), tag=name, custom_load_fn=load_weights)
 
 
 @torch.no_grad()
 def frozen_weight_sums(models: Iterable[torch.nn.Module]) -> torch.Tensor:
-    """One int64 for each frozen parameter: the sum of its bits, read as integers, over this rank's part of it.
+    """One int64 for each frozen parameter: the sum of its bits, read as integers. Every rank must call it.
 
     A checkpoint does not store frozen weights; by these sums a resumed run sees that it has loaded the same.
     """
-    sums = []
+    sums, is_part = [], []
     for model in models:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -82,6 +88,11 @@ def frozen_weight_sums(models: Iterable[torch.nn.Module]) -> torch.Tensor:
                 {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(parameter.element_size(), torch.uint8)
             )
             sums.append(words.sum(dtype=torch.int64).cpu())
+            is_part.append(is_partitioned(parameter))
+    if any(is_part):
+        is_part = torch.tensor(is_part)
+        own = torch.stack(sums)
+        return torch.where(is_part, distributed.all_reduce(own), own)
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import distributed
+from utils.checkpoints.elastic import MAY_DIFFER_TOGETHER, check_sizes
 from utils.errors import InputError
 
 STATE_FILE = "state.json"
@@ -15,7 +16,7 @@ MAY_DIFFER = frozenset({
     *("output_dir", "data_output_path", "tensorboard_path", "enable_tensorboard", "verbose", "logging_interval"),
     *("save_interval", "save_total_limit", "resume_from_checkpoint", "keep_best", "save_adapter", "on_nan"),
     *("max_steps", "num_train_epochs", "enable_test_mode", "test_stop_step", "eval_interval"),
-    *("print_loss", "print_answers", "print_answers_interval", "release_inference_cache"),
+    *("stall_timeout", "print_loss", "print_answers", "print_answers_interval", "release_inference_cache"),
     *("local_rank", "deepspeed", "compute_fp32_loss", "preprocessing_num_workers", "num_padding_at_beginning"),
 })  # fmt: skip
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
@@ -59,26 +60,22 @@ def write_state(folder: Path, state: RunState, run: dict[str, Any]) -> Path:
     return path
 
 
-def read_state(folder: Path, run: dict[str, Any]) -> RunState:
-    """The state in `folder`, a checkpoint of a run that `run` may continue.
+def read_state(folder: Path, run: dict[str, Any]) -> tuple[RunState, int]:
+    """The state in `folder`, a checkpoint of a run that `run` may continue, and that run's number of processes.
 
     Raises:
-        InputError: it may not: names the first flag that differs, the data, or the number of processes.
+        InputError: it may not: names the first flag that differs, the data, or the rows of a step.
     """
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     saved = content["run"]
     now, then = run["config"], saved["config"]
     for name in sorted(now.keys() | then.keys()):
-        if now.get(name) != then.get(name):
+        if now.get(name) != then.get(name) and name not in MAY_DIFFER_TOGETHER:
             raise InputError(
                 f"--{name} is {now.get(name)}, but {folder} comes from a run with {then.get(name)}: give the same "
                 "value, or start anew with another --output_dir"
             )
-    if saved["world_size"] != run["world_size"]:
-        raise InputError(
-            f"{folder} comes from a run of {saved['world_size']} processes, this one has {run['world_size']}: launch "
-            f"as many (--num_gpus {saved['world_size']}), or start anew with another --output_dir"
-        )
+    check_sizes(now, run["world_size"], then, saved["world_size"], str(folder))
     if saved["data"] != run["data"]:
         raise InputError(
             f"--data_path: the rows are not those that the run of {folder} was trained on (the files, or how they are "
@@ -90,4 +87,11 @@ def read_state(folder: Path, run: dict[str, Any]) -> RunState:
                 f"{folder} was written with {name} {saved['libraries'].get(name)}, this is {version}: the run "
                 "continues, but its numbers may differ in their last digits"
             )
-    return RunState(**content["state"])
+    changed = {name: now[name] for name in sorted(MAY_DIFFER_TOGETHER & now.keys()) if now[name] != then.get(name)}
+    if changed or saved["world_size"] != run["world_size"]:
+        flags = "".join(f", --{name} {value}" for name, value in changed.items())
+        distributed.log(
+            f"the run of {saved['world_size']} processes continues with {run['world_size']}{flags}: equal in state "
+            "though not in bits"
+        )
+    return RunState(**content["state"]), saved["world_size"]

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from utils import watchdog
 from utils.data.arrow_rows import EXAMPLES, SCHEMAS, open_rows, write_rows
 from utils.data.cache import cached_folder, key_of, private_folder
 from utils.data.example import Example, Purpose
@@ -182,6 +183,8 @@ def _read_all(
         for part in sizes if share.source.has_held_out else ("train",):
             for example in read_examples(share.source, part, purpose, dropped):
                 sizes[part] += 1
+                if sizes[part] % BATCH == 0:
+                    watchdog.working()
                 yield vars(example) if example else dict.fromkeys(EXAMPLES.names)
         places.append((sizes["train"], sizes["held_out"]))
 
@@ -213,6 +216,7 @@ def _batches(examples: "datasets.Dataset", indices: np.ndarray, bar: tqdm) -> It
         rows = zip(*(columns[name] for name in EXAMPLES.names), strict=True)
         yield [Example(*row) for row in rows if row[0] is not None]
         bar.update(len(columns["prompt"]))
+        watchdog.working()
 
 
 def _list(reasons: Counter[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils import distributed
+from utils import distributed, watchdog
 from utils.algorithms.advantages import gae, masked_moments, moments_to_mean_var, whiten
 from utils.algorithms.kl import kl_penalty, normalize_scores, per_token_rewards
 from utils.algorithms.masking import last_index, masked_sum
@@ -48,6 +48,7 @@ def rollout(engine: RlhfEngine, prompts: list[list[int]], config, *, kl_ctl: flo
     responses = generate_responses(engine, prompts, sampling_params(config), seed=seed)
     generated = time.perf_counter()
 
+    watchdog.alive("scoring")
     plan = plan_minibatches(prompts, responses, config)
     rows = [part for minibatch in plan for part in minibatch]
     experiences = [
@@ -112,6 +113,7 @@ def generate_responses(
     engine: RlhfEngine, prompts: list[list[int]], sampling: SamplingParams, *, seed: int
 ) -> Generation:
     """Responses of the current actor."""
+    watchdog.alive("generation")
     return engine.hybrid.respond(prompts, sampling, seed=seed)
 
 
