@@ -190,8 +190,7 @@ def test_a_pickle_where_ours_belongs_is_not_executed_even_with_a_fitting_manifes
     [
         ({"seed": 7}, "--seed is 7"),
         ({"learning_rate": 2e-3}, "--learning_rate is 0.002"),
-        ({"per_device_train_batch_size": 2}, "--per_device_train_batch_size is 2"),
-        ({"zero_stage": 2}, "--zero_stage is 2"),
+        ({"per_device_train_batch_size": 2}, "--per_device_train_batch_size 2 x --gradient"),
         ({"max_steps": 2}, "--max_steps"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
         ({"resume_from_checkpoint": "checkpoints/checkpoint-2"}, "checkpoint-3 is later"),
