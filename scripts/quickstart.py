@@ -7,7 +7,6 @@ compares the three models on held-out questions. The exit code is 0 only if alig
 """
 
 import json
-import os
 import resource
 import shlex
 import signal
@@ -22,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from utils.config import Arguments, flag, run
 from utils.errors import InputError
 from utils.files import atomic_write_text
+from utils.launcher import environment_of_its_own
 from utils.metrics import METRICS_FILE, read_metrics
 from utils.session import SUMMARY_FILE
 from utils.toy.evaluation import Examiner, load_policy
@@ -40,7 +40,6 @@ REPORTS = ("report.json", "report.md", "report.png")
 MAX_ANSWER_TOKENS = 32
 SAMPLES_PER_QUESTION = 2
 SECONDS_TO_STOP = 10
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a stage is a run of its own
 
 
 @dataclass(kw_only=True)
@@ -136,8 +135,7 @@ def run_stage(stage: Stage) -> float:
         SystemExit(1): it failed.
     """
     started = time.perf_counter()
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = environment_of_its_own() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(stage.log, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, *stage.arguments()], cwd=REPOSITORY, env=environment, stdout=log, process_group=0

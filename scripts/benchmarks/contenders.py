@@ -16,6 +16,7 @@ import torch
 
 from utils.config import Arguments, flag
 from utils.errors import InputError
+from utils.launcher import environment_of_its_own
 from utils.metrics import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,7 +90,8 @@ def run_process(command: Sequence[str], log: Path, threads: int, environment: Ma
         InputError: it failed; the message ends with the last lines of its output, which `log` holds.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables = environment_of_its_own()
+    variables.pop("PYTHONPATH", None)
     variables |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as output, gpu_memory() as gpu:

@@ -23,6 +23,7 @@ from pathlib import Path
 from utils.checkpoints import folders
 from utils.config import Arguments, flag, run
 from utils.errors import InputError
+from utils.launcher import environment_of_its_own
 from utils.metrics import read_metrics
 from utils.tables import format_table
 from utils.toy.files import WorldSizes, write_world
@@ -60,7 +61,7 @@ def make_world(config: Config) -> list[str]:
     reward = [sys.executable, str(STEP2), "--model_name_or_path", str(files.random_model), "--max_steps", "1"]
     reward += ["--max_seq_len", "128"]
     reward += ["--data_path", str(files.preference), "--output_dir", str(folder / "reward"), *shared]
-    subprocess.run(reward, check=True)
+    subprocess.run(reward, check=True, env=environment_of_its_own())
     models = ["--actor_model_name_or_path", str(files.random_model), "--critic_model_name_or_path"]
     sizes = ["--per_device_generation_batch_size", "2", "--per_device_training_batch_size", "1"]
     lengths = ["--max_prompt_seq_len", "64", "--max_answer_seq_len", "16", "--eval_prompts", "4"]
@@ -76,7 +77,7 @@ def start(argv: Sequence[str], output: Path, processes: int) -> subprocess.Popen
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(STEP3), *argv, "--output_dir", str(output)]
     with open(output.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment_of_its_own())
 
 
 def finish(argv: Sequence[str], output: Path, processes: int) -> float:
