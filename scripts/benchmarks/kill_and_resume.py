@@ -91,10 +91,13 @@ def finish(argv: Sequence[str], output: Path, processes: int) -> float:
 def wait_for_moment(process: subprocess.Popen, output: Path, moment: str, chance: random.Random) -> None:
     """Return at a random time of the kind `moment`, or when the process has ended."""
     checkpoints, begun = output / "checkpoints", time.monotonic()
+    saved = _newest(checkpoints)
     if moment == "starting":
-        time.sleep(chance.uniform(0.5, 6.0))
+        seconds = chance.uniform(0.5, 6.0)
+        while time.monotonic() - begun < seconds and _newest(checkpoints) == saved:  # a fast start is over before
+            time.sleep(0.002)
         return
-    saved, left = _newest(checkpoints), chance.randint(1, ITERATIONS_PER_KILL)
+    left = chance.randint(1, ITERATIONS_PER_KILL)
     while process.poll() is None and _newest(checkpoints) < saved + left - (moment == "saving"):
         time.sleep(0.002)
         if time.monotonic() - begun > SECONDS_FOR_ONE:
