@@ -85,7 +85,6 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(world, tmp_
 def test_killed_runs_end_as_if_nothing_had_happened(world, tmp_path, monkeypatch):
     """The short form of the benchmark: killed while saving, while starting, and while training."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.delenv("RANK", raising=False)  # of this process's group, whose port is taken
     script = load_script("benchmarks/kill_and_resume.py")
     changes = {"enable_ema": True, "kl_target": 1.0, "max_steps": 1}
     rows = script.kill_and_resume(flags(world, 3, **changes), tmp_path, kills=3, processes=1, seed=1)
