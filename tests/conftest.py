@@ -1,6 +1,7 @@
 """Fixtures for every test: real data where it lies beside the checkout, LLaMA-2's tokenizer, tiny tokenizers."""
 
 import os
+import signal
 from pathlib import Path
 
 # Set before any library reads them: no test may reach a network, and two test processes share few cores.
@@ -9,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; tested programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_TEXT = [
     " Human: what is the colour of milk ? Assistant: the milk is white . happy to help .",

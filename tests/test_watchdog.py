@@ -90,4 +90,4 @@ def test_the_message_names_who_is_behind():
     level = stall_message({0: waiting, 1: report(9, "step 3"), 2: waiting}, 3, 60.0)
     assert "rank 1 is at step 3" in level and "while rank 0" in level  # all as far, but one does not wait
     assert "rank 0 (and 2 more, up to rank 2) waits" in stall_message({0: waiting, 1: waiting, 2: waiting}, 3, 60.0)
-    assert "60 seconds: rank 2 has reported nothing while rank 0" in stall_message({0: waiting, 1: waiting}, 3, 60.0)
+    assert "60 seconds: rank 2 has reported nothing, while rank 0" in stall_message({0: waiting, 1: waiting}, 3, 60.0)
