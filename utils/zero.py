@@ -11,11 +11,16 @@ from utils import distributed, watchdog  # before deepspeed: it chooses the acce
 
 import deepspeed  # isort: skip
 import transformers
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from transformers.integrations import HfDeepSpeedConfig
 
 from utils.divergence import DIVERGENCE_ADVICE, DivergenceGuard
 from utils.errors import DivergenceError, InputError
 
+# Classes of DeepSpeed's whose objects its checkpoint files hold; with them torch reads the files without running code.
+CHECKPOINT_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run_ranks
 from step_scripts import flags, load_step, run_step
 
 from utils.checkpoints import folders
+from utils.checkpoints.shards import open_shard
 from utils.config import run
 from utils.errors import InputError
 from utils.metrics import read_metrics
@@ -179,6 +181,17 @@ def test_a_pickle_where_ours_belongs_is_not_executed_even_with_a_fitting_manifes
     (newest / "rank-0.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
     rewrite_manifest(newest)
     assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("pattern", ["*_model_states.pt", "*_optim_states.pt"])
+def test_code_in_a_shard_is_not_executed_even_with_a_fitting_manifest(world, tmp_path, capsys, pattern):
+    run_step(1, flags(world, 1, tmp_path, **(CHANGES | {"zero_stage": 2})))
+    newest = tmp_path / "checkpoints" / "checkpoint-3"
+    (shard,) = newest.glob(f"model/{pattern}")
+    torch.save(open_shard(shard, mapped=False) | {"payload": Payload(tmp_path / "executed")}, shard)
+    rewrite_manifest(newest)
+    assert f"{shard}: holds code" in refusal(world, tmp_path, capsys, zero_stage=2)
     assert not (tmp_path / "executed").exists()
 
 

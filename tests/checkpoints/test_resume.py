@@ -10,6 +10,7 @@ from processes import run_ranks
 from safetensors.torch import load_file
 from step_scripts import flags, run_step, write_rows
 
+from utils.checkpoints.shards import open_shard
 from utils.metrics import read_metrics
 
 STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) lie between
@@ -37,7 +38,7 @@ def state_of(checkpoint: Path) -> dict:
     rank = distributed.rank()
     state["tensors"] = load_file(checkpoint / f"rank-{rank}.safetensors")
     for path in sorted(checkpoint.glob("*/*.pt")):
-        shards = torch.load(path, weights_only=False, map_location="cpu")
+        shards = open_shard(path)
         shards.pop("ds_config", None)
         state[f"{path.parent.name}/{path.name}"] = shards
     return state

@@ -5,9 +5,9 @@
     checkpoint-20/<engine>/             DeepSpeed's files: weights, optimiser, schedule, loss scale
     checkpoint-20/manifest.json         what makes it a checkpoint, see `folders`
 
-DeepSpeed's files are pickles. They are read after all sums in the manifest have been found right, and a folder with
-any file that the manifest does not name is not read at all. That guards against damage and strangers' files, not
-against someone who can write a whole checkpoint: see the README on whom to trust.
+DeepSpeed's files are pickles. They are read after all sums in the manifest have been found right, without running code
+that they bring, and a folder with any file that the manifest does not name is not read at all. That guards against
+damage and strangers' files, not against other weights under a fitting manifest: see the README on whom to trust.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ import torch
 
 from utils import distributed
 from utils.checkpoints.elastic import rebuild_engine
-from utils.checkpoints.shards import Shards
+from utils.checkpoints.shards import Shards, open_shard
 from utils.errors import InputError
 from utils.zero import is_partitioned
 
@@ -54,7 +54,7 @@ def load_engine(engine, folder: Path, name: str) -> None:
     The same number of processes and ZeRO stage get back what each of them wrote; others divide it anew.
 
     Raises:
-        InputError: the weights are not those of this model.
+        InputError: the weights are not those of this model, or a file brings code.
     """
     shards = Shards(folder / name)
     if (shards.world_size, shards.stage) != (distributed.world_size(), engine.zero_optimization_stage()):
@@ -68,8 +68,12 @@ def load_engine(engine, folder: Path, name: str) -> None:
         if wrong:
             raise InputError(f"{folder}: is not a checkpoint of this model: {wrong[0]} is missing or unknown")
 
-    with distributed.quiet():
-        engine.load_checkpoint(str(folder), tag=name, custom_load_fn=load_weights)
+    engine.checkpoint_engine.load = lambda path, map_location=None: open_shard(path, mapped=False)
+    try:
+        with distributed.quiet():
+            engine.load_checkpoint(str(folder), tag=name, custom_load_fn=load_weights)
+    finally:
+        del engine.checkpoint_engine.load
 
 
 @torch.no_grad()

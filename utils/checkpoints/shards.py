@@ -8,10 +8,12 @@ files, so that no process holds more than the parameter it is reading.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
 from utils.errors import InputError
+from utils.zero import CHECKPOINT_CLASSES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,7 +31,7 @@ class ParameterState:
 
 
 class Shards:
-    """Opens the files in `folder`, whose sums must have been checked: they are pickles.
+    """Opens the files in `folder`, whose sums must have been checked.
 
     Attributes:
         stage: the ZeRO stage that wrote them. world_size: by how many processes.
@@ -46,14 +48,14 @@ class Shards:
             raise InputError(
                 f"{folder.parent}: holds no state of the {folder.name}; resume with the flags of the run that wrote it"
             )
-        self.model = _open(files[0])
+        self.model = open_shard(files[0])
         self.stage = int(self.model["ds_config"]["zero_optimization"]["stage"])
         self.world_size = int(self.model["dp_world_size"])
 
     def open_optimizer(self) -> None:
         """Open every process's optimiser, for `read`."""
         files = sorted(self.folder.glob("*mp_rank_00_optim_states.pt"), key=_rank_of)
-        self.optimizer = [_open(file)["optimizer_state_dict"] for file in files]
+        self.optimizer = [open_shard(file)["optimizer_state_dict"] for file in files]
         if len(files) != (self.world_size if self.stage else 0):
             raise InputError(f"{self.folder}: holds {len(files)} optimiser states of {self.world_size} processes")
 
@@ -113,8 +115,22 @@ def _joined(pieces: Sequence[tuple[torch.Tensor, dict, slice]]) -> ParameterStat
     return ParameterState(weight, moments, pieces[0][1].get("step"))
 
 
-def _open(file: Path) -> dict:
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+def open_shard(file: Path, *, mapped: bool = True) -> dict:
+    """The content of one of DeepSpeed's files, on the CPU. No code of the file runs.
+
+    Args:
+        mapped: tensors stay in the file until they are used, and must not outlast it.
+
+    Raises:
+        InputError: it holds more than plain data, tensors and `CHECKPOINT_CLASSES`.
+    """
+    try:
+        with torch.serialization.safe_globals(list(CHECKPOINT_CLASSES)):
+            return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except UnpicklingError as error:
+        raise InputError(
+            f"{file}: holds code, or is no file of DeepSpeed's, and is not opened: resume from another checkpoint"
+        ) from error
 
 
 def _rank_of(file: Path) -> int:
