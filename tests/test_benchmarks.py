@@ -164,6 +164,39 @@ def test_roofline_by_hand(script, monkeypatch):
     assert generation.roofline(config, model, [2, 3])[0] == pytest.approx(prefill / 1000 + reading)
 
 
+def test_in_fp32_no_response_depends_on_its_company(script, tmp_path):
+    independence, results = script("independence"), tmp_path / "RESULTS.md"
+    flags = "--model toy --dtype fp32 --batch 8 --rows 12 --prompt 24 --answer 12 --results"
+    independence.main(parse_config(independence.Config, [*flags.split(), str(results)]))
+    rows = [line.split("|")[2:5] for line in results.read_text(encoding="utf-8").splitlines() if " of " in line]
+    counts = [cells for cells in rows if len(cells) == 3 and "tokens" not in cells[0] and "differ" not in cells[0]]
+    assert len(counts) == 10
+    assert all(cells[0].strip() in ("0 of 12", "0 of 4") and cells[2].strip() == "-" for cells in counts)
+
+
+def test_ties_by_hand(script):
+    """Words of probability 0.2, 0.3 and 0.5: at the number 0.25 the choice of the second is right, by 0.05 of mass."""
+    independence = script("independence")
+    contexts = []
+
+    class Model:
+        device = "cpu"
+
+        def __call__(self, ids):
+            contexts.append(ids.tolist())
+            return transformers.modeling_outputs.CausalLMOutput(logits=torch.tensor([[[0.2, 0.3, 0.5]]]).log())
+
+    assert independence.tie(Model(), [7], (0, 1), 0.25) == pytest.approx(0.05)
+    assert independence.tie(Model(), [7], (1, 2), 0.25) == pytest.approx(0.25)
+    assert independence.tie(Model(), [7], (1, 2), None) == pytest.approx(math.log(5 / 3))
+
+    contexts.clear()
+    prompts, expected = [[7], [8], [9]], {0: [1, 2, 2], 1: [1, 2, 2], 2: [0, 0, 0]}
+    found = independence.compare(Model(), prompts, expected, {0: [1, 2, 2], 1: [1, 1, 0]}, None)
+    assert (found.rows, found.differing, found.compared) == (2, 1, 3 + 2)
+    assert contexts == [[[8, 1]]] and found.ties == (pytest.approx(math.log(5 / 3)),)
+
+
 def test_memory_of_a_function_is_what_it_takes(script):
     machine = script("machine")
     size = machine.peak_memory(lambda: torch.ones(64 * 2**20 // 4, device=torch.get_default_device()))

@@ -1,0 +1,159 @@
+"""Whether a response depends on the rows that decode beside it: how often, and how near a tie it was each time.
+
+    python scripts/benchmarks/independence.py                     # the 15 M model, bf16
+    python scripts/benchmarks/independence.py --dtype fp32        # every count should be 0 on a CPU
+    python scripts/benchmarks/independence.py --model_path /models/llama2-7b   # trained weights, on a GPU
+
+A row's tokens follow from the seed, its prompt and the weights alone, except that sums of another shape may be rounded
+in another way, which turns a choice that was nearly a tie. Each row is decoded once in a full batch and again in other
+company, and compared up to the first token that differs; what follows differs for that reason alone.
+
+How near a tie was is measured with fp32 arithmetic on the same weights and context. Greedy: the difference of both
+tokens' logits, in nats. Sampling: a token is chosen where a random number falls in the cumulative distribution; the
+tie is how far that number lies outside the interval of the token that it should not have hit, in probability.
+"""
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import transformers
+from report import Report, ReportArguments
+from workload import Size, llama_config
+
+from utils import distributed
+from utils.config import flag, run
+from utils.rlhf.batching import decode
+from utils.rlhf.decoder import LlamaDecoder
+from utils.rlhf.sampling import SamplingParams, row_keys, uniform
+from utils.zero import TORCH_DTYPES
+
+SEED = 0
+SHORTEST = 16  # tokens of a prompt
+
+
+@dataclass(kw_only=True)
+class Config(ReportArguments):
+    """Independence of the batch."""
+
+    repeats: int = 1
+    model: Size = flag("15M", "size of the LLaMA, whose weights are random")
+    model_path: str | None = flag(None, "folder of a LLaMA to load instead")
+    dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "number format of the weights")
+    batch: int = flag(16, "rows that decode together, at most", at_least=4)
+    rows: int = flag(32, "prompts of different length", at_least=4)
+    prompt: int = flag(128, "tokens of the longest prompt", at_least=SHORTEST)
+    answer: int = flag(64, "tokens of an answer", at_least=1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers in other company against those of the full batch.
+
+    Attributes:
+        rows, differing: how many there are, and how many of them differ anywhere.
+        compared: tokens up to and with each row's first difference.
+        ties: how near a tie each first difference was.
+    """
+
+    rows: int
+    differing: int
+    compared: int
+    ties: tuple[float, ...]
+
+
+def tie(model: torch.nn.Module, context: list[int], tokens: tuple[int, int], quantile: float | None) -> float:
+    """How near the choice between two tokens after `context` was to a tie.
+
+    Args:
+        model: computes in fp32.
+        quantile: the random number in [0, 1) that chose by sampling; None for greedy.
+    """
+    with torch.no_grad():
+        logits = model(torch.tensor([context], device=model.device)).logits[0, -1].double()
+    if quantile is None:
+        return (logits[tokens[0]] - logits[tokens[1]]).abs().item()
+    upper = logits.softmax(-1).cumsum(-1).tolist()
+    return max(max((upper[token - 1] if token else 0.0) - quantile, quantile - upper[token], 0.0) for token in tokens)
+
+
+def compare(
+    model: torch.nn.Module,
+    prompts: Sequence[list[int]],
+    expected: Mapping[int, list[int]],
+    found: Mapping[int, list[int]],
+    keys: torch.Tensor | None,
+) -> Comparison:
+    """Find the first difference of each row in `found`; `keys` are all rows' random streams, None if greedy."""
+    compared, ties = 0, []
+    for row, other in found.items():
+        one = expected[row]
+        place = next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), None)
+        compared += len(one) if place is None else place + 1
+        if place is not None:
+            quantile = None if keys is None else uniform(keys[row], torch.tensor(place)).item()
+            ties.append(tie(model, prompts[row] + one[:place], (one[place], other[place]), quantile))
+    return Comparison(len(found), len(ties), compared, tuple(ties))
+
+
+def main(config: Config) -> None:
+    """Decode in different company, print the table and append it to the results."""
+    distributed.init_distributed()
+    torch.manual_seed(SEED)
+    dtype = TORCH_DTYPES[config.dtype]
+    with torch.device(distributed.device()):
+        if config.model_path:
+            model = transformers.AutoModelForCausalLM.from_pretrained(config.model_path, dtype=dtype)
+        else:
+            shape = llama_config(config.model, config.prompt + config.answer)
+            model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    model = model.to(distributed.device()).eval()
+    exact = copy.deepcopy(model).float()
+    words = model.config.vocab_size
+    chosen = random.Random(SEED)
+    lengths = [chosen.randint(SHORTEST, config.prompt) for _ in range(config.rows)]
+    prompts = [[chosen.randrange(3, words) for _ in range(length)] for length in lengths]
+    decoder = LlamaDecoder(keep_copies=True)
+    decoder.load(model)
+
+    def answers(rows: Sequence[int], greedy: bool, slots: int, buckets: bool = False) -> dict[int, list[int]]:
+        sampling = SamplingParams(max_new_tokens=config.answer, greedy=greedy)
+        found = decode(
+            decoder, [prompts[row] for row in rows], sampling,
+            eos_id=words, pad_id=0, seed=SEED, slots=slots, buckets=buckets,
+        ).tokens.tolist()  # fmt: skip
+        return dict(zip(rows, found))
+
+    everyone = range(config.rows)
+    companies = {
+        f"{config.batch} at a time, again": lambda greedy: answers(everyone, greedy, config.batch),
+        f"{config.batch} at a time, every third row": lambda greedy: answers(everyone[::3], greedy, config.batch),
+        f"{config.batch // 4} at a time": lambda greedy: answers(everyone, greedy, config.batch // 4),
+        "each alone": lambda greedy: answers(everyone, greedy, 1),
+        "rounded up to buckets": lambda greedy: answers(everyone, greedy, config.batch, buckets=True),
+    }
+    what = config.model_path or f"{config.model}, random weights"
+    report = Report(
+        f"{what}, {config.dtype}, {config.rows} prompts of {SHORTEST} to {config.prompt} tokens, {config.answer} new "
+        f"tokens each, {torch.get_num_threads()} threads"
+    )
+    for greedy, unit in ((True, "nats"), (False, "probability")):
+        keys = None if greedy else row_keys(SEED, prompts)
+        expected = answers(everyone, greedy, config.batch)
+        table = []
+        for name, company in companies.items():
+            found = compare(exact, prompts, expected, company(greedy), keys)
+            share = found.differing / found.compared
+            widest = f"{max(found.ties):.2g}" if found.ties else "-"
+            table.append((name, f"{found.differing} of {found.rows}", f"{share:.3%}", widest))
+        header = ("company", "rows that differ", "share of tokens", f"widest tie, {unit}")
+        report.table("Greedy" if greedy else "Sampling", table, header)
+    report.remark("Share of tokens: near-ties that turned, of the tokens compared.")
+    report.close(config.results)
+
+
+if __name__ == "__main__":
+    run(main, Config)
