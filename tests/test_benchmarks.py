@@ -56,15 +56,17 @@ def test_a_peer_is_run_by_its_own_interpreter_and_compared(script, tmp_path, mon
         "assert 'PYTHONPATH' not in os.environ and os.environ['OMP_NUM_THREADS'] == '3'\n"
         "work = json.load(open(sys.argv[1]))\n"
         "block = bytearray(work['MiB'] * 2**20)\n"
-        "json.dump({'steps': [work['batch']]}, open(sys.argv[2], 'w'))\n"
+        "measured = {'steps': [work['batch'], work['scratch']], 'versions': {'peer': '1.2'}}\n"
+        "json.dump(measured, open(sys.argv[2], 'w'))\n"
     )
     monkeypatch.setattr(contenders, "ADAPTERS", tmp_path)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    peaks = []
+    runner, peaks = contenders.Runner(tmp_path / "work", threads=3), []
     for size in (8, 800):
-        measured, peak = contenders.run_peer(sys.executable, "peer", {"batch": 5, "MiB": size}, tmp_path / "work", 3)
-        assert measured == {"steps": [5]}
-        peaks.append(peak)
+        steps, memory = runner.run_peer("Peer", "peer", sys.executable, {"batch": 5, "MiB": size})
+        assert steps == [5, str(tmp_path / "work" / "peer")]
+        peaks.append(memory["GiB"])
+    assert runner.versions == {"Peer": {"peer": "1.2"}}
     assert peaks[1] > 800 / 1024 and (torch.cuda.is_available() or peaks[1] < 6)
 
 
@@ -85,7 +87,7 @@ def test_interpreters_that_are_not_there_are_refused(script, tmp_path):
 
 
 def test_repetitions_are_interleaved_and_ratios_are_of_medians(script):
-    contenders, order = script("contenders"), []
+    contenders, report, order = script("contenders"), script("report"), []
 
     def contender(name, values):
         values = iter(values)
@@ -99,19 +101,19 @@ def test_repetitions_are_interleaved_and_ratios_are_of_medians(script):
     everyone = {"ours": contender("ours", [10, 30, 20]), "peer": contender("peer", [4, 5, 100])}
     measured = contenders.interleave(everyone, 3, [])
     assert order == ["ours", "peer"] * 3
-    assert contenders.ratios(measured, "ours", "rate", higher_is_faster=True) == [("ours", "peer", "4.00", "0.25")]
-    assert contenders.ratios(measured, "ours", "rate", higher_is_faster=False)[0][2] == "0.25"
+    assert report.ratios(measured, "rate", higher_is_faster=True) == [("ours", "peer", "4.00", "0.25")]
+    assert report.ratios(measured, "rate", higher_is_faster=False)[0][2] == "0.25"
     with pytest.raises(InputError, match="--contenders 'other' is not one of ours, peer"):
         contenders.interleave(everyone, 1, ["other"])
 
 
-def test_rates_of_steps_1_and_3_by_hand(script):
+def test_rates_of_each_step_by_hand(script):
     """Two passes of two steps; two iterations, of which the first is left out."""
-    step1, step3 = script("step1"), script("step3")
+    contenders, step3 = script("contenders"), script("step3")
     times = [{"time": 1.0, "eval/loss": 1.0}, *({"time": time, "train/loss": 1.0} for time in (3.0, 4.0, 5.0, 8.0))]
-    assert step1.our_rate(times, tokens=400, responses=100) == {"tokens/s": 100.0, "response tokens/s": 25.0}
-    steps = [{"seconds": 9, "tokens": 1, "responses": 1}, {"seconds": 2, "tokens": 100, "responses": 40}]
-    assert step1.peer_rate({"steps": steps}) == {"tokens/s": 50.0, "response tokens/s": 20.0}
+    assert contenders.our_rates(times, {"tokens": 400, "pairs": 100}) == {"tokens/s": 100.0, "pairs/s": 25.0}
+    steps = [{"seconds": 9, "tokens": 1, "pairs": 1}, {"seconds": 2, "tokens": 100, "pairs": 40}]
+    assert contenders.peer_rates(steps) == {"tokens/s": 50.0, "pairs/s": 20.0}
     rows = [
         {"time": time, "time/generation": 1.0, "time/training": 2.0, "ppo/sequences": 4, "ppo/length_mean": length}
         for time, length in ((5.0, 1.0), (10.0, 7.5))

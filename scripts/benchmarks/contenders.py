@@ -2,9 +2,9 @@
 
 import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import MEMORY
 
 from utils.config import Arguments, flag
 from utils.errors import InputError
@@ -21,7 +22,6 @@ from utils.metrics import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADAPTERS = Path(__file__).resolve().parent / "peers"
-MEMORY = "GiB"  # the measure that every contender has
 LAST_LINES = 15  # of the log of a process that failed
 
 Measures = dict[str, float]
@@ -135,37 +135,70 @@ def _gpu_in_use() -> float:
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 2**10
 
 
-def run_step(script: str, flags: Mapping[str, Any], folder: Path, threads: int) -> tuple[list[dict], float]:
-    """Run a step's main.py as its users do; return the rows of its metrics.jsonl and its peak memory in GiB.
+class Runner:
+    """Runs contenders, each in a process and a folder of its own, and keeps the versions of the peers' libraries."""
 
-    Args:
-        script: folder below training/.
-        flags: of the command line; True for a switch, a list for several values.
-        folder: for output and logs.
-    """
-    command = [sys.executable, str(REPOSITORY / "training" / script / "main.py")]
-    for name, value in {**flags, "output_dir": folder / "output"}.items():
-        command.append(f"--{name}")
-        if value is not True:
-            command += [str(item) for item in (value if isinstance(value, list) else [value])]
-    peak = run_process(command, folder / "log.txt", threads, {"PYTHONPATH": str(REPOSITORY)})
-    return read_metrics(folder / "output" / METRICS_FILE), peak
+    def __init__(self, folder: Path, threads: int) -> None:
+        """
+        Args:
+            folder: that the contenders' folders are made in.
+            threads: of each contender; 0 = one for each core.
+        """
+        self.folder, self.threads = folder, threads
+        self.versions: dict[str, dict[str, str]] = {}
+
+    def run_step(self, name: str, script: str, flags: Mapping[str, Any]) -> tuple[list[dict], Measures]:
+        """Run a step's main.py as its users do; return the rows of its metrics.jsonl and its peak memory.
+
+        Args:
+            name: of the folder for output and logs.
+            script: folder below training/.
+            flags: of the command line; True for a switch, a list for several values.
+        """
+        folder = self.folder / name
+        command = [sys.executable, str(REPOSITORY / "training" / script / "main.py")]
+        for flag_name, value in {**flags, "output_dir": folder / "output"}.items():
+            command.append(f"--{flag_name}")
+            if value is not True:
+                command += [str(item) for item in (value if isinstance(value, list) else [value])]
+        peak = run_process(command, folder / "log.txt", self.threads, {"PYTHONPATH": str(REPOSITORY)})
+        return read_metrics(folder / "output" / METRICS_FILE), {MEMORY: peak}
+
+    def run_peer(
+        self, name: str, adapter: str, python: str, setting: Mapping[str, Any]
+    ) -> tuple[list[dict[str, float]], Measures]:
+        """Run an adapter of peers/ under the peer's own interpreter; return the steps it measured and its peak memory.
+
+        Args:
+            name: of the peer, for its versions.
+            setting: what the adapter reads from its JSON file, but for "scratch", a folder that it may write to.
+        """
+        folder = self.folder / adapter
+        folder.mkdir(parents=True, exist_ok=True)
+        request, answer = folder / "setting.json", folder / "measured.json"
+        request.write_text(json.dumps({**setting, "scratch": str(folder)}), encoding="utf-8")
+        answer.unlink(missing_ok=True)
+        command = [python, str(ADAPTERS / f"{adapter}.py"), str(request), str(answer)]
+        accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+        peak = run_process(command, folder / "log.txt", self.threads, accelerator)
+        measured = json.loads(answer.read_text(encoding="utf-8"))
+        self.versions[name] = measured["versions"]
+        return measured["steps"], {MEMORY: peak}
 
 
-def run_peer(python: str, adapter: str, setting: Mapping[str, Any], folder: Path, threads: int) -> tuple[dict, float]:
-    """Run an adapter of peers/ under the peer's own interpreter; return what it measured and its peak memory in GiB.
+def our_rates(rows: Sequence[dict], amounts: Mapping[str, float]) -> Measures:
+    """`amounts` per second of the second of two passes, from the times at which rows of metrics.jsonl were written."""
+    times = [row["time"] for row in rows if "train/loss" in row]
+    seconds = times[-1] - times[len(times) // 2 - 1]
+    return {f"{name}/s": amount / seconds for name, amount in amounts.items()}
 
-    Args:
-        setting: what the adapter reads from its JSON file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    request, answer = folder / "setting.json", folder / "measured.json"
-    request.write_text(json.dumps(setting), encoding="utf-8")
-    answer.unlink(missing_ok=True)
-    command = [python, str(ADAPTERS / f"{adapter}.py"), str(request), str(answer)]
-    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    peak = run_process(command, folder / "log.txt", threads, accelerator)
-    return json.loads(answer.read_text(encoding="utf-8")), peak
+
+def peer_rates(steps: Sequence[dict[str, float]]) -> Measures:
+    """What an adapter counted in its steps, per second of the second of two passes."""
+    second = steps[len(steps) // 2 :]
+    sums = {name: sum(step[name] for step in second) for name in second[0]}
+    seconds = sums.pop("seconds")
+    return {f"{name}/s": amount / seconds for name, amount in sums.items()}
 
 
 def interleave(contenders: Mapping[str, Contender], repeats: int, chosen: Sequence[str]) -> dict[str, dict]:
@@ -189,19 +222,9 @@ def interleave(contenders: Mapping[str, Contender], repeats: int, chosen: Sequen
     return measured
 
 
-def ratios(measured: Mapping[str, dict], ours: str, speed: str, *, higher_is_faster: bool) -> list[tuple[str, ...]]:
-    """Rows (contender of ours, peer, how many times as fast, share of its memory), of medians.
-
-    Args:
-        ours: what the names of our own contenders begin with.
-        speed: the measure to compare.
-    """
-    rows = []
-    for mine in (name for name in measured if name.startswith(ours)):
-        for peer in (name for name in measured if not name.startswith(ours)):
-            fast, memory = (
-                statistics.median(measured[mine][measure]) / statistics.median(measured[peer][measure])
-                for measure in (speed, MEMORY)
-            )
-            rows.append((mine, peer, f"{fast if higher_is_faster else 1 / fast:.2f}", f"{memory:.2f}"))
-    return rows
+def measure(config, contenders: Callable[[Any, Runner], dict[str, Contender]]) -> tuple[dict[str, dict], dict]:
+    """Interleave what `contenders(config, runner)` gives, in a temporary folder; also the versions of the peers."""
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(Path(folder), config.threads)
+        measured = interleave(contenders(config, runner), config.repeats, config.contenders)
+    return measured, runner.versions

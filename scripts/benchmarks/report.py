@@ -18,6 +18,7 @@ from utils.tables import format_table
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 HEADING = "# Results\n\nEach section was appended by one run of the script that it names.\n"
 LIBRARIES = ("torch", "transformers", "deepspeed")
+MEMORY = "GiB"  # the measure that all contenders have
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,24 @@ def median(values: Sequence[float], digits: int = 2) -> str:
     middle = f"{statistics.median(values):,.{digits}f}"
     spread = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if len(values) > 1 else ""
     return middle + spread
+
+
+def ratios(measured: Mapping[str, Mapping], speed: str, *, higher_is_faster: bool) -> list[tuple[str, ...]]:
+    """Rows (contender of ours, peer, how many times as fast, share of its memory), of medians.
+
+    Args:
+        measured: name -> measure -> its values; the names of our own contenders begin with "ours".
+        speed: the measure to compare.
+    """
+    rows = []
+    for mine in (name for name in measured if name.startswith("ours")):
+        for peer in (name for name in measured if not name.startswith("ours")):
+            fast, memory = (
+                statistics.median(measured[mine][measure]) / statistics.median(measured[peer][measure])
+                for measure in (speed, MEMORY)
+            )
+            rows.append((mine, peer, f"{fast if higher_is_faster else 1 / fast:.2f}", f"{memory:.2f}"))
+    return rows
 
 
 class Report:
@@ -52,6 +71,15 @@ class Report:
         print(f"\n{format_table(title, rows, header)}", flush=True)
         lines = [tuple(header), ("---",) * len(header), *rows]
         self.parts.append(f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+    def compare(
+        self, measured: Mapping[str, Mapping], speed: str, *, higher_is_faster: bool = True, note: str = ""
+    ) -> None:
+        """The table of `ratios` and a note below it, if contenders of ours and peers have run."""
+        if rows := ratios(measured, speed, higher_is_faster=higher_is_faster):
+            self.table("Ratios of medians", rows, ("ours", "peer", "times as fast", "share of its memory"))
+            if note:
+                self.remark(note)
 
     def remark(self, text: str) -> None:
         """Print a line and keep it."""

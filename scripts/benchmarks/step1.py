@@ -11,28 +11,24 @@ is about.
 
 import functools
 import statistics
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from contenders import (
-    MEMORY,
     Contender,
     ContenderArguments,
     DeepSpeedChatArguments,
     Measures,
+    Runner,
     TrlArguments,
-    interleave,
-    ratios,
-    run_peer,
-    run_step,
+    measure,
+    our_rates,
+    peer_rates,
 )
-from report import Report, ReportArguments, median
-from workload import SEED, WorkArguments, prepare_rows, prepare_tokenizer, save_language_model, tokenized_rows
+from report import MEMORY, Report, ReportArguments, median
+from workload import WorkArguments, two_passes
 
 from utils.config import flag, run
 
-LEARNING_RATE = 1e-5
 NOTE = (
     "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones; TRL, as it comes, keeps fp32 weights and casts "
     "them each time (autocast); its checkpointing of activations is off. DeepSpeed-Chat's loss is over prompts as well."
@@ -50,55 +46,22 @@ class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArgum
     budget: int = flag(1024, "--max_tokens_per_batch of the contender `ours, budget`", at_least=1)
 
 
-def our_rate(rows: list[dict], tokens: int, responses: int) -> Measures:
-    """Rates of the second pass, from the times at which the rows of metrics.jsonl were written."""
-    times = [row["time"] for row in rows if "train/loss" in row]
-    seconds = times[-1] - times[len(times) // 2 - 1]
-    return {SPEED: tokens / seconds, RESPONSES: responses / seconds}
-
-
-def peer_rate(measured: dict) -> Measures:
-    """Rates of the second pass from an adapter's steps."""
-    second = measured["steps"][len(measured["steps"]) // 2 :]
-    seconds = sum(step["seconds"] for step in second)
-    return {
-        SPEED: sum(step["tokens"] for step in second) / seconds,
-        RESPONSES: sum(step["responses"] for step in second) / seconds,
-    }
-
-
-def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[str, Contender]:
-    """All that can run, by name; versions of peers are put into `versions` as they run."""
-    data, cache = folder / "data", folder / "cache"
-    raw = prepare_rows(data, config.data, config.rows)
-    tokenizer = prepare_tokenizer(folder, config.tokenizer, raw)
-    model = save_language_model(folder / "model", config.model, 2 * config.length, tokenizer)
-    rows = tokenized_rows("sft", data, tokenizer, config.length, cache)
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    responses = tokens - sum(row["response_start"] for row in rows)
+def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
+    """All that can run, by name."""
+    flags, setting = two_passes(
+        "sft", config, runner.folder, rows=config.rows, batch=config.batch, length=config.length
+    )
+    tokens = sum(len(row["input_ids"]) for row in setting["rows"])
+    responses = tokens - sum(row["response_start"] for row in setting["rows"])
+    flags["num_sample_generations"] = 0
 
     def ours(name: str, **changes) -> Measures:
-        metrics, peak = run_step(
-            "step1_supervised_finetuning",
-            {
-                **{"model_name_or_path": model, "data_path": data, "data_split": "1,0,0", "seed": SEED},
-                **{"data_output_path": cache, "max_seq_len": config.length, "num_train_epochs": 2},
-                **{"per_device_train_batch_size": config.batch, "learning_rate": LEARNING_RATE},
-                **{"num_sample_generations": 0, **changes},
-            },
-            folder / name,
-            config.threads,
-        )
-        return our_rate(metrics, tokens, responses) | {MEMORY: peak}
+        metrics, memory = runner.run_step(name, "step1_supervised_finetuning", flags | changes)
+        return our_rates(metrics, {"tokens": tokens, "response tokens": responses}) | memory
 
     def peer(name: str, adapter: str, python: str, **changes) -> Measures:
-        work = {
-            **{"model": str(model), "rows": rows, "batch": config.batch, "length": config.length, "epochs": 2},
-            **{"learning_rate": LEARNING_RATE, "dtype": "bf16", "scratch": str(folder / adapter), **changes},
-        }
-        measured, peak = run_peer(python, adapter, work, folder / adapter, config.threads)
-        versions[name] = measured["versions"]
-        return peer_rate(measured) | {MEMORY: peak}
+        steps, memory = runner.run_peer(name, adapter, python, setting | changes)
+        return peer_rates(steps) | memory
 
     everyone: dict[str, Contender] = {
         "ours": functools.partial(ours, "ours"),
@@ -116,9 +79,7 @@ def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[
 
 def main(config: Config) -> None:
     """Run the comparison, print its tables and append them to the results."""
-    with tempfile.TemporaryDirectory() as folder:
-        versions: dict[str, dict] = {}
-        measured = interleave(contenders(config, Path(folder), versions), config.repeats, config.contenders)
+    measured, versions = measure(config, contenders)
     report = Report(
         f"{config.model} LLaMA, bf16, {config.batch} rows of up to {config.length} tokens a step, {config.rows} "
         f"rows of {config.text}, budget {config.budget}; repetitions: {config.repeats}",
@@ -129,9 +90,7 @@ def main(config: Config) -> None:
         for name, values in measured.items()
     ]
     report.table("Step 1: supervised fine-tuning", rows, ("contender", SPEED, RESPONSES, "peak GiB"))
-    if compared := ratios(measured, "ours", SPEED, higher_is_faster=True):
-        report.table("Ratios of medians", compared, ("ours", "peer", "times as fast", "share of its memory"))
-        report.remark(NOTE)
+    report.compare(measured, SPEED, note=NOTE)
     report.close(config.results)
 
 

@@ -14,26 +14,22 @@ needs sampling.
 
 import functools
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from contenders import (
-    MEMORY,
     Contender,
     ContenderArguments,
     DeepSpeedChatArguments,
     Measures,
+    Runner,
     TrlArguments,
-    interleave,
-    ratios,
-    run_peer,
-    run_step,
+    measure,
 )
-from report import Report, ReportArguments, median
+from report import MEMORY, Report, ReportArguments, median
 from workload import (
     SEED,
+    SPLITS,
     WorkArguments,
     prepare_rows,
     prepare_tokenizer,
@@ -73,7 +69,7 @@ def averages(steps: Sequence[dict[str, float]]) -> Measures:
     """Mean seconds by phase and mean length of an answer, of steps with sums of both; scoring is what remains."""
     means = {name: statistics.mean(step[name] for step in steps) for name in ("seconds", "generation", "training")}
     scoring = means["seconds"] - means["generation"] - means["training"]
-    length = sum(step["responses"] for step in steps) / sum(step["sequences"] for step in steps)
+    length = sum(step["response tokens"] for step in steps) / sum(step["sequences"] for step in steps)
     phases = dict(zip(PHASES, (means["generation"], scoring, means["training"])))
     return {ITERATION: means["seconds"], **phases, LENGTH: length}
 
@@ -85,16 +81,17 @@ def our_steps(rows: Sequence[dict]) -> list[dict[str, float]]:
         {
             **{"seconds": row["time"] - before["time"], "generation": row["time/generation"]},
             **{"training": row["time/training"], "sequences": row["ppo/sequences"]},
-            "responses": row["ppo/sequences"] * row["ppo/length_mean"],
+            "response tokens": row["ppo/sequences"] * row["ppo/length_mean"],
         }
         for before, row in zip(rows, rows[1:])
     ]
 
 
-def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[str, Contender]:
-    """All that can run, by name; versions of peers are put into `versions` as they run."""
+def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
+    """All that can run, by name."""
     rollout = config.batch * config.generation_batches
     count = rollout * (config.iterations + 1)
+    folder = runner.folder
     data, cache = folder / "data", folder / "cache"
     raw = prepare_rows(data, config.data, count)
     tokenizer = prepare_tokenizer(folder, config.tokenizer, raw)
@@ -105,30 +102,28 @@ def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[
     rows = [{"prompt_ids": row["prompt_ids"]} for row in rows]
 
     def ours(name: str, **changes) -> Measures:
-        metrics, peak = run_step(
+        metrics, memory = runner.run_step(
+            name,
             "step3_rlhf_finetuning",
             {
                 **{"actor_model_name_or_path": actor, "critic_model_name_or_path": critic, "seed": SEED},
-                **{"data_path": data, "data_split": "0,0,1", "data_output_path": cache, "eval_prompts": 0},
+                **{"data_path": data, "data_split": SPLITS["prompts"], "data_output_path": cache, "eval_prompts": 0},
                 **{"per_device_generation_batch_size": config.batch, "generation_batches": config.generation_batches},
                 **{"per_device_training_batch_size": config.batch, "max_prompt_seq_len": config.prompt},
                 **{"max_answer_seq_len": config.answer, "max_steps": config.iterations + 1, **changes},
                 **{"actor_learning_rate": LEARNING_RATE, "critic_learning_rate": LEARNING_RATE},
             },
-            folder / name,
-            config.threads,
         )
-        return averages(our_steps(metrics)) | {MEMORY: peak}
+        return averages(our_steps(metrics)) | memory
 
     def peer(name: str, adapter: str, python: str, **changes) -> Measures:
         work = {
             **{"model": str(actor), "reward_model": str(critic), "rows": rows, "learning_rate": LEARNING_RATE},
             **{"batch": config.batch, "rollout": rollout, "prompt": config.prompt, "answer": config.answer},
-            **{"dtype": "bf16", "scratch": str(folder / adapter), **changes},
+            **{"dtype": "bf16", **changes},
         }
-        measured, peak = run_peer(python, adapter, work, folder / adapter, config.threads)
-        versions[name] = measured["versions"]
-        return averages(measured["steps"][1:]) | {MEMORY: peak}
+        steps, memory = runner.run_peer(name, adapter, python, work)
+        return averages(steps[1:]) | memory
 
     everyone: dict[str, Contender] = {
         "ours": functools.partial(ours, "ours"),
@@ -148,9 +143,7 @@ def contenders(config: Config, folder: Path, versions: dict[str, dict]) -> dict[
 
 def main(config: Config) -> None:
     """Run the comparison, print its tables and append them to the results."""
-    with tempfile.TemporaryDirectory() as folder:
-        versions: dict[str, dict] = {}
-        measured = interleave(contenders(config, Path(folder), versions), config.repeats, config.contenders)
+    measured, versions = measure(config, contenders)
     lengths = f"{config.mean_answer:g} on average, long-tailed, at most " if config.mean_answer else ""
     report = Report(
         f"{config.model} LLaMA, bf16, {config.generation_batches} x {config.batch} prompts of up to {config.prompt} "
@@ -169,9 +162,7 @@ def main(config: Config) -> None:
         for name, values in measured.items()
     ]
     report.table("Step 3: seconds of a PPO iteration", rows, ("contender", ITERATION, *PHASES, LENGTH, "peak GiB"))
-    if compared := ratios(measured, "ours", ITERATION, higher_is_faster=False):
-        report.table("Ratios of medians", compared, ("ours", "peer", "times as fast", "share of its memory"))
-        report.remark(NOTE)
+    report.compare(measured, ITERATION, higher_is_faster=False, note=NOTE)
     report.close(config.results)
 
 

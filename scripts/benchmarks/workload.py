@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -29,6 +29,7 @@ SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 Size = Literal["toy", "15M", "60M", "1B", "7B"]
 SEED = 1234
+LEARNING_RATE = 1e-5  # of steps 1 and 2
 SPLITS = {"sft": "1,0,0", "preference": "0,1,0", "prompts": "0,0,1"}  # all rows to the step in question
 EOS_DIRECTION = 0.5  # of hidden unit 0 in every embedding, against 0.02 of the others
 
@@ -184,3 +185,36 @@ def tokenized_rows(
         cache_dir=str(cache),
     )
     return [rows[index] for index in range(len(rows))]
+
+
+def two_passes(
+    purpose: Literal["sft", "preference"],
+    config: WorkArguments,
+    folder: Path,
+    *,
+    rows: int,
+    batch: int,
+    length: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Training twice on the same rows: the flags of our step, and the setting of a peer's adapter, with token ids.
+
+    Args:
+        folder: for data, tokenizer and model.
+        rows: of the data, each of which is read twice.
+        batch: rows of an optimiser step.
+        length: of a row in tokens, at most.
+    """
+    data, cache = folder / "data", folder / "cache"
+    raw = prepare_rows(data, config.data, rows)
+    tokenizer = prepare_tokenizer(folder, config.tokenizer, raw)
+    model = save_language_model(folder / "model", config.model, 2 * length, tokenizer)
+    flags = {
+        **{"model_name_or_path": model, "data_path": data, "data_split": SPLITS[purpose], "data_output_path": cache},
+        **{"per_device_train_batch_size": batch, "max_seq_len": length, "num_train_epochs": 2},
+        **{"learning_rate": LEARNING_RATE, "seed": SEED},
+    }
+    setting = {
+        **{"model": str(model), "rows": tokenized_rows(purpose, data, tokenizer, length, cache), "dtype": "bf16"},
+        **{"batch": batch, "length": length, "epochs": 2, "learning_rate": LEARNING_RATE},
+    }
+    return flags, setting

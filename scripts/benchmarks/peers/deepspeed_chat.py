@@ -67,7 +67,7 @@ def run_step1(work, steps, main, tokenizer):
         masks = batch["attention_mask"].bool()
         steps.count("tokens", int(masks.sum()))
         for ids, mask in zip(batch["input_ids"], masks):
-            steps.count("responses", responses[tuple(ids[mask].tolist())])
+            steps.count("response tokens", responses[tuple(ids[mask].tolist())])
         return to_device(batch, device)
 
     def evaluated(losses):
@@ -109,7 +109,7 @@ def run_step3(work, steps, main, tokenizer):
             sequences = super()._generate_sequence(prompts, mask, step)
             steps.count("generation", clock() - started)
             steps.count("sequences", len(sequences))
-            steps.count("responses", int((sequences[:, prompts.shape[1] :] != self.tokenizer.pad_token_id).sum()))
+            steps.count("response tokens", int((sequences[:, prompts.shape[1] :] != self.tokenizer.pad_token_id).sum()))
             return sequences
 
         def train_rlhf(self, inputs):

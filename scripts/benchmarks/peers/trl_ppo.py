@@ -13,23 +13,20 @@ import os
 import torch
 from adapter import Steps, clock, load_tokenizer, setting
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+from trl_trainer import PACKAGES, Stopwatch, settings
 
 
-class Stopwatch(TrainerCallback):
+class PhaseStopwatch(Stopwatch):
     """Ends an iteration, whose training part began at `training_started`, when the trainer does."""
 
-    def __init__(self, steps):
-        self.steps, self.training_started = steps, None
-
-    def on_train_begin(self, *args, **kwargs):
-        self.steps.begin()
+    training_started = None
 
     def on_step_end(self, *args, **kwargs):
         self.steps.count("training", clock() - self.training_started)
         self.training_started = None
-        self.steps.end()
+        super().on_step_end(*args, **kwargs)
 
 
 def watch(steps, stopwatch, trainer, pad_id):
@@ -45,7 +42,7 @@ def watch(steps, stopwatch, trainer, pad_id):
 
     def counted_truncation(*args, **kwargs):
         responses = truncation(*args, **kwargs)
-        steps.count("responses", int((responses != pad_id).sum()))
+        steps.count("response tokens", int((responses != pad_id).sum()))
         steps.count("sequences", len(responses))
         return responses
 
@@ -70,7 +67,6 @@ def main():
         for _ in range(2)
     )
     config = PPOConfig(
-        output_dir=work["scratch"],
         per_device_train_batch_size=work["rollout"],
         num_mini_batches=work["rollout"] // work["batch"],
         local_rollout_forward_batch_size=work["batch"],
@@ -79,16 +75,11 @@ def main():
         response_length=work["answer"],
         stop_token="eos",
         temperature=1.0,
-        learning_rate=work["learning_rate"],
         bf16=False,
-        use_cpu=not torch.cuda.is_available(),
         num_sample_generations=0,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **settings(work),
     )
-    stopwatch = Stopwatch(steps)
+    stopwatch = PhaseStopwatch(steps)
     trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer,
@@ -101,7 +92,7 @@ def main():
     )
     watch(steps, stopwatch, trainer, tokenizer.pad_token_id)
     trainer.train()
-    steps.save("trl", "transformers", "torch")
+    steps.save(*PACKAGES)
 
 
 if __name__ == "__main__":
