@@ -162,11 +162,3 @@ def test_gradient_clipping_is_always_stated():
     assert zero_config(2, "bf16", max_grad_norm=0)["gradient_clipping"] == 0.0
     assert zero_config(0, "bf16")["zero_optimization"]["stage"] == 1
     assert zero_config(2, "bf16", trainable=False)["zero_optimization"]["stage"] == 0
-
-
-def test_accumulation_groups_keep_the_tail():
-    from utils.zero import accumulation_groups
-
-    assert list(accumulation_groups(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(accumulation_groups(range(5), 2, 1)) == [[0, 1]]
-    assert list(accumulation_groups(range(5), 2, 0)) == []

@@ -1,9 +1,8 @@
 """DeepSpeed: a complete configuration for every ZeRO stage, engines, and one optimiser step over micro-batches."""
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -199,17 +198,6 @@ def _release_prefetched(engine: deepspeed.DeepSpeedEngine, *_: object) -> None:
     """
     if not torch.is_grad_enabled():
         engine.optimizer.empty_partition_cache()
-
-
-def accumulation_groups(loader: Iterable, accumulation_steps: int, limit: int | None = None) -> Iterator[list]:
-    """The micro-batches of each of at most `limit` optimiser steps.
-
-    The last step of an epoch may have fewer, and still is a step.
-    """
-    micro_batches, steps = iter(loader), 0
-    while steps != limit and (group := list(itertools.islice(micro_batches, accumulation_steps))):
-        steps += 1
-        yield group
 
 
 @torch.no_grad()

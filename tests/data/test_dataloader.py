@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from utils.data.dataloader import build_dataloader, endless
+from utils.data.dataloader import accumulation_groups, build_dataloader, endless
 from utils.errors import InputError
 
 
@@ -100,6 +100,34 @@ def test_endless_batches_begin_anywhere(start):
         return list(itertools.islice(endless(loader, first), 12 - first))
 
     assert following(start) == following(0)[start:]
+
+
+def steps(start: int, end: int) -> list[tuple[int, int, list[list[int]]]]:
+    """Step, epoch and row numbers of steps of two batches, of five in an epoch: three steps, the last a half."""
+    loader = build_dataloader(Numbers(10), list, 2, shuffle=True, seed=5)
+    loader.set_epoch(7, 2)  # whatever it was used for before
+    groups = accumulation_groups(loader, 2, start, end)
+    return [(step, epoch, [[row["n"] for row in batch] for batch in group]) for step, epoch, group in groups]
+
+
+def test_accumulation_keeps_the_tail_of_an_epoch():
+    whole = steps(0, 7)
+    assert [(step, epoch, len(group)) for step, epoch, group in whole] == [
+        *[(1, 0, 2), (2, 0, 2), (3, 0, 1)],
+        *[(4, 1, 2), (5, 1, 2), (6, 1, 1)],
+        (7, 2, 2),
+    ]
+    for epoch in range(2):
+        batches = [batch for _, of, group in whole for batch in group if of == epoch]
+        loader = build_dataloader(Numbers(10), list, 2, shuffle=True, seed=5)
+        loader.set_epoch(epoch)
+        assert batches == [[row["n"] for row in batch] for batch in loader]
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_accumulation_begins_and_ends_anywhere(start):
+    assert steps(start, 7) == steps(0, 7)[start:]
+    assert steps(0, start) == steps(0, 7)[:start]
 
 
 def test_loading_rows_leaves_the_random_stream_alone():

@@ -33,6 +33,7 @@ from utils.checkpoints import Checkpoints
 from utils.config import run
 from utils.data import (
     PackedRows,
+    accumulation_groups,
     build_dataloader,
     build_datasets,
     check_data_paths,
@@ -48,7 +49,7 @@ from utils.models.training_engine import build_engine
 from utils.preflight import dry_run
 from utils.rlhf.evaluation import greedy_answers
 from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import accumulation_groups, optimizer_step
+from utils.zero import optimizer_step
 
 PANELS = {
     "loss per response token": ["train/loss", "eval/loss"],
@@ -150,37 +151,35 @@ def main(config: Config) -> dict[str, float]:
             state.before = evaluate(engine, eval_loader)
             writer.log(0, state.before)
         step, started = state.step, time.perf_counter() - state.seconds
-        for epoch in range(step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
-            train_loader.set_epoch(epoch, step % steps_per_epoch * config.gradient_accumulation_steps)
-            steps_left = total_steps - step
-            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps, steps_left):
-                step, step_started = step + 1, time.perf_counter()
-                parts = micro_batches(rows, config.max_tokens_per_batch, sft_tokens)
-                batches = [distributed.to_device(collate(part)) for part in parts]
-                tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in batches))
+        groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, total_steps)
+        for step, epoch, rows in groups:
+            step_started = time.perf_counter()
+            parts = micro_batches(rows, config.max_tokens_per_batch, sft_tokens)
+            batches = [distributed.to_device(collate(part)) for part in parts]
+            tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in batches))
 
-                def loss_function(batch, tokens=tokens):
-                    logprobs, _ = engine(**batch)
-                    return -logprobs.sum() / tokens
+            def loss_function(batch, tokens=tokens):
+                logprobs, _ = engine(**batch)
+                return -logprobs.sum() / tokens
 
-                learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
-                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
-                metrics = {
-                    "train/loss": loss,
-                    "train/grad_norm": norm,
-                    "train/learning_rate": learning_rate,
-                    "train/epoch": epoch + 1,
-                    "train/skipped_steps": engine.skipped_steps,
-                    "train/response_tokens_per_second": tokens / (time.perf_counter() - step_started),
-                }
-                writer.log(step, metrics, bar=["train/loss", "train/response_tokens_per_second"])
-                if config.print_loss:
-                    writer.print(f"step {step}: loss {loss:.4f}")
-                if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
-                    evaluated = evaluate(engine, eval_loader)
-                    writer.log(step, evaluated)
-                    save_if_best(config, state, -evaluated["eval/loss"], engine.module.model, tokenizer)
-                checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
+            learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
+            loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
+            metrics = {
+                "train/loss": loss,
+                "train/grad_norm": norm,
+                "train/learning_rate": learning_rate,
+                "train/epoch": epoch + 1,
+                "train/skipped_steps": engine.skipped_steps,
+                "train/response_tokens_per_second": tokens / (time.perf_counter() - step_started),
+            }
+            writer.log(step, metrics, bar=["train/loss", "train/response_tokens_per_second"])
+            if config.print_loss:
+                writer.print(f"step {step}: loss {loss:.4f}")
+            if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
+                evaluated = evaluate(engine, eval_loader)
+                writer.log(step, evaluated)
+                save_if_best(config, state, -evaluated["eval/loss"], engine.module.model, tokenizer)
+            checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader)
         writer.log(step, after)
         answers_after = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)

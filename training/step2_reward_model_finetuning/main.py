@@ -35,6 +35,7 @@ from utils.arguments import (
 from utils.checkpoints import Checkpoints
 from utils.config import run
 from utils.data import (
+    accumulation_groups,
     build_dataloader,
     build_datasets,
     check_data_paths,
@@ -50,7 +51,7 @@ from utils.models.pair_scores import PairScores
 from utils.models.training_engine import build_engine
 from utils.preflight import dry_run
 from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import accumulation_groups, optimizer_step
+from utils.zero import optimizer_step
 
 PANELS = {
     "loss per pair": ["train/loss", "eval/loss"],
@@ -160,42 +161,40 @@ def main(config: Config) -> dict[str, float]:
             state.before = evaluate(engine, eval_loader, config)
             writer.log(0, state.before)
         step, started = state.step, time.perf_counter() - state.seconds
-        for epoch in range(step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
-            train_loader.set_epoch(epoch, step % steps_per_epoch * config.gradient_accumulation_steps)
-            steps_left = total_steps - step
-            for rows in accumulation_groups(train_loader, config.gradient_accumulation_steps, steps_left):
-                step, step_started = step + 1, time.perf_counter()
-                parts = micro_batches(rows, config.max_tokens_per_batch, preference_tokens)
-                batches = [distributed.to_device(collate(part)) for part in parts]
-                pairs = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in batches))
-                margins = []
+        groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, total_steps)
+        for step, epoch, rows in groups:
+            step_started = time.perf_counter()
+            parts = micro_batches(rows, config.max_tokens_per_batch, preference_tokens)
+            batches = [distributed.to_device(collate(part)) for part in parts]
+            pairs = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in batches))
+            margins = []
 
-                def loss_function(batch, margins=margins, pairs=pairs):
-                    losses, chosen, rejected = score_pairs(engine, batch, config.reward_loss)
-                    margins.append((chosen - rejected).detach())
-                    return losses.sum() / pairs
+            def loss_function(batch, margins=margins, pairs=pairs):
+                losses, chosen, rejected = score_pairs(engine, batch, config.reward_loss)
+                margins.append((chosen - rejected).detach())
+                return losses.sum() / pairs
 
-                learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
-                loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
-                margin = torch.cat(margins)
-                sums = distributed.all_reduce_dict({"margin": margin.sum(), "correct": (margin > 0).sum()})
-                metrics = {
-                    "train/loss": loss,
-                    "train/accuracy": sums["correct"] / pairs,
-                    "train/margin": sums["margin"] / pairs,
-                    "train/grad_norm": norm,
-                    "train/learning_rate": learning_rate,
-                    "train/epoch": epoch + 1,
-                    "train/skipped_steps": engine.skipped_steps,
-                    "train/pairs_per_second": pairs / (time.perf_counter() - step_started),
-                }
-                writer.log(step, metrics, bar=["train/loss", "train/accuracy", "train/pairs_per_second"])
-                if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
-                    evaluated = evaluate(engine, eval_loader, config, None if config.keep_best else config.eval_iters)
-                    writer.log(step, evaluated)
-                    store_score_scale(engine.module.model, evaluated)
-                    save_if_best(config, state, evaluated["eval/accuracy"], engine.module.model, tokenizer)
-                checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
+            learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
+            loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
+            margin = torch.cat(margins)
+            sums = distributed.all_reduce_dict({"margin": margin.sum(), "correct": (margin > 0).sum()})
+            metrics = {
+                "train/loss": loss,
+                "train/accuracy": sums["correct"] / pairs,
+                "train/margin": sums["margin"] / pairs,
+                "train/grad_norm": norm,
+                "train/learning_rate": learning_rate,
+                "train/epoch": epoch + 1,
+                "train/skipped_steps": engine.skipped_steps,
+                "train/pairs_per_second": pairs / (time.perf_counter() - step_started),
+            }
+            writer.log(step, metrics, bar=["train/loss", "train/accuracy", "train/pairs_per_second"])
+            if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
+                evaluated = evaluate(engine, eval_loader, config, None if config.keep_best else config.eval_iters)
+                writer.log(step, evaluated)
+                store_score_scale(engine.module.model, evaluated)
+                save_if_best(config, state, evaluated["eval/accuracy"], engine.module.model, tokenizer)
+            checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader, config)
         writer.log(step, after)
         writer.compare("held-out pairs", state.before, after)

@@ -1,7 +1,7 @@
 """Data: from files and hub data sets to batches of token ids with exact prompt and response spans."""
 
 from utils.data.collate import collate_preference, collate_sft, preference_tokens, sft_tokens
-from utils.data.dataloader import RankDataLoader, build_dataloader, endless
+from utils.data.dataloader import RankDataLoader, accumulation_groups, build_dataloader, endless
 from utils.data.dataset import TokenDataset, build_datasets
 from utils.data.dialogue import render_prompt, render_response
 from utils.data.example import Example
@@ -13,6 +13,7 @@ __all__ = [
     "PackedRows",
     "RankDataLoader",
     "TokenDataset",
+    "accumulation_groups",
     "build_dataloader",
     "build_datasets",
     "check_data_paths",

@@ -1,6 +1,7 @@
 """Batches for one rank: the same order on every machine for the same seed and epoch, and no row counted twice."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -69,6 +70,24 @@ def endless(loader: RankDataLoader, start: int = 0) -> Iterator[Any]:
         loader.set_epoch(epoch, start_batch)
         yield from loader
         start_batch = 0
+
+
+def accumulation_groups(
+    loader: RankDataLoader, accumulation_steps: int, start: int, end: int
+) -> Iterator[tuple[int, int, list]]:
+    """For each optimiser step after the `start`-th up to the `end`-th: its number, its epoch and its batches.
+
+    Steps count from 1, epochs from 0, each of which has an order of its own. The last step of an epoch may have fewer
+    batches than `accumulation_steps`, and still is a step.
+    """
+    loader.set_epoch(0)
+    steps_per_epoch = math.ceil(len(loader) / accumulation_steps)
+    for epoch in range(start // steps_per_epoch, math.ceil(end / steps_per_epoch)):
+        steps = range(max(start, epoch * steps_per_epoch), min(end, (epoch + 1) * steps_per_epoch))
+        loader.set_epoch(epoch, steps.start % steps_per_epoch * accumulation_steps)
+        batches = iter(loader)
+        for step in steps:
+            yield step + 1, epoch, list(itertools.islice(batches, accumulation_steps))
 
 
 def build_dataloader(
