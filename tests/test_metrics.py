@@ -163,7 +163,7 @@ def test_tensorboard_lies_in_the_output_dir_by_default(tmp_path):
 
 
 def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install tensorboard"):
         writer(tmp_path, enable_tensorboard=True)
 
@@ -171,6 +171,12 @@ def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
 def test_tensorboard_without_a_folder_is_refused():
     with pytest.raises(InputError, match="--tensorboard_path"):
         writer(None, enable_tensorboard=True)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    metrics = writer(tmp_path)
+    with open("/dev/full", "ab", buffering=0) as metrics._file, pytest.raises(InputError, match="No space left"):
+        metrics.log(1, {"train/loss": 1.0})
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -1,7 +1,10 @@
 """The three scripts end to end on tiny models: in process, through DeepSpeed's launcher, and with bad input."""
 
+import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +195,30 @@ def test_step3_with_unsupervised_text(world, tmp_path):
     assert row["ppo/unsupervised_loss"] > 0
 
 
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_picture_that_cannot_be_drawn_costs_no_model(world, tmp_path, monkeypatch, step):
+    def fail(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("utils.metrics.draw_curves", fail)
+    changes = {} if step == 3 else {"num_train_epochs": 1}
+    with pytest.raises(RuntimeError, match="no fonts"):
+        run_step(step, flags(world, step, tmp_path, max_steps=1, **changes))
+    saved = tmp_path / "actor" if step == 3 else tmp_path
+    assert (saved / "model.safetensors").is_file()
+
+
+def test_a_kl_that_is_not_finite_leaves_its_price(world, tmp_path, monkeypatch):
+    """`--on_nan skip` goes on after a rollout that cannot train."""
+    script = load_step(3)
+    original = script.rollout
+    monkeypatch.setattr(
+        script, "rollout", lambda *args, **kwargs: dataclasses.replace(original(*args, **kwargs), kl=math.nan)
+    )
+    run_step(3, flags(world, 3, tmp_path, kl_target=1.0, on_nan="skip", kl_ctl=0.3))
+    assert {row["ppo/kl_ctl"] for row in read_metrics(tmp_path / "metrics.jsonl") if "ppo/kl_ctl" in row} == {0.3}
+
+
 def test_test_mode_stops_early(world):
     argv = flags(world, 3, enable_test_mode=True, test_stop_step=1, eval_prompts=0)
     assert run_step(3, argv)["iterations"] == 1
@@ -256,7 +283,8 @@ BAD_FLAGS = [
     (1, {"data_path": "nowhere.jsonl"}, "--data_path nowhere.jsonl"),
     (1, {"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere"),
     (1, {"output_dir": __file__}, "is a file; name a folder"),
-    (1, {"output_dir": "MODEL"}, "is the folder of --model_name_or_path"),
+    (1, {"output_dir": "MODEL"}, "would write over its --model_name_or_path"),
+    (1, {"enable_tensorboard": True, "tensorboard_path": __file__}, "--tensorboard_path"),
     (1, {"max_seq_len": 512}, "the model has 256 positions"),
     (1, {"lora_dim": 4, "lora_module_name": "decoder.layers."}, "matches no linear layer"),
     (1, {"zero_stage": 4}, "--zero_stage"),
@@ -283,6 +311,28 @@ def test_bad_flags_are_one_line_before_any_model_is_loaded(world, capsys, monkey
     )
     changes = {name: world["model"] if value == "MODEL" else value for name, value in changes.items()}
     assert message in refused(step, flags(world, step, **changes), capsys)
+
+
+@pytest.mark.parametrize(
+    ("step", "folders", "flag"),
+    [
+        (1, {"model_name_or_path": "best"}, "--model_name_or_path"),
+        (3, {"actor_model_name_or_path": "actor"}, "--actor_model_name_or_path"),
+        (3, {"critic_model_name_or_path": "best/critic"}, "--critic_model_name_or_path"),
+    ],
+    ids=str,
+)
+def test_a_model_that_the_run_would_write_over_is_refused(world, capsys, tmp_path, step, folders, flag):
+    changes = {}
+    for name, folder in folders.items():
+        source = world["reward"] if "critic" in name else world["model"]
+        changes[name] = shutil.copytree(source, tmp_path / folder)
+    assert f"would write over its {flag}" in refused(step, flags(world, step, tmp_path, **changes), capsys)
+
+
+def test_a_model_elsewhere_in_the_output_folder_is_welcome(world, tmp_path):
+    model = shutil.copytree(world["model"], tmp_path / "models" / "actor")
+    run_step(1, flags(world, 1, tmp_path, model_name_or_path=model, max_steps=1, num_sample_generations=0))
 
 
 GOOD = '{"prompt": " Human: a Assistant:", "chosen": " b", "rejected": " c"}\n'

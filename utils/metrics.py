@@ -5,9 +5,11 @@ handed to the operating system whole and at once, so a run that is killed keeps 
 which JSON does not have, are written as null.
 """
 
+import importlib.util
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -145,23 +147,39 @@ class MetricsWriter:
         if self._file is not None:
             finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
             row = {"step": step, "time": round(time.time(), 3), **finite}
-            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            try:
+                self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            except OSError as error:
+                raise InputError(f"--output_dir: cannot write {METRICS_FILE}: {error.strerror or error}") from error
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
 
     def _open_tensorboard(self, tensorboard_path: str, start_step: int):
-        if not tensorboard_path and self._output_dir is None:
-            raise InputError("--enable_tensorboard needs a folder: give --tensorboard_path or --output_dir")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError("--enable_tensorboard needs TensorBoard: run `pip install tensorboard`") from error
-        folder = Path(tensorboard_path or self._output_dir / "tensorboard") / self._job_name
-        try:
-            return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None, flush_secs=10)
-        except OSError as error:
-            raise InputError(f"--tensorboard_path: cannot write to {folder}: {error.strerror or error}") from error
+        folder = check_tensorboard(tensorboard_path, self._output_dir) / self._job_name
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None, flush_secs=10)
+
+
+def check_tensorboard(tensorboard_path: str, output_dir: str | os.PathLike | None) -> Path:
+    """The folder that TensorBoard's files go to, which is made.
+
+    Raises:
+        InputError: there is none, it cannot be written, or TensorBoard is not installed.
+    """
+    if not tensorboard_path and not output_dir:
+        raise InputError("--enable_tensorboard needs a folder: give --tensorboard_path or --output_dir")
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--enable_tensorboard needs TensorBoard: run `pip install tensorboard`")
+    folder = Path(tensorboard_path or Path(output_dir) / "tensorboard")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--tensorboard_path: cannot write to {folder}: {error.strerror or error}") from error
+    return folder
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float | None]]:

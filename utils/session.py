@@ -12,13 +12,15 @@ from utils.arguments import meaningless_flags, refuse_unavailable
 from utils.checkpoints.folders import checkpoint_steps
 from utils.checkpoints.run_state import RunState
 from utils.config import save_config
+from utils.divergence import DIVERGENCE_FILE
 from utils.errors import InputError
 from utils.files import atomic_write_text
-from utils.metrics import MetricsWriter
+from utils.metrics import MetricsWriter, check_tensorboard
 from utils.zero import check_precision
 
 CONFIG_FILE = "run_config.yaml"
 SUMMARY_FILE = "summary.json"
+MODEL_FLAGS = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path")
 
 
 def check_run(config) -> None:
@@ -34,6 +36,8 @@ def check_run(config) -> None:
             _check_nothing_to_resume(config)
             _check_writable(Path(config.output_dir))
         _check_inputs_stay(config)
+    if config.enable_tensorboard and not config.dry_run:
+        check_tensorboard(config.tensorboard_path, config.output_dir)
 
 
 def start_run(config) -> None:
@@ -47,7 +51,14 @@ def start_run(config) -> None:
 
 
 def open_metrics(config, job_name: str, total_steps: int, state: RunState) -> MetricsWriter:
-    """The metrics writer that the output flags of `config` ask for; it continues where `state` was saved."""
+    """The metrics writer that the output flags of `config` ask for; it continues where `state` was saved.
+
+    A run from the beginning removes the report of an earlier run's divergence, and says if its `best/` is there.
+    """
+    if config.output_dir and state.step == 0 and distributed.is_main():
+        (Path(config.output_dir) / DIVERGENCE_FILE).unlink(missing_ok=True)
+        if (Path(config.output_dir) / "best").exists() and not config.keep_best:
+            distributed.log(f"note: {Path(config.output_dir) / 'best'} is an earlier run's, and stays as it is")
     return MetricsWriter(
         config.output_dir,
         job_name=job_name,
@@ -85,11 +96,17 @@ def _check_nothing_to_resume(config) -> None:
 
 
 def _check_inputs_stay(config) -> None:
-    """A run that wrote over the model it starts from could not be repeated."""
-    for name in ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"):
-        path = getattr(config, name, None)
-        if path and Path(path).resolve() == Path(config.output_dir).resolve():
-            raise InputError(f"--output_dir {config.output_dir} is the folder of --{name}; name another")
+    """A run that wrote over the model it starts from could not be repeated, nor resumed if it has LoRA."""
+    names = [name for name in MODEL_FLAGS if getattr(config, name, None)]
+    written = {"best"} | ({"actor", "critic", "actor_ema"} if len(names) > 1 else set())
+    output_dir = Path(config.output_dir).resolve()
+    for name in names:
+        path = Path(getattr(config, name)).resolve()
+        if path.is_relative_to(output_dir) and written.issuperset(path.relative_to(output_dir).parts):
+            raise InputError(
+                f"--output_dir {config.output_dir}: the run would write over its --{name} {getattr(config, name)}; "
+                "name another folder"
+            )
 
 
 def _check_writable(folder: Path) -> None:

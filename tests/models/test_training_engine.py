@@ -15,7 +15,7 @@ from utils.models.training_engine import _warmup_remark
         ("cosine", 5, 5, "never reaches its peak"),
         ("constant_with_warmup", 100, 5, "100 but 5 optimiser steps"),
         ("constant", 4, 5, "changes nothing"),
-        ("cosine", 100, 0, ""),  # an actor that only watches its critic warm up
+        ("cosine", 100, 0, "never trains"),  # an actor that only watches its critic warm up
     ],
 )
 def test_a_warmup_that_does_not_do_what_it_is_for(schedule, warmup_steps, total_steps, remark):

@@ -186,12 +186,12 @@ def main(config: Config) -> dict[str, float]:
         for (prompt, old), (_, new) in zip(state.answers, answers_after, strict=True):
             writer.print(f"\n{prompt.strip()}\n  before: {old.strip()}\n  after:  {new.strip()}")
         writer.compare("held-out rows", state.before, after)
-        writer.plot(PANELS)
 
-    # 5. Save
-    if config.output_dir:
-        save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-        save_if_best(config, state, -after["eval/loss"], engine.module.model, tokenizer)
+        # 5. Save, then draw
+        if config.output_dir:
+            save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
+            save_if_best(config, state, -after["eval/loss"], engine.module.model, tokenizer)
+        writer.plot(PANELS)
     return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 
 

@@ -198,13 +198,13 @@ def main(config: Config) -> dict[str, float]:
         after = evaluate(engine, eval_loader, config)
         writer.log(step, after)
         writer.compare("held-out pairs", state.before, after)
-        writer.plot(PANELS)
 
-    # 5. Save
-    if config.output_dir:
-        store_score_scale(engine.module.model, after)
-        save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-        save_if_best(config, state, after["eval/accuracy"], engine.module.model, tokenizer)
+        # 5. Save, then draw
+        if config.output_dir:
+            store_score_scale(engine.module.model, after)
+            save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
+            save_if_best(config, state, after["eval/accuracy"], engine.module.model, tokenizer)
+        writer.plot(PANELS)
     return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 
 

@@ -222,7 +222,7 @@ def main(config: Config) -> dict[str, float]:
                 alarm.check(iteration, metrics)
                 if config.print_answers and iteration % config.print_answers_interval == 0:
                     writer.print(show_answers(samples.micro_batches[0], tokenizer))
-                if config.kl_target is not None:
+                if config.kl_target is not None and math.isfinite(samples.kl):  # not so with --on_nan skip
                     kl_ctl = adaptive_kl_ctl(
                         kl_ctl, samples.kl, config.kl_target, config.kl_horizon, samples.num_sequences
                     )
@@ -235,12 +235,12 @@ def main(config: Config) -> dict[str, float]:
         after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
         writer.log(iteration, after)
         writer.compare("greedy answers to held-out prompts", state.before, after)
-        writer.plot(PANELS, per="rollout")
 
-    # 5. Save
-    if config.output_dir:
-        engine.save(config.output_dir)
-        engine.save_if_best(state, after)
+        # 5. Save, then draw
+        if config.output_dir:
+            engine.save(config.output_dir)
+            engine.save_if_best(state, after)
+        writer.plot(PANELS, per="rollout")
     return save_summary(config, state.before, after, iterations=iteration, train_seconds=state.seconds)
 
 

@@ -83,7 +83,7 @@ def _lock(file: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
             # A file system without locks: two writers would build the same entry, and one of them replace the other's.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
         yield
         file.unlink(missing_ok=True)

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils import distributed
+from utils.errors import InputError
 from utils.files import atomic_files
 from utils.models.lora import ADAPTER, lora_layers, merged_weight
 from utils.zero import check_weights, gathered
@@ -55,22 +57,32 @@ def save_model(
 
     Raises:
         DivergenceError: a weight is NaN or infinite; nothing was written.
+        InputError: on every rank; the folder cannot be written, and is as it was.
     """
     check_weights(model)
     state = merged_state_dict(model) if state is None else state
     adapter = _adapter_state_dict(model) if save_adapter else None
+    problem = None
     if distributed.is_main():
-        if getattr(model.config, "tie_word_embeddings", False):
-            state.pop("lm_head.weight", None)
-        with atomic_files(folder, replacing=["model*.safetensors*", "adapter"]) as temporary:
-            model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
-            tokenizer.save_pretrained(temporary)
-            if adapter:
-                (temporary / "adapter").mkdir()
-                save_file(adapter, temporary / "adapter" / "adapter_model.safetensors")
-                model.peft_config[ADAPTER].base_model_name_or_path = str(model.config.name_or_path)
-                model.peft_config[ADAPTER].save_pretrained(temporary / "adapter")
-    distributed.barrier()
+        try:
+            _write(model, tokenizer, Path(folder), state, adapter)
+        except (OSError, SafetensorError) as error:
+            problem = f"{folder}: the model cannot be saved ({error}); make room, or choose another --output_dir"
+    if problem := distributed.first_problem(problem):
+        raise InputError(problem)
+
+
+def _write(model, tokenizer, folder: Path, state: dict, adapter: dict | None) -> None:
+    if getattr(model.config, "tie_word_embeddings", False):
+        state.pop("lm_head.weight", None)
+    with atomic_files(folder, replacing=["model*.safetensors*", "adapter"]) as temporary:
+        model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(temporary)
+        if adapter:
+            (temporary / "adapter").mkdir()
+            save_file(adapter, temporary / "adapter" / "adapter_model.safetensors")
+            model.peft_config[ADAPTER].base_model_name_or_path = str(model.config.name_or_path)
+            model.peft_config[ADAPTER].save_pretrained(temporary / "adapter")
 
 
 def save_if_best(config, state, score: float, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -82,10 +82,12 @@ def build_engine(
 
 
 def _warmup_remark(config, total_steps: int) -> str:
-    """What a user should know of a warm-up that does not do what it is for; nothing where it does."""
+    """What a user should know of a warm-up that does not do what it is for, empty where it does."""
     steps = config.num_warmup_steps
+    if total_steps == 0:
+        return "never trains: --critic_warmup_steps covers the whole run"
     if steps and config.lr_scheduler_type == "constant":
         return f"--num_warmup_steps {steps} changes nothing: the schedule is constant, not constant_with_warmup"
-    if steps and steps >= total_steps > 0:
+    if steps and steps >= total_steps:
         return f"--num_warmup_steps {steps} but {total_steps} optimiser steps: the learning rate never reaches its peak"
     return ""
