@@ -1,7 +1,6 @@
 """Bytes of an engine by hand, by ZeRO stage, number format and processes; and what must hold for any flags."""
 
 import dataclasses
-import sys
 
 import pytest
 import transformers
@@ -203,7 +202,7 @@ def test_adapted_copies_of_weights_stay_unless_they_are_unpinned():
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_copies_on_a_cpu_stay_unless_they_are_packed(monkeypatch, packs):
-    monkeypatch.setattr(sys.modules[estimate.__module__], "can_pack", lambda weight: packs)
+    monkeypatch.setattr("utils.preflight.generation.can_pack", lambda weight: packs)
     training = next(phase for phase in estimated(3).phases if phase.name == "actor training")
     assert (training.items.get("generation copies", 0) == 0) == packs
 

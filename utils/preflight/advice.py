@@ -110,6 +110,9 @@ def candidates(config: Any, machine: Machine) -> Iterator[Change]:
                     yield _set(name, "slower scoring", **{name: True})
         if not config.offload:
             yield _set("offload", "slower optimiser steps, and host memory", offload=True)
+            if rlhf and not config.offload_optimizer_during_generation:
+                price = "moves the optimiser's state for each rollout, and host memory"
+                yield _set("optimiser", price, offload_optimizer_during_generation=True)
     if config.dtype == "fp32" and machine.on_gpu:
         yield _set("dtype", "16-bit activations", dtype="bf16")
     without = [f"{role}lora_dim" for role in roles if not getattr(config, f"{role}lora_dim")]

@@ -1,22 +1,15 @@
 """Memory of a whole step on one process, phase by phase, and its largest moment."""
 
-import math
 from typing import Any
 
-import torch
-
 from utils.preflight.blocks import Blocks, block
+from utils.preflight.generation import estimate_generation
 from utils.preflight.memory import Engine
 from utils.preflight.model_shape import Kind
 from utils.preflight.phases import Estimate, Items, Machine, Moment, joined, largest_moments, total_of
-from utils.preflight.roles import Role, Subject, frozen_twin, trained_role
+from utils.preflight.roles import Subject, frozen_twin, trained_role
+from utils.preflight.saving import disk_use, host_bytes, saved_model, saving_moments
 from utils.preflight.workload import MicroBatch, Rows, longest_row, micro_batch
-from utils.rlhf.batching import PREFILL_TOKENS
-from utils.rlhf.decoder import CACHE_STEP
-from utils.rlhf.packed_matrix import can_pack
-from utils.zero import TORCH_DTYPES
-
-SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen
 
 
 def estimate(config: Any, subject: Subject, machine: Machine) -> Estimate:
@@ -66,10 +59,16 @@ def _estimate_supervised(config: Any, subject: Subject, machine: Machine) -> Est
     if subject.step == 1 and config.num_sample_generations and engine.real_stage == 3:
         moments.append(Moment("evaluation", joined(persistent, {"gather buffers": engine.whole()})))
     moments += [Moment("training", joined(persistent, items)) for items in trained.training(batch)]
-    if not machine.on_gpu and config.output_dir:
-        moments.append(Moment("saving", joined(persistent, {"copy to save": engine.of_parameters(engine.item_size)})))
+    saved = saved_model(trained, subject, role="model")
+    host = {"offloaded": engine.host_bytes()}
+    if config.output_dir:
+        moments += [Moment("saving", joined(persistent, items)) for items in saving_moments([saved], None)]
+        host["saving"] = host_bytes(config, [saved], 0.0)
     return Estimate(
-        largest_moments(moments, machine), _tokens_per_step(config, subject, machine), host=engine.host_bytes()
+        largest_moments(moments, machine),
+        _tokens_per_step(config, subject, machine),
+        host=host if machine.on_gpu else {},
+        disk=disk_use(config, [saved], None),
     )
 
 
@@ -94,77 +93,35 @@ def _estimate_rlhf(config: Any, subject: Subject, machine: Machine) -> Estimate:
         standing["moving average"] = actor.engine.of_parameters(4 / shards, trained_only=True)
     persistent = joined(actor.engine.persistent(), standing)
 
-    generation = _generation(config, actor, machine, batch)
-    keeps = _decodes(config, actor) and not config.release_inference_cache
-    kept = {"KV cache": generation["KV cache"]} if keeps else {}
-    packed = not on_gpu and can_pack(torch.empty(0, dtype=TORCH_DTYPES[config.dtype]))  # made anew for each rollout
-    if not config.unpin_actor_parameters and not packed:
-        kept["generation copies"] = generation["generation copies"]
+    generation = estimate_generation(config, actor, machine, batch, persistent)
+    between = joined(persistent, generation.kept)
     moments = [
         Moment("loading", _loading(actor.engine)),
         Moment("loading", joined(_new(actor.engine), {"critic": total_of(_loading(critic.engine))})),
     ]
-    moments.append(Moment("generation", joined(persistent, generation)))
+    moments.append(Moment("generation", generation.moment))
     for role in (actor, critic, *frozen.values()):
         targets = batch.targets if role.engine.shape.vocabulary else 0
-        moments.append(Moment("scoring", joined(joined(persistent, kept), role.forward(targets))))
+        moments.append(Moment("scoring", joined(between, role.forward(targets))))
     for name, role in (("actor training", actor), ("critic training", critic)):
         for items in role.training(batch):
-            moments.append(Moment(name, joined(joined(persistent, kept), items)))
-    if not machine.on_gpu and config.output_dir:
-        copy = actor.engine.of_parameters(actor.engine.item_size)
-        moments.append(Moment("saving", joined(joined(persistent, kept), {"copy to save": copy})))
-    host = sum(role.engine.host_bytes() for role in (actor, critic, *frozen.values()))
-    return Estimate(largest_moments(moments, machine), _tokens_per_step(config, subject, machine), host=host)
-
-
-def _decodes(config: Any, actor: Role) -> bool:
-    """Whether the decode engine generates, and not `transformers`."""
-    return config.enable_hybrid_engine and actor.engine.shape.decodes
-
-
-def _generation(config: Any, actor: Role, machine: Machine, batch: MicroBatch) -> Items:
-    """Items of generation beside what stands: cache, copies of weights, a prefill pass or the choice of tokens."""
-    shape, size = actor.engine.shape, actor.engine.item_size
-    prompt, slots = config.max_prompt_seq_len, config.per_device_generation_batch_size
-    length = math.ceil((prompt + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
-    decodes, shards = _decodes(config, actor), config.inference_tp_size
-    cache = slots * length * shape.cache_per_token * size / shards
-    prefill = min(slots * prompt, max(PREFILL_TOKENS, prompt)) if decodes else slots * prompt
-    return {
-        "KV cache": block(cache / 2) * 2 if decodes else Blocks(cache * (1 + 1 / shape.layers)),
-        "generation copies": _copies(config, actor, machine) if decodes else Blocks(),
-        "gather buffers": _whole_weights(config, actor),
-        "activations": actor.activations.layer * (prefill / batch.tokens),
-        "logits": block(slots * shape.vocabulary * size) + block(4 * slots * shape.vocabulary) * SAMPLING_COPIES,
+            moments.append(Moment(name, joined(between, items)))
+    models = [saved_model(actor, subject, role="actor"), saved_model(critic, subject, role="critic")]
+    averaged = models[0] if config.enable_ema else None
+    host = {
+        "offloaded": sum(role.engine.host_bytes() for role in (actor, critic, *frozen.values())),
+        "optimiser during generation": generation.host,
     }
-
-
-def _streams(config: Any, actor: Role) -> bool:
-    return config.stream_generation_weights == "on" and actor.engine.real_stage == 3
-
-
-def _copies(config: Any, actor: Role, machine: Machine) -> Blocks:
-    """Weights that `rlhf.decoder_weights` copies: all matrices on a CPU, adapted or divided ones elsewhere."""
-    shape, size = actor.engine.shape, actor.engine.item_size
-    if _streams(config, actor):
-        return Blocks()
-    matrices = block(shape.matrices * size / shape.layers / 7) * 7 * shape.layers
-    if config.inference_tp_size > 1:
-        return matrices * (1 / config.inference_tp_size)
-    if not machine.on_gpu:
-        return matrices + block(shape.vocabulary * shape.hidden * size)
-    return Blocks(shape.adapted * size) if config.lora_generation == "fused" else Blocks()
-
-
-def _whole_weights(config: Any, actor: Role) -> Blocks:
-    """What generation gathers at stage 3: all weights, or a part of the layers where they are streamed or divided."""
-    whole, shape = actor.engine.whole(), actor.engine.shape
-    if not _streams(config, actor) and config.inference_tp_size == 1:
-        return whole
-    layers = 1 if _streams(config, actor) else config.tp_gather_partition_size
-    inside = shape.matrices * actor.engine.item_size * (1 - min(layers / shape.layers, 1))
-    return Blocks(max(whole.small - inside, 0), whole.large) if whole.total else whole
+    if config.output_dir:
+        moments += [Moment("saving", joined(between, items)) for items in saving_moments(models, averaged)]
+        host["saving"] = host_bytes(config, models, standing.get("moving average", Blocks()).total)
+    return Estimate(
+        largest_moments(moments, machine),
+        _tokens_per_step(config, subject, machine),
+        host=host if machine.on_gpu else {},
+        disk=disk_use(config, models, averaged),
+        gathering=generation.gathering,
+    )
 
 
 def _tokens_per_step(config: Any, subject: Subject, machine: Machine) -> int:

@@ -97,6 +97,23 @@ class Engine:
         parameters = self.shape.total * self.item_size / self.world_size if self.real_stage == 3 else 0.0
         return parameters + (4 * self.part if self.trains else 0.0)
 
+    def stored_bytes(self) -> float:
+        """Bytes of this engine in a checkpoint, of all processes: what trains, in fp32 and in the model's dtype too
+        where stages 1 and 2 keep both, and Adam's two moments."""
+        return self.shape.trainable * (12 + (self.item_size if self.real_stage in (1, 2) else 0))
+
+    def largest_stored(self) -> float:
+        """Bytes of the largest tensor that a checkpoint takes from this process's device."""
+        if not self.real_stage:
+            return 4 * self.shape.largest_trainable
+        weights = self.shape.trainable * self.item_size if self.real_stage < 3 else 0
+        return max(weights, 0 if self.offload else self.part)
+
+    def nan_check(self) -> Blocks:
+        """What `zero.check_weights` makes of a parameter, or of its part: absolute values and three masks."""
+        numbers = self.shape.largest / (self.world_size if self.real_stage == 3 else 1)
+        return block(numbers * self.item_size) + block(numbers) * 3
+
     def gathered(self) -> Blocks:
         """Whole parameters that a pass at stage 3 holds at once."""
         if self.real_stage != 3:

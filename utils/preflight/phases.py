@@ -37,12 +37,31 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Gathering:
+    """What `--stream_generation_weights auto` is expected to do at ZeRO-3, and the bytes by which it decides."""
+
+    streams: bool
+    needed: float
+    free: float | None  # None where the machine's memory is not known
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes to `--output_dir`: one checkpoint, 0 without them, and all models."""
+
+    checkpoint: float = 0.0
+    models: float = 0.0
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """All phases of a step on one process."""
+    """All phases of a step on one process; `host` has the bytes in a GPU's host's memory, by what puts them there."""
 
     phases: list[Phase]
     tokens_per_step: int  # of all processes, at most
-    host: float = 0.0  # bytes that --offload puts into the host's memory, per process
+    host: dict[str, float]
+    disk: Disk
+    gathering: Gathering | None = None
 
     @property
     def peak(self) -> float:

@@ -1,14 +1,15 @@
 """The preflight's answer in words: a table of memory, counts, and what to change."""
 
 from utils.preflight.advice import Advice
-from utils.preflight.phases import KEPT_HEAP, Estimate, Machine
+from utils.preflight.phases import KEPT_HEAP, Disk, Estimate, Gathering, Machine
 from utils.tables import format_table
 
 GIB = 2**30
 ORDER = (  # of the table's rows
     *("base of the process", "parameters", "flat copy", "gradients", "fp32 master weights", "optimiser states"),
     *("activations", "logits", "KV cache", "generation copies", "gather buffers", "moving average"),
-    *("reference model", "reward model", "critic", "copy to save", KEPT_HEAP),
+    *("reference model", "reward model", "critic", "copy to save", "weights put aside"),
+    *("check for NaN", KEPT_HEAP),
 )
 
 
@@ -25,6 +26,40 @@ def memory_table(estimate: Estimate, machine: Machine) -> str:
     unit = "GPU" if machine.on_gpu else "process"
     title = f"predicted memory of each of {machine.world_size} processes, GiB per {unit}, at the largest moment"
     return format_table(title, rows, ["", *(phase.name for phase in estimate.phases)])
+
+
+def gathering_line(gathering: Gathering) -> str:
+    """How the actor's weights are expected to come together for a rollout, and why."""
+    how = "its layers one at a time for every token, which is slow" if gathering.streams else "all of its weights once"
+    free = "" if gathering.free is None else f", where {gib(max(gathering.free, 0))} GiB are free"
+    return (
+        f"--stream_generation_weights auto: for a rollout the actor is expected to gather {how} (all at once would "
+        f"take up to {gib(gathering.needed)} GiB{free})"
+    )
+
+
+def host_line(host: dict[str, float]) -> str:
+    """What goes into a GPU's host's memory; nothing where it is little."""
+    parts = [f"{name} {gib(size)}" for name, size in host.items() if size >= GIB / 200]
+    return f"in the host's memory, GiB per process: {', '.join(parts)}" if parts else ""
+
+
+def disk_line(disk: Disk, checkpoints: int | None) -> str:
+    """The space that a run takes at `--output_dir`, with `checkpoints` at once, None where that is not known."""
+    models = f"models {gib(disk.models)}"
+    if checkpoints is None:
+        return f"on the disk at --output_dir, GiB: {models}, and {gib(disk.checkpoint)} for each checkpoint, all kept"
+    if not checkpoints:
+        return f"on the disk at --output_dir, GiB: {models}"
+    return (
+        f"on the disk at --output_dir, GiB: {gib(disk_bytes(disk, checkpoints))} in all; {models}, {checkpoints} "
+        f"checkpoints of {gib(disk.checkpoint)} at once"
+    )
+
+
+def disk_bytes(disk: Disk, checkpoints: int | None) -> float:
+    """Bytes at `--output_dir`; with one checkpoint where their number is not known."""
+    return disk.models + disk.checkpoint * (1 if checkpoints is None else checkpoints)
 
 
 def fits(estimate: Estimate, machine: Machine) -> bool:

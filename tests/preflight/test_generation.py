@@ -1,0 +1,170 @@
+"""Memory of generation: the engine's own decision whether to stream, sharing, and the optimiser out of the way."""
+
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from step_scripts import load_step
+
+from utils import distributed
+from utils.preflight.estimate import estimate, training_batch
+from utils.preflight.generation import estimate_generation, must_stream, needed_to_gather
+from utils.preflight.model_shape import build_on_meta
+from utils.preflight.phases import Machine
+from utils.preflight.report import gathering_line
+from utils.preflight.roles import Subject, trained_role
+from utils.preflight.workload import Rows
+from utils.rlhf import memory
+from utils.rlhf.decoder import LlamaDecoder
+from utils.rlhf.hybrid_engine import HybridEngine
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=32_000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=0,
+)  # fmt: skip
+MATRICES = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512  # of a layer
+NORMS, VOCABULARY = 9 * 256, 32_000 * 256
+ACTOR = 4 * MATRICES + NORMS + 2 * VOCABULARY
+CACHE = 16 * 512 * 2 * 4 * 4 * 32  # numbers: slots x length x keys and values x layers x heads x size of a head
+
+
+def machine(memory: float | None = None, device_type: str = "cuda") -> Machine:
+    return Machine(device_type=device_type, world_size=4, base=0, memory=memory)
+
+
+def step3_config(**changes):
+    names = ("actor_model_name_or_path", "critic_model_name_or_path")
+    return load_step(3).Config(**dict.fromkeys(names, "somewhere"), **({"actor_zero_stage": 3} | changes))
+
+
+def estimated(memory: float | None = None, device_type: str = "cuda", **changes):
+    subject = Subject(3, {"actor": LLAMA, "critic": LLAMA}, 0, Rows(1000))
+    return estimate(step3_config(**changes), subject, machine(memory, device_type))
+
+
+def generation(*arguments, **changes) -> dict[str, float]:
+    return next(phase.items for phase in estimated(*arguments, **changes).phases if phase.name == "generation")
+
+
+def actor_role(config, device_type: str):
+    subject = Subject(3, {"actor": LLAMA, "critic": LLAMA}, 0, Rows(1000))
+    batch = training_batch(config, 3, subject.rows, max_tokens=0)
+    return trained_role(config, subject, machine(None, device_type), batch, role="actor", kind="causal_lm")
+
+
+@pytest.mark.parametrize("changes", [{}, {"actor_lora_dim": 4}, {"enable_hybrid_engine": False}])
+def test_the_decision_is_that_of_the_engine_down_to_the_byte(monkeypatch, changes):
+    config, here = step3_config(**changes), distributed.device().type
+    actor = actor_role(config, here)
+    needed = needed_to_gather(config, actor, machine(None, here))
+    model = SimpleNamespace(model=build_on_meta(LLAMA, actor.flags).model)
+    engine = SimpleNamespace(
+        _config=config, _partitioned=True, _warned=True, _actor=SimpleNamespace(module=model),
+        decoder=LlamaDecoder() if config.enable_hybrid_engine else None,
+    )  # fmt: skip
+    prompts = [[5] * config.max_prompt_seq_len] * config.per_device_generation_batch_size
+    sampling = SimpleNamespace(max_new_tokens=config.max_answer_seq_len)
+    for free in (needed / memory.USABLE - 2, needed / memory.USABLE + 2):
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        assert (
+            must_stream(needed, free)
+            == HybridEngine._must_stream(engine, prompts, sampling)
+            == (free < needed / memory.USABLE)
+        )
+
+
+def test_what_the_decision_counts_by_hand():
+    def needed(device_type="cuda", **changes):
+        config = step3_config(**changes)
+        return needed_to_gather(config, actor_role(config, device_type), machine(None, device_type))
+
+    assert needed() == 2 * (ACTOR + CACHE)
+    assert needed("cpu") == 2 * (2 * ACTOR + CACHE)  # joined or packed copies
+    assert needed(enable_hybrid_engine=False) == 2 * ACTOR
+    # factors of q, k, v, o, gate, up and down, and at most all matrices copied with them merged
+    factors = 4 * 4 * ((256 + 256) + (256 + 128) + (256 + 128) + (256 + 256) + 3 * (256 + 512))
+    assert needed(actor_lora_dim=4) == 2 * (2 * (ACTOR + factors) + CACHE)
+
+
+def test_auto_gathers_what_fits_and_streams_what_does_not():
+    standing = sum(size for name, size in generation().items() if name not in
+                   ("KV cache", "generation copies", "gather buffers", "activations", "logits")
+                   and not name.startswith("freed"))  # fmt: skip
+    enough = standing + 2 * (ACTOR + CACHE) / memory.USABLE
+    whole, streamed = estimated(enough + 10), estimated(enough - 10)
+    assert not whole.gathering.streams and streamed.gathering.streams
+    assert whole.gathering.needed == 2 * (ACTOR + CACHE)
+    assert generation(enough + 10)["gather buffers"] == 2 * ACTOR
+    one_layer = 2 * (2 * VOCABULARY + NORMS + MATRICES)
+    assert generation(enough - 10)["gather buffers"] == one_layer
+    assert generation(stream_generation_weights="on")["gather buffers"] == one_layer
+    assert generation(enough - 10, stream_generation_weights="off")["gather buffers"] == 2 * ACTOR
+    assert "all of its weights once" in gathering_line(whole.gathering)
+    assert "one at a time" in gathering_line(streamed.gathering)
+
+
+def test_only_auto_at_stage_3_without_sharing_has_a_choice():
+    assert estimated(1.0).gathering.streams and not estimated().gathering.streams
+    for changes in (
+        {"actor_zero_stage": 2},
+        {"stream_generation_weights": "off"},
+        {"inference_tp_size": 2},
+    ):
+        assert estimated(1.0, **changes).gathering is None
+
+
+def test_streaming_without_the_decode_engine_gathers_as_a_forward_pass_does():
+    phases = {phase.name: phase.items for phase in
+              estimated(enable_hybrid_engine=False, stream_generation_weights="on").phases}  # fmt: skip
+    assert phases["generation"]["gather buffers"] == phases["scoring"]["gather buffers"] > 0
+
+
+def test_processes_that_share_the_actor_hold_a_part_of_it_for_the_rows_of_all():
+    alone, shared = generation(), generation(inference_tp_size=2, tp_gather_partition_size=2)
+    assert shared["KV cache"] == alone["KV cache"] == 2 * CACHE  # half the heads for twice the rows
+    assert "generation copies" not in alone or not alone["generation copies"]
+    assert shared["generation copies"] == 2 * 4 * MATRICES / 2
+    assert shared["gather buffers"] == 2 * (2 * VOCABULARY + NORMS + 2 * MATRICES)
+    assert shared["logits"] == 2 * alone["logits"] == 2 * 16 * 32_000 * (2 + 4 * 4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_optimiser_is_in_the_hosts_memory_while_generating(stage):
+    shards = 4 if stage else 1
+    with_it = estimated(actor_zero_stage=stage, dtype="bf16" if stage else "fp32")
+    without = estimated(
+        actor_zero_stage=stage, dtype="bf16" if stage else "fp32", offload_optimizer_during_generation=True
+    )
+    moved = (12 if stage else 8) * ACTOR / shards
+    assert with_it.host.get("optimiser during generation", 0) == 0
+    assert without.host["optimiser during generation"] == moved
+    for one, other in zip(with_it.phases, without.phases, strict=True):
+        differ = {name for name in one.items if one.items[name] != other.items.get(name, 0)}
+        if one.name != "generation":
+            assert not differ
+        else:
+            assert {"optimiser states"} < differ <= {
+                "optimiser states", "fp32 master weights", "freed, kept by the allocator"
+            }  # fmt: skip
+            assert other.items.get("gradients", 0) == one.items.get("gradients", 0)
+
+
+def test_an_optimiser_that_is_not_on_the_device_does_not_move():
+    for arguments in ({"offload": True}, {"device_type": "cpu"}):
+        plain = estimated(**arguments)
+        moved = estimated(**arguments, offload_optimizer_during_generation=True)
+        assert [phase.total for phase in plain.phases] == [phase.total for phase in moved.phases]
+        assert plain.host == moved.host
+
+
+def test_memory_freed_by_the_optimiser_counts_in_the_decision():
+    config = step3_config()
+    actor = actor_role(config, "cuda")
+    batch = training_batch(config, 3, Rows(1000), max_tokens=0)
+    persistent = actor.engine.persistent()
+    optimiser = 12 * ACTOR / 4
+    enough = sum(blocks.total for blocks in persistent.values()) + 2 * (ACTOR + CACHE) / memory.USABLE
+    for changes, streams in (({}, True), ({"offload_optimizer_during_generation": True}, False)):
+        memory_of = machine(enough - optimiser + 10)
+        result = estimate_generation(step3_config(**changes), actor, memory_of, batch, persistent)
+        assert result.gathering.streams == streams

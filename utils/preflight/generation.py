@@ -1,0 +1,138 @@
+"""Memory of generation in step 3: what it adds to what stands, what of that stays, and how ZeRO-3 gathers the weights.
+
+Where --inference_tp_size processes share the actor, each decodes the rows of all of them with its part of the heads:
+twice the rows with half the heads, for two, so that the cache is as large as without sharing.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from utils.preflight.blocks import Blocks, block
+from utils.preflight.phases import Gathering, Items, Machine, joined, total_of
+from utils.preflight.roles import Role
+from utils.preflight.workload import MicroBatch
+from utils.rlhf.batching import PREFILL_TOKENS
+from utils.rlhf.decoder import CACHE_STEP, JOIN_ON
+from utils.rlhf.memory import USABLE
+from utils.rlhf.packed_matrix import can_pack
+from utils.zero import TORCH_DTYPES
+
+SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen
+OPTIMIZER = ("fp32 master weights", "optimiser states")  # what `rlhf.memory.optimizer_on_host` moves
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The largest moment of generation, and what it does to the rest of the run.
+
+    `kept` stays until the next rollout; `host` are bytes in the host's memory meanwhile; `gathering` is what
+    `--stream_generation_weights auto` is expected to choose, None where it has no choice.
+    """
+
+    moment: Items
+    kept: Items
+    host: float
+    gathering: Gathering | None
+
+
+def estimate_generation(config: Any, actor: Role, machine: Machine, batch: MicroBatch, persistent: Items) -> Generation:
+    """Generation with the flags of `config`, beside what is `persistent`."""
+    standing, host = persistent, 0.0
+    if config.offload_optimizer_during_generation and machine.on_gpu and not config.offload:
+        standing = {name: blocks for name, blocks in persistent.items() if name not in OPTIMIZER}
+        host = sum(blocks.total for name, blocks in persistent.items() if name in OPTIMIZER)
+    free = None if machine.memory is None else machine.memory - machine.base - total_of(standing).total
+    needed, decodes = needed_to_gather(config, actor, machine), _decodes(config, actor)
+    chooses = actor.engine.real_stage == 3 and _parts(config, actor) == 1
+    automatic = config.stream_generation_weights == "auto"
+    streams = chooses and (must_stream(needed, free) if automatic else config.stream_generation_weights == "on")
+    added = {
+        "KV cache": _cache(config, actor, decodes),
+        "generation copies": _copies(config, actor, machine) if decodes and not streams else Blocks(),
+        "gather buffers": _gathered(config, actor, streams),
+    }
+    kept = {}
+    if decodes and not config.release_inference_cache:
+        kept["KV cache"] = added["KV cache"]
+    packed = not machine.on_gpu and can_pack(torch.empty(0, dtype=TORCH_DTYPES[config.dtype]))  # made for each rollout
+    if not config.unpin_actor_parameters and not packed:
+        kept["generation copies"] = added["generation copies"]
+    gathering = Gathering(streams, needed, free) if chooses and automatic else None
+    moment = joined(standing, added | _passes(config, actor, batch, decodes))
+    return Generation(moment, kept, host, gathering)
+
+
+def must_stream(needed: float, free: float | None) -> bool:
+    """Whether `HybridEngine`'s rule gathers layers one at a time; `free` None, not known, is enough for anything."""
+    return free is not None and needed > USABLE * free
+
+
+def needed_to_gather(config: Any, actor: Role, machine: Machine) -> float:
+    """Bytes by which `HybridEngine` decides: the whole weights and `LlamaDecoder.extra_bytes`, nothing there yet."""
+    shape, size = actor.engine.shape, actor.engine.item_size
+    needed = actor.engine.whole().total
+    if not _decodes(config, actor):
+        return needed
+    length = config.max_prompt_seq_len + config.max_answer_seq_len
+    cache = config.per_device_generation_batch_size * length * shape.cache_per_token * size
+    return cache + needed * (2 if machine.device_type in JOIN_ON or shape.adapted else 1)
+
+
+def _decodes(config: Any, actor: Role) -> bool:
+    """Whether the decode engine generates, and not `transformers`."""
+    return config.enable_hybrid_engine and actor.engine.shape.decodes
+
+
+def _parts(config: Any, actor: Role) -> int:
+    """Processes that share the actor in generation."""
+    return config.inference_tp_size if _decodes(config, actor) else 1
+
+
+def _cache(config: Any, actor: Role, decodes: bool) -> Blocks:
+    shape = actor.engine.shape
+    length = math.ceil((config.max_prompt_seq_len + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
+    cache = config.per_device_generation_batch_size * length * shape.cache_per_token * actor.engine.item_size
+    return block(cache / 2) * 2 if decodes else Blocks(cache * (1 + 1 / shape.layers))
+
+
+def _passes(config: Any, actor: Role, batch: MicroBatch, decodes: bool) -> Items:
+    """A prefill pass and the choice of tokens."""
+    rows = config.per_device_generation_batch_size * _parts(config, actor)
+    vocabulary, prompt = actor.engine.shape.vocabulary, config.max_prompt_seq_len
+    prefill = min(rows * prompt, max(PREFILL_TOKENS, prompt)) if decodes else rows * prompt
+    return {
+        "activations": actor.activations.layer * (prefill / batch.tokens),
+        "logits": block(rows * vocabulary * actor.engine.item_size) + block(4 * rows * vocabulary) * SAMPLING_COPIES,
+    }
+
+
+def _copies(config: Any, actor: Role, machine: Machine) -> Blocks:
+    """Weights that `rlhf.decoder_weights` copies: all matrices on a CPU, adapted or divided ones elsewhere."""
+    shape, size, parts = actor.engine.shape, actor.engine.item_size, _parts(config, actor)
+    matrices = block(shape.matrices * size / shape.layers / 7 / parts) * 7 * shape.layers
+    if machine.device_type in JOIN_ON:
+        return matrices + block(shape.vocabulary * shape.hidden * size)
+    if parts > 1:
+        return matrices
+    return Blocks(shape.adapted * size) if config.lora_generation == "fused" else Blocks()
+
+
+def _gathered(config: Any, actor: Role, streams: bool) -> Blocks:
+    """What generation gathers at stage 3.
+
+    All weights; or the ends of the model, and one layer where layers are streamed or several where they are divided;
+    or, streamed without the decode engine, what any forward pass gathers.
+    """
+    engine, shape = actor.engine, actor.engine.shape
+    whole = engine.whole()
+    if not whole.total or (_parts(config, actor) == 1 and not streams):
+        return whole
+    if not _decodes(config, actor):
+        return engine.gathered()
+    layers = 1 if streams else config.tp_gather_partition_size
+    elsewhere = shape.matrices * engine.item_size * (1 - min(layers / shape.layers, 1))
+    small = min(elsewhere, whole.small)
+    return Blocks(whole.small - small, max(whole.large - (elsewhere - small), 0))
