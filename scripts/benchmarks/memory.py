@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,6 +87,18 @@ RUNS = {
     "ppo-checkpointing": Run(
         3, "24M", 256, "--dtype bf16 --actor_zero_stage 2 --critic_zero_stage 2 --actor_gradient_checkpointing "
         "--critic_gradient_checkpointing --per_device_generation_batch_size 16 --per_device_training_batch_size 16",
+    ),
+    "ppo-saves": Run(
+        3, "72M", 128, "--dtype fp32 --actor_zero_stage 1 --critic_zero_stage 1 --enable_ema --save_interval 2 "
+        "--keep_best --eval_interval 1 --per_device_generation_batch_size 4 --per_device_training_batch_size 1",
+    ),
+    "ppo-stream": Run(
+        3, "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --stream_generation_weights on "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 4",
+    ),
+    "ppo-share": Run(
+        3, "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --inference_tp_size 2 "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 4", processes=2,
     ),
 }  # fmt: skip
 
@@ -198,6 +211,7 @@ def peak_bytes(words: list[str], run: Run, log: Path) -> int:
 def measure(name: str, run: Run, folder: Path) -> tuple[str, ...]:
     """A row of the table."""
     words, log = command(run, folder), folder / name
+    shutil.rmtree(folder / "out", ignore_errors=True)  # a step refuses a folder with another run's checkpoints
     peak_bytes([*words, "--dry_run"], run, log)
     printed = log.with_suffix(".0.log").read_text(encoding="utf-8")
     predicted = float(re.search(r"predicted peak: ([\d.]+) GiB", printed)[1])
