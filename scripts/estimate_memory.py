@@ -25,7 +25,7 @@ from utils.config import parse_config
 from utils.data import PackedRows, build_datasets
 from utils.errors import DoesNotFit, InputError
 from utils.models.loading import load_config, load_matching_tokenizer
-from utils.preflight import Machine, Subject, print_report
+from utils.preflight import Subject, print_report
 from utils.preflight.machine import cpu_machine, gpu_machine
 from utils.preflight.workload import Rows, measure_rows
 
@@ -109,7 +109,11 @@ def main(argv: list[str]) -> None:
         )
     tokens, rows = count_rows(config, step, configs, options.rows)
     memory = None if options.device_memory is None else options.device_memory * 2**30
-    machine: Machine = (gpu_machine if options.device == "cuda" else cpu_machine)(options.world_size, memory)
+    if options.device == "cuda":
+        machine = gpu_machine(options.world_size, memory)
+    else:
+        is_read = options.rows is None and rows.count is not None
+        machine = cpu_machine(options.world_size, memory, data_is_read=is_read)
     print_report(config, Subject(step, configs, tokens, rows), machine)
 
 

@@ -1,6 +1,8 @@
 """What a process has: the device's memory, and what it takes before any model is there."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import torch
 
@@ -8,6 +10,7 @@ from utils import distributed
 from utils.preflight.phases import Machine
 
 MIB = 2**20
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 LATER_LIBRARIES = 45 * MIB  # measured on a CPU: what torch, DeepSpeed and transformers load when training starts
 DATA_LIBRARIES = 52 * MIB  # measured: what reading the data adds, for an estimate that does not read them
 GPU_CONTEXT = 600 * MIB  # assumed, not measured: CUDA context, cuBLAS workspaces
@@ -48,17 +51,30 @@ def resident_memory() -> float:
 
 
 def available_memory() -> float:
-    """Bytes that new allocations could take on this machine, or may in its control group; infinite where not told."""
+    """Bytes that new allocations could take on this machine, or may in its control groups; infinite where not told."""
     available = float("inf")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            fields = dict(line.split(":", 1) for line in stream)
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         available = float(fields["MemAvailable"].split()[0]) * 1024
-        with (
-            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
-            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
-        ):
-            available = min(available, float(limit.read().replace("max", "inf")) - float(used.read()))
+    return min([available, *map(room_in, control_groups())])
+
+
+def control_groups() -> list[Path]:
+    """Folders of the control groups (version 2) that this process is in, each within the next; none without them."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::/"):
+                group = CONTROL_GROUPS / line.removeprefix("0::/")
+                return [group, *(parent for parent in group.parents if parent.is_relative_to(CONTROL_GROUPS))]
+    return []
+
+
+def room_in(group: Path) -> float:
+    """Bytes between what a control group uses, less the files it caches and may forget, and its limit."""
+    try:
+        limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
-        return available
-    return available
+        return float("inf")
+    cached = sum(float(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+    return float("inf") if limit == "max" else float(limit) - float(used) + cached
