@@ -24,6 +24,28 @@ def test_reductions_over_two_ranks():
     assert (first[3], second[3], first[4]) == (True, False, 2)
 
 
+def time_limits() -> list[float]:
+    """Minutes that a collective may take, of every group that a run with shared decoding has."""
+    import deepspeed
+
+    from utils import distributed
+    from utils.rlhf.tensor_parallel import join_shard_group
+
+    join_shard_group(2)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    settings |= {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    with distributed.quiet():
+        engine = deepspeed.initialize(model=torch.nn.Linear(2, 1), config=settings)[0]
+    engine.backward(engine(torch.ones(1, 2, dtype=torch.bfloat16)).sum())
+    engine.step()
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
+
+
+def test_every_group_has_the_time_limit_of_the_run():
+    assert run_ranks(time_limits, 2) == [[60.0] * 3] * 2  # all processes, DeepSpeed's ones, those that decode together
+
+
 def fail_on_one_rank():
     from utils import distributed
 

@@ -13,6 +13,7 @@ import random
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,13 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.utils import groups
 
 from utils import watchdog
 
+LEAST_TIMEOUT = datetime.timedelta(minutes=60)
 _verbose = False
-LEAST_TIMEOUT = 60.0  # minutes
+_timeout = LEAST_TIMEOUT  # of every group's collectives
 
 
 def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
@@ -35,7 +38,7 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
         stall_timeout: minutes without progress after which the run ends, see `utils.watchdog`; 0: none. Collectives
             have a time limit of their own, which says less, and so comes later.
     """
-    global _verbose
+    global _verbose, _timeout
     _verbose = verbose
     if not verbose:
         _silence_libraries()
@@ -50,9 +53,17 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
     else:
         # Compiling DeepSpeed's shared-memory collectives takes half a minute and leaks /dev/shm; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _timeout = max(LEAST_TIMEOUT, datetime.timedelta(minutes=2 * stall_timeout))
     with quiet():
-        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=max(LEAST_TIMEOUT, 2 * stall_timeout)))
+        deepspeed.init_distributed(timeout=_timeout)
+    # Where ZeRO reduces and gathers. DeepSpeed would make it with torch's own limit: 10 minutes for nccl, 30 for gloo.
+    groups._WORLD_GROUP = new_group(range(world_size()))
     watchdog.start(rank(), world_size(), stall_timeout)
+
+
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group of some ranks whose collectives have the same time limit as those of all. Every rank must call it."""
+    return dist.new_group(list(ranks), timeout=_timeout)
 
 
 def quiet() -> contextlib.AbstractContextManager:

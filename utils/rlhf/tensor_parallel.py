@@ -39,7 +39,7 @@ def join_shard_group(size: int) -> Shard | None:
         return None
     mine = None
     for first in range(0, distributed.world_size(), size):
-        group = dist.new_group(list(range(first, first + size)))
+        group = distributed.new_group(range(first, first + size))
         if first <= distributed.rank() < first + size:
             mine = Shard(distributed.rank() - first, size, group)
     return mine
