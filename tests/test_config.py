@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch.distributed
+import torch
 
 from utils.config import Arguments, flag, parse_config, run, save_config
-from utils.errors import DivergenceError, InputError
+from utils.errors import DivergenceError, InputError, RankError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -254,6 +254,7 @@ def test_help_is_grouped_and_says_defaults(capsys):
     ("error", "code", "line"),
     [
         (InputError("no data\nat all"), 2, "error: no data at all\n"),
+        (RankError("a run of one process"), 2, "error: a run of one process\n"),
         (DivergenceError("step 3: loss is nan"), 3, "error: step 3: loss is nan\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
@@ -291,6 +292,52 @@ def test_run_destroys_the_process_group(monkeypatch):
     with pytest.raises(SystemExit):
         run(main, Basket, ["--name", "x"])
     assert destroyed == [True]
+
+
+ONE_RANK_FAILS = '''
+import dataclasses, sys, time, torch
+from pathlib import Path
+from utils import distributed
+from utils.checkpoints.shards import open_shard
+from utils.config import Arguments, flag, run
+
+@dataclasses.dataclass(kw_only=True)
+class Config(Arguments):
+    """Nothing."""
+    file: str = flag(help="one of DeepSpeed's files")
+
+def main(config):
+    distributed.init_distributed()
+    torch.distributed.destroy_process_group = lambda: time.sleep(10_000)  # as it may where others are waiting
+    if distributed.rank() == 1:
+        open_shard(Path(config.file))
+    distributed.barrier()
+
+run(main, Config)
+'''
+
+
+def test_an_error_of_one_rank_is_told_by_that_rank_which_waits_for_nobody(tmp_path):
+    torch.save(Path("an object, not plain data"), tmp_path / "shard.pt")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29643"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_RANK_FAILS, "--file", str(tmp_path / "shard.pt")],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        errors = ranks[1].communicate(timeout=60)[1]
+        assert ranks[1].returncode == 2
+        assert f"error: rank 1: {tmp_path / 'shard.pt'}: holds code" in errors and errors.count("error:") == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def test_interrupted_process_exits_with_130(tmp_path):

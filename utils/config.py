@@ -18,7 +18,7 @@ import yaml
 
 from utils.arguments.base import Arguments, field_metadata, flag
 from utils.arguments.parser import build_parser, convert_yaml, flag_actions, flag_groups, is_required, nearest
-from utils.errors import DivergenceError, DoesNotFit, InputError, RunStopped
+from utils.errors import DivergenceError, DoesNotFit, InputError, RankError, RunStopped
 from utils.files import atomic_write_text
 
 __all__ = ["Arguments", "flag", "parse_config", "run", "save_config"]
@@ -32,7 +32,8 @@ def run(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv: Seque
     `InputError` exits with 2, `DivergenceError` with 3, `DoesNotFit` with 4 (5 is `utils.watchdog`'s), `RunStopped`
     with 75 (the system's EX_TEMPFAIL: run it again), Ctrl-C with 130, each with one line on stderr. The process group
     is then destroyed, because leaving that to the interpreter's exit aborts now and then. Any other exception passes
-    through at once: destroying the group could wait for other ranks while the launcher waits for this one.
+    through at once: destroying the group could wait for other ranks while the launcher waits for this one. For the same
+    reason a `RankError` ends a process that has others at once.
     """
     config = parse_config(config_class, argv)
     exit_code = 0
@@ -40,6 +41,8 @@ def run(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv: Seque
         main(config)
     except InputError as error:
         exit_code = _report(error, 2)
+        if isinstance(error, RankError) and _has_others():
+            os._exit(exit_code)
     except DivergenceError as error:
         exit_code = _report(error, 3)
     except DoesNotFit as error:
@@ -132,10 +135,20 @@ def _read_yaml(path: str, flags: dict[str, argparse.Action]) -> dict[str, Any]:
 
 
 def _report(error: Exception | str, exit_code: int, kind: str = "error") -> int:
-    """Print one line on stderr, from the first process of each machine only, and pass the exit code on."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """Print one line on stderr and pass the exit code on.
+
+    What all processes meet is told by the first one of each machine; a `RankError` by the one that met it.
+    """
+    line = " ".join(str(error).split())
+    if isinstance(error, RankError) and _has_others():
+        print(f"{kind}: rank {os.environ['RANK']}: {line}", file=sys.stderr, flush=True)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{kind}: {line}", file=sys.stderr, flush=True)
     return exit_code
+
+
+def _has_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _destroy_process_group() -> None:

@@ -5,6 +5,10 @@ class InputError(ValueError):
     """The user's input cannot work: a flag, a file or a folder. The message names it and the fix. Exit code 2."""
 
 
+class RankError(InputError):
+    """An `InputError` that one process can meet alone, while the others wait for it: it tells, whichever it is."""
+
+
 class DoesNotFit(RuntimeError):
     """`--dry_run` or `estimate_memory.py`: the run needs more memory than a process has. Exit code 4."""
 

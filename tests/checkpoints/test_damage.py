@@ -12,10 +12,10 @@ import torch
 from processes import run_ranks
 from step_scripts import flags, load_step, run_step
 
-from utils.checkpoints import folders
+from utils.checkpoints import checkpoints, folders
 from utils.checkpoints.shards import open_shard
 from utils.config import run
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 from utils.metrics import read_metrics
 
 CHANGES = {"max_steps": 3, "save_interval": 1, "save_total_limit": 0, "num_sample_generations": 0}
@@ -182,6 +182,8 @@ def test_a_pickle_where_ours_belongs_is_not_executed_even_with_a_fitting_manifes
     rewrite_manifest(newest)
     assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys)
     assert not (tmp_path / "executed").exists()
+    with pytest.raises(RankError):  # of several processes the one whose file this is says so
+        checkpoints._open_tensors(newest / "rank-0.safetensors")
 
 
 @pytest.mark.parametrize("pattern", ["*_model_states.pt", "*_optim_states.pt"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from utils.data.cache import cached_folder, key_of, private_folder
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 
 
 def fill(folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_writer_that_fails_leaves_nothing_half_written(tmp_path):
 
 
 def test_waiting_ends_with_an_error_that_names_the_folder(tmp_path):
-    with pytest.raises(InputError, match=f"waited 0 s .* in {tmp_path / 'key'}; .*--data_output_path"):
+    with pytest.raises(RankError, match=f"waited 0 s .* in {tmp_path / 'key'}; .*--data_output_path"):
         cached_folder(tmp_path, "key", fill, is_writer=False, timeout_s=0.1)
 
 

@@ -11,7 +11,7 @@ from tiny_models import SIZES
 
 import utils.rlhf.decoder as decoder_module
 from utils import distributed
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 from utils.rlhf import hybrid_engine, memory, tensor_parallel
 from utils.rlhf.decoder_weights import StreamedLayers
 from utils.rlhf.ppo import ppo_step
@@ -97,7 +97,7 @@ def test_out_of_memory_names_the_flags_that_lower_it(paths, tiny_tokenizer, monk
         raise error
 
     monkeypatch.setattr(engine.decoder, "prefill", fail)
-    with pytest.raises(InputError, match=r"out of memory in generation.*--per_device_generation_batch_size.*--max_ans"):
+    with pytest.raises(RankError, match=r"out of memory in generation.*--per_device_generation_batch_size.*--max_ans"):
         engine.hybrid.respond([[5]], GREEDY, seed=0)
     monkeypatch.setattr(engine.decoder, "prefill", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -37,7 +37,7 @@ from utils.checkpoints.folders import (
 from utils.checkpoints.random_state import random_state, set_random_state
 from utils.checkpoints.run_state import RunState, describe_run, read_state, write_state
 from utils.checkpoints.signals import StopSignals
-from utils.errors import InputError, RunStopped
+from utils.errors import InputError, RankError, RunStopped
 from utils.metrics import METRICS_FILE, MetricsWriter
 from utils.zero import check_weights
 
@@ -275,7 +275,7 @@ def _open_tensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file of a checkpoint: {error}") from error
+        raise RankError(f"{path} is not a safetensors file of a checkpoint: {error}") from error
 
 
 def _rank_file(rank: int) -> str:

@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 
 import torch
 
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 from utils.zero import CHECKPOINT_CLASSES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -122,13 +122,13 @@ def open_shard(file: Path, *, mapped: bool = True) -> dict:
         mapped: tensors stay in the file until they are used, and must not outlast it.
 
     Raises:
-        InputError: it holds more than plain data, tensors and `CHECKPOINT_CLASSES`.
+        RankError: it holds more than plain data, tensors and `CHECKPOINT_CLASSES`.
     """
     try:
         with torch.serialization.safe_globals(list(CHECKPOINT_CLASSES)):
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except UnpicklingError as error:
-        raise InputError(
+        raise RankError(
             f"{file}: holds code, or is no file of DeepSpeed's, and is not opened: resume from another checkpoint"
         ) from error
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 from utils.files import atomic_path
 
 _NAME = "threestep-rlhf"
@@ -58,7 +58,7 @@ def cached_folder(cache: Path, key: str, build: Callable[[Path], None], *, is_wr
 
     A writer takes the entry's lock, so that of several writers one builds and the others find its result; a writer that
     fails leaves nothing. A process that is not a writer waits up to `timeout_s` seconds for the folder.
-    Raises InputError if it does not appear in time, or the writer stops without having made it.
+    Raises RankError if it does not appear in time, InputError if the writer stops without having made it.
     """
     folder = cache / key
     if is_writer and not folder.is_dir():
@@ -110,7 +110,7 @@ def _wait_for(folder: Path, lock: Path, timeout_s: float) -> None:
                 f"the process that prepares the data stopped before {folder} was complete; see its message"
             )
         if time.monotonic() > deadline:
-            raise InputError(
+            raise RankError(
                 f"waited {timeout_s:.0f} s for another process to prepare the data in {folder}; if it runs on another "
                 "machine, --data_output_path must be a folder that both share"
             )

@@ -60,7 +60,7 @@ class HybridEngine:
             adapter: the LoRA adapter to apply; None is the base model.
 
         Raises:
-            InputError: out of memory, with the flags that lower it.
+            RankError: out of memory, with the flags that lower it.
         """
         config, decoder = self._config, self.decoder
         elsewhere = (

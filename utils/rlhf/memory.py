@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import nn
 
 from utils import distributed
-from utils.errors import InputError
+from utils.errors import RankError
 from utils.zero import is_partitioned
 
 USABLE = 0.9  # of the free memory: the rest is for activations and fragments
@@ -41,13 +41,13 @@ def fits(needed: int) -> bool:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Out of memory inside becomes an `InputError` with the flags that lower what generation takes."""
+    """Out of memory inside becomes a `RankError` with the flags that lower what generation takes."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise InputError(
+        raise RankError(
             "out of memory in generation: lower --per_device_generation_batch_size (and raise --generation_batches: "
             "the rollout stays the same), --max_prompt_seq_len or --max_answer_seq_len; or try "
             "--unpin_actor_parameters, --release_inference_cache, --offload_optimizer_during_generation; or, with "
