@@ -4,7 +4,7 @@
 #
 #   bash scripts/llama2-7b-lora/step2.sh [further flags, which win over those below]
 #
-# Paths in flags are relative to the repository. The model goes to $OUTPUT, what the run prints also to $OUTPUT.log.
+# Paths in flags are relative to the repository. The model goes to $OUTPUT, what the run prints is added to $OUTPUT.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -29,4 +29,4 @@ deepspeed --num_gpus 1 training/step2_reward_model_finetuning/main.py \
   --gradient_checkpointing \
   --zero_stage 0 \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT.log"
+  "$@" 2>&1 | (trap '' INT TERM; exec tee -a "$OUTPUT.log") # tee outlives Ctrl-C: a run that saves prints meanwhile

@@ -4,7 +4,7 @@
 #
 #   bash scripts/llama2-7b/step3.sh [further flags, which win over those below]
 #
-# Paths in flags are relative to the repository. The model goes to $OUTPUT, what the run prints also to $OUTPUT.log.
+# Paths in flags are relative to the repository. The model goes to $OUTPUT, what the run prints is added to $OUTPUT.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -32,4 +32,4 @@ deepspeed training/step3_rlhf_finetuning/main.py \
   --actor_zero_stage 3 \
   --critic_zero_stage 3 \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT.log"
+  "$@" 2>&1 | (trap '' INT TERM; exec tee -a "$OUTPUT.log") # tee outlives Ctrl-C: a run that saves prints meanwhile

@@ -140,6 +140,51 @@ def test_a_second_signal_ends_the_process_at_once():
     assert result.returncode == 128 + signal.SIGTERM and result.stdout == "SIGINT\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_model_script_saves_and_logs_when_a_signal_reaches_all_its_processes(world, tmp_path, number):
+    """Ctrl-C, or a scheduler's SIGTERM: it reaches the script's `tee` too, through which the run prints."""
+    launcher = tmp_path / "bin" / "deepspeed"
+    launcher.parent.mkdir()
+    launcher.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    launcher.chmod(0o755)
+    (tmp_path / "run.log").write_text("the run before\n")
+    changes = LONG | {"save_interval": 100_000, "num_warmup_steps": 0, "zero_stage": 0}
+    process = subprocess.Popen(
+        ["bash", str(REPOSITORY / "scripts" / "opt-1.3b" / "step1.sh"), *flags(world, 1, **changes)],
+        env=ENVIRONMENT
+        | {"PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}", "OUTPUT": str(tmp_path / "run")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_rows(tmp_path / "run", 5)
+    os.killpg(process.pid, number)
+    ends(process)
+    step = only_checkpoint(tmp_path / "run")
+    log = (tmp_path / "run.log").read_text()
+    assert log.startswith("the run before\n")
+    assert f"{number.name} after step {step}, which was saved" in log
+
+
+BROKEN_PIPE = """
+import os, signal
+from utils.checkpoints import signals
+requests = signals.StopSignals()
+requests.activate()
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 2)
+os.kill(os.getpid(), signal.SIGINT)
+print(requests.name, flush=True)
+"""
+
+
+def test_a_signal_is_heard_when_nobody_reads_what_is_printed():
+    result = subprocess.run([sys.executable, "-c", BROKEN_PIPE], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stdout) == (0, "SIGINT\n")
+
+
 def test_without_save_interval_signals_mean_what_they_always_do(world, tmp_path):
     process = start(1, flags(world, 1, tmp_path, **LONG))
     wait_for_rows(tmp_path, 3)

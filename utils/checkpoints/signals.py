@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: the first asks the run to stop after its step, the second stops it at once."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -39,4 +40,5 @@ class StopSignals:
         if not self.name:
             self.name, self._received_at = signal.Signals(number).name, now
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                os.write(2, f"{self.name}: stopping after this step; a second signal stops at once\n".encode())
+                with contextlib.suppress(OSError):  # Ctrl-C ends a program that reads what we print, too
+                    os.write(2, f"{self.name}: stopping after this step; a second signal stops at once\n".encode())
