@@ -9,6 +9,8 @@ import pytest
 from processes import TIMEOUT
 from step_scripts import REPOSITORY
 
+from utils.arguments.base import field_metadata
+from utils.arguments.shared import CheckpointArguments
 from utils.watchdog import EXIT_CODE, Report, stall_message
 
 PROGRAM = """
@@ -75,6 +77,10 @@ def test_a_process_that_sleeps_is_named(kind, where):
     (line,) = [line for _, (_, errors) in results for line in errors.splitlines() if "nothing has moved" in line]
     assert f"rank 1 is at step 2, {where} pass" in line
     assert "while rank 0 waits for others at step 2, backward pass" in line
+
+
+def test_the_flag_says_the_exit_code():
+    assert f"ends with exit code {EXIT_CODE} and names" in field_metadata(CheckpointArguments, "stall_timeout")["help"]
 
 
 def test_waiting_for_a_slow_process_is_no_stall():

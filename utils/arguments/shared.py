@@ -149,8 +149,8 @@ class CheckpointArguments(Arguments):
     stall_timeout: float = flag(
         60.0,
         "minutes after which a run of several processes in which nothing moves, neither a step nor a batch of an "
-        "evaluation, ends with exit code 4 and names the process that the others wait for; must cover the longest "
-        "single phase, such as tokenising or loading; 0 = no watch",
+        "evaluation, ends with exit code 5 and names the process that the others wait for; must cover the longest "
+        "loading or saving of a model; 0 = no watch",
         at_least=0,
     )
 
