@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from utils.curves import draw_curves
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 from utils.progress import Progress
 from utils.tables import format_table, printable
 
@@ -150,7 +150,7 @@ class MetricsWriter:
             try:
                 self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             except OSError as error:
-                raise InputError(f"--output_dir: cannot write {METRICS_FILE}: {error.strerror or error}") from error
+                raise RankError(f"--output_dir: cannot write {METRICS_FILE}: {error.strerror or error}") from error
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
