@@ -144,6 +144,18 @@ def test_old_checkpoints_are_removed(world, tmp_path):
     assert folders.checkpoint_steps(tmp_path / "checkpoints") == [4, 3]
 
 
+def test_damaged_later_checkpoints_do_not_push_out_the_one_just_written(world, output):
+    checkpoints = output / "checkpoints"
+    for step in (2, 3):
+        remove_a_file(checkpoints / f"checkpoint-{step}")
+    shutil.move(checkpoints / "checkpoint-3", checkpoints / "checkpoint-9")
+    shutil.move(checkpoints / "checkpoint-2", checkpoints / "checkpoint-8")
+    resume(world, output, save_total_limit=1)
+    assert folders.checkpoint_steps(checkpoints) == [9, 8, 3]
+    assert (checkpoints / "latest").read_text() == "checkpoint-3\n"
+    resume(world, output)
+
+
 # --- other people's pickles ------------------------------------------------------------------------------------------
 
 

@@ -176,7 +176,7 @@ class Checkpoints:
                     records |= json.loads(path.read_text(encoding="utf-8"))
                     path.unlink()
                 publish(temporary, checkpoint_path(self._root, state.step), records)
-                prune(self._root, self._config.save_total_limit)
+                prune(self._root, self._config.save_total_limit, state.step)
             except OSError as error:
                 problem = str(error)
         self._stop_on(problem, state)

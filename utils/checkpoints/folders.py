@@ -71,9 +71,13 @@ def publish(temporary: Path, final: Path, records: dict[str, dict]) -> None:
     atomic_write_text(final.parent / LATEST, final.name + "\n")
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints; 0 keeps all."""
-    for step in checkpoint_steps(root)[keep:] if keep else []:
+def prune(root: Path, keep: int, newest: int) -> None:
+    """Remove all but the `keep` last checkpoints up to that of step `newest`; 0 keeps all.
+
+    Later ones are those that a resumed run found damaged. They do not count, and are replaced when it comes there.
+    """
+    steps = [step for step in checkpoint_steps(root) if step <= newest]
+    for step in steps[keep:] if keep else []:
         _remove(checkpoint_path(root, step))
 
 
