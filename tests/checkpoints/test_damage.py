@@ -156,6 +156,27 @@ def test_damaged_later_checkpoints_do_not_push_out_the_one_just_written(world, o
     resume(world, output)
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_a_warning(world, output, monkeypatch, capsys):
+    def fail(root: Path, keep: int, newest: int) -> None:
+        raise PermissionError(13, "Permission denied", str(root))
+
+    monkeypatch.setattr("utils.checkpoints.checkpoints.prune", fail)
+    remove_a_file(output / "checkpoints" / "checkpoint-3")
+    resume(world, output)
+    assert "old checkpoints" in capsys.readouterr().err
+    assert not isinstance(folders.read_manifest(output / "checkpoints" / "checkpoint-3"), str)
+
+
+def test_a_checkpoint_needs_the_listing_of_every_rank(tmp_path):
+    for rank in range(2):
+        (tmp_path / f"{rank}.bin").write_bytes(bytes(rank + 1))
+        folders.write_listing(tmp_path, rank, [tmp_path / f"{rank}.bin"])
+    assert {name: r["bytes"] for name, r in folders.take_listings(tmp_path, 2).items()} == {"0.bin": 1, "1.bin": 2}
+    folders.write_listing(tmp_path, 0, [tmp_path / "0.bin"])
+    with pytest.raises(FileNotFoundError, match="files-1.json"):
+        folders.take_listings(tmp_path, 2)
+
+
 # --- other people's pickles ------------------------------------------------------------------------------------------
 
 

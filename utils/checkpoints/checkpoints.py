@@ -11,7 +11,6 @@ damage and strangers' files, not against other weights under a fitting manifest:
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,13 +24,14 @@ from utils.checkpoints.engine_state import EngineWriter, frozen_weight_sums, loa
 from utils.checkpoints.folders import (
     checkpoint_path,
     checkpoint_steps,
-    file_records,
     prune,
     publish,
     read_manifest,
     remove_leftovers,
     sync,
+    take_listings,
     temporary_path,
+    write_listing,
     wrong_checksum,
 )
 from utils.checkpoints.random_state import random_state, set_random_state
@@ -171,15 +171,16 @@ class Checkpoints:
         self._stop_on(problem, state)
         if distributed.is_main():
             try:
-                records = {}
-                for path in temporary.glob("files-*.json"):
-                    records |= json.loads(path.read_text(encoding="utf-8"))
-                    path.unlink()
+                records = take_listings(temporary, distributed.world_size())
                 publish(temporary, checkpoint_path(self._root, state.step), records)
-                prune(self._root, self._config.save_total_limit, state.step)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problem = str(error)
         self._stop_on(problem, state)
+        if distributed.is_main():
+            try:
+                prune(self._root, self._config.save_total_limit, state.step)
+            except OSError as error:
+                distributed.warn(f"old checkpoints in {self._root} cannot be removed ({error})")
 
     def _write_own_files(self, temporary: Path, state: RunState) -> str | None:
         """This rank's part of a checkpoint, and a list of it; what went wrong, or None."""
@@ -196,8 +197,7 @@ class Checkpoints:
             files = [*writer.files, temporary / _rank_file(distributed.rank())]
             if distributed.is_main():
                 files.append(write_state(temporary, state, self._run))
-            listing = json.dumps(file_records(temporary, files))
-            (temporary / f"files-{distributed.rank()}.json").write_text(listing, encoding="utf-8")
+            write_listing(temporary, distributed.rank(), files)
         except (OSError, RuntimeError, SafetensorError) as error:
             return str(error)
         return None

@@ -55,6 +55,27 @@ def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
     return records
 
 
+def write_listing(temporary: Path, rank: int, files: Iterable[Path]) -> None:
+    """Leave the `file_records` of the files of one rank in `temporary`, for `take_listings`."""
+    _listing(temporary, rank).write_text(json.dumps(file_records(temporary, files)), encoding="utf-8")
+
+
+def take_listings(temporary: Path, processes: int) -> dict[str, dict]:
+    """The records of the files of all ranks, whose listings are removed.
+
+    They are opened by name: what a shared file system says that a folder holds may be old.
+
+    Raises:
+        FileNotFoundError: the listing of a rank is not there.
+    """
+    records = {}
+    for rank in range(processes):
+        listing = _listing(temporary, rank)
+        records |= json.loads(listing.read_text(encoding="utf-8"))
+        listing.unlink()
+    return records
+
+
 def publish(temporary: Path, final: Path, records: dict[str, dict]) -> None:
     """Write the manifest of `temporary`, rename it to `final`, and let `latest` name it.
 
@@ -120,6 +141,10 @@ def wrong_checksum(folder: Path, records: dict[str, dict], names: Iterable[str])
         if found != records[name]["sha256"]:
             return f"{name} is not what was written (its SHA-256 sum differs)"
     return None
+
+
+def _listing(temporary: Path, rank: int) -> Path:
+    return temporary / f"files-{rank}.json"
 
 
 def _is_folder(path: Path) -> bool:
