@@ -126,6 +126,21 @@ def test_resumed_runs_of_two_processes_are_bit_identical(world, tmp_path):
     run_ranks(in_group, 2, world, str(tmp_path), TWO_PROCESSES)
 
 
+def test_a_run_that_continues_in_another_folder_leaves_none_of_what_another_run_left_there(world, tmp_path):
+    """Neither the first bytes of its metrics nor its best model, whatever their scores were."""
+    changes = {"max_steps": 4, "save_interval": 2, "eval_interval": 3, "keep_best": True, "num_sample_generations": 0}
+    first, other = tmp_path / "first", tmp_path / "other"
+    run_step(1, flags(world, 1, first, **(changes | {"learning_rate": 1.0})))
+    best_of_other = run_step(1, flags(world, 1, other, **(changes | {"save_interval": 0})))["eval/loss"]
+    changes |= {"learning_rate": 1.0, "resume_from_checkpoint": first / "checkpoints" / "checkpoint-2"}
+    run_step(1, flags(world, 1, other, **changes))
+    rows = rows_of(other)
+    assert rows == [row for row in rows_of(first) if row["step"] > 2]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert losses[0] > losses[1] > best_of_other
+    assert (other / "best/model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("step", [1, 2, 3])
