@@ -6,6 +6,7 @@ import pytest
 import transformers
 from step_scripts import flags, load_step, run_step
 
+from utils.checkpoints import RunState
 from utils.metrics import read_metrics
 
 
@@ -47,3 +48,8 @@ def test_step3_keeps_the_highest_score(world, tmp_path, monkeypatch):
     best = str(tmp_path / "best")
     steps = [step for step, folder in saved if folder == best]
     assert steps == [2, 4]  # two optimiser steps in each rollout
+
+
+def test_a_score_that_is_no_number_is_never_the_best():
+    state = RunState()
+    assert [state.improves(score) for score in (float("nan"), 1.0, float("inf"), 2.0)] == [False, True, False, True]

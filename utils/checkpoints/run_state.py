@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class RunState:
     text_batches: int = 0  # batches of unsupervised text used so far
 
     def improves(self, score: float) -> bool:
-        """Whether `score` is higher than all that this was asked before; remembers it then."""
-        better = self.best is None or score > self.best
+        """Whether `score` is a number and higher than all that this was asked before; remembers it then."""
+        better = math.isfinite(score) and (self.best is None or score > self.best)
         if better:
             self.best = score
         return better
