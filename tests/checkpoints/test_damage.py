@@ -254,6 +254,18 @@ def test_flags_that_do_not_change_what_is_computed_may_differ(world, output, cap
     assert folders.checkpoint_steps(output / "checkpoints") == [5, 4, 3, 2, 1]
 
 
+def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(world, output, capsys):
+    """One of a version of the package that did not have it yet."""
+    newest = output / "checkpoints" / "checkpoint-3"
+    content = json.loads((newest / "state.json").read_text())
+    for name in ("weight_decay", "lora_module_name"):
+        content["run"]["config"].pop(name)
+    (newest / "state.json").write_text(json.dumps(content))
+    rewrite_manifest(newest)
+    assert "--weight_decay is 0.3" in refusal(world, output, capsys, weight_decay=0.3)
+    resume(world, output)
+
+
 def test_other_rows_are_refused(world, output, tmp_path, capsys):
     original = Path(world["data"]).read_text()
     try:

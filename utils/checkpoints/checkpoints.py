@@ -35,7 +35,7 @@ from utils.checkpoints.folders import (
     wrong_checksum,
 )
 from utils.checkpoints.random_state import random_state, set_random_state
-from utils.checkpoints.run_state import RunState, describe_run, read_state, write_state
+from utils.checkpoints.run_state import RunState, describe_run, flag_defaults, read_state, write_state
 from utils.checkpoints.signals import StopSignals
 from utils.errors import InputError, RunStopped
 from utils.metrics import METRICS_FILE, MetricsWriter
@@ -95,7 +95,7 @@ class Checkpoints:
             if wanted:
                 distributed.log(f"no checkpoint in {self._root}: starting from the beginning")
             return RunState()
-        state, processes = read_state(folder, self._run)
+        state, processes = read_state(folder, self._run, flag_defaults(type(self._config)))
         if state.step > self._total_steps:
             raise InputError(
                 f"{folder} is of step {state.step}, but --max_steps or --num_train_epochs end the run after "

@@ -61,15 +61,29 @@ def write_state(folder: Path, state: RunState, run: dict[str, Any]) -> Path:
     return path
 
 
-def read_state(folder: Path, run: dict[str, Any]) -> tuple[RunState, int]:
+def flag_defaults(config_class: type) -> dict[str, Any]:
+    """The value of each flag that has one when it is not given."""
+    defaults = {}
+    for field in dataclasses.fields(config_class):
+        if field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+    return defaults
+
+
+def read_state(folder: Path, run: dict[str, Any], defaults: dict[str, Any]) -> tuple[RunState, int]:
     """The state in `folder`, a checkpoint of a run that `run` may continue, and that run's number of processes.
+
+    Args:
+        defaults: of flags; where the run was of a version that did not have one, it ran as with its default.
 
     Raises:
         InputError: it may not: names the first flag that differs, the data, or the rows of a step.
     """
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     saved = content["run"]
-    now, then = run["config"], saved["config"]
+    now, then = run["config"], {name: defaults[name] for name in run["config"] if name in defaults} | saved["config"]
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name) and name not in MAY_DIFFER_TOGETHER:
             raise InputError(
