@@ -178,7 +178,7 @@ def main(config: Config) -> dict[str, float]:
             if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
                 evaluated = evaluate(engine, eval_loader)
                 writer.log(step, evaluated)
-                save_if_best(config, state, -evaluated["eval/loss"], engine.module.model, tokenizer)
+                save_if_best(config, -evaluated["eval/loss"], engine.module.model, tokenizer)
             checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader)
         writer.log(step, after)
@@ -190,7 +190,7 @@ def main(config: Config) -> dict[str, float]:
         # 5. Save, then draw
         if config.output_dir:
             save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-            save_if_best(config, state, -after["eval/loss"], engine.module.model, tokenizer)
+            save_if_best(config, -after["eval/loss"], engine.module.model, tokenizer)
         writer.plot(PANELS)
     return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 

@@ -193,7 +193,7 @@ def main(config: Config) -> dict[str, float]:
                 evaluated = evaluate(engine, eval_loader, config, None if config.keep_best else config.eval_iters)
                 writer.log(step, evaluated)
                 store_score_scale(engine.module.model, evaluated)
-                save_if_best(config, state, evaluated["eval/accuracy"], engine.module.model, tokenizer)
+                save_if_best(config, evaluated["eval/accuracy"], engine.module.model, tokenizer)
             checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader, config)
         writer.log(step, after)
@@ -203,7 +203,7 @@ def main(config: Config) -> dict[str, float]:
         if config.output_dir:
             store_score_scale(engine.module.model, after)
             save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-            save_if_best(config, state, after["eval/accuracy"], engine.module.model, tokenizer)
+            save_if_best(config, after["eval/accuracy"], engine.module.model, tokenizer)
         writer.plot(PANELS)
     return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 

@@ -229,7 +229,7 @@ def main(config: Config) -> dict[str, float]:
                 if config.eval_interval and iteration % config.eval_interval == 0 and iteration < iterations:
                     evaluated = evaluate_prompts(engine, eval_loader, config)
                     writer.log(iteration, evaluated)
-                    engine.save_if_best(state, evaluated)
+                    engine.save_if_best(evaluated)
                 state.kl_ctl = kl_ctl
                 checkpoints.step_done(state, writer, step=iteration, seconds=time.perf_counter() - started)
         after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
@@ -239,7 +239,7 @@ def main(config: Config) -> dict[str, float]:
         # 5. Save, then draw
         if config.output_dir:
             engine.save(config.output_dir)
-            engine.save_if_best(state, after)
+            engine.save_if_best(after)
         writer.plot(PANELS, per="rollout")
     return save_summary(config, state.before, after, iterations=iteration, train_seconds=state.seconds)
 

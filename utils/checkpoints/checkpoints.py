@@ -107,8 +107,8 @@ class Checkpoints:
                 f"--resume_from_checkpoint {folder}: {checkpoint_path(self._root, newest)} is later, and would be "
                 "mistaken for this run's: remove it, or name another --output_dir"
             )
-        if folder.resolve().parent != self._root.resolve():  # the files of --output_dir are not that run's
-            state.metrics_position, state.best = 0, None
+        if folder.resolve().parent != self._root.resolve():
+            state.metrics_position = 0  # nothing in --output_dir is that run's
         self._finished = state.step == self._total_steps
         is_new = distributed.rank() >= processes  # a process that the run did not have before
         tensors, texts = _read_tensors(folder / _rank_file(0 if is_new else distributed.rank()))

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,8 @@ class RunState:
     metrics_position: int = 0  # bytes of metrics.jsonl that belong to these steps
     before: dict[str, float] = dataclasses.field(default_factory=dict)  # the evaluation before training
     answers: list[list[str]] = dataclasses.field(default_factory=list)  # prompts and answers before training
-    best: float | None = None  # the best evaluation so far, for --keep_best; higher is better
     kl_ctl: float | None = None  # of the next rollout
     text_batches: int = 0  # batches of unsupervised text used so far
-
-    def improves(self, score: float) -> bool:
-        """Whether `score` is a number and higher than all that this was asked before; remembers it then."""
-        better = math.isfinite(score) and (self.best is None or score > self.best)
-        if better:
-            self.best = score
-        return better
 
 
 def describe_run(config: Any, data_keys: list[str]) -> dict[str, Any]:
@@ -109,4 +100,6 @@ def read_state(folder: Path, run: dict[str, Any], defaults: dict[str, Any]) -> t
             f"the run of {saved['world_size']} processes continues with {run['world_size']}{flags}: equal in state "
             "though not in bits"
         )
-    return RunState(**content["state"]), saved["world_size"]
+    known = {field.name for field in dataclasses.fields(RunState)}  # other versions of this package had others
+    state = RunState(**{name: value for name, value in content["state"].items() if name in known})
+    return state, saved["world_size"]
