@@ -42,11 +42,9 @@ def check_run(config) -> None:
 
 
 def start_run(config) -> None:
-    """Join the process group, seed every generator, save the resolved configuration and remark on idle flags once."""
+    """Join the process group, seed every generator and remark on idle flags once."""
     distributed.init_distributed(verbose=config.verbose, stall_timeout=config.stall_timeout)
     distributed.seed_everything(config.seed)
-    if config.output_dir and not config.dry_run and distributed.is_main():
-        save_config(config, Path(config.output_dir) / CONFIG_FILE)
     for remark in meaningless_flags(config, has_accelerator=torch.accelerator.is_available()):
         distributed.log(f"note: {remark}")
 
@@ -54,6 +52,7 @@ def start_run(config) -> None:
 def open_metrics(config, job_name: str, total_steps: int, state: RunState) -> MetricsWriter:
     """The metrics writer that the output flags of `config` ask for; it continues where `state` was saved.
 
+    Nothing can be refused any more: what the folder says of the run, its resolved configuration first, may change.
     A run that begins in its folder removes the report of an earlier run's divergence and the score of its best model.
     """
     if config.output_dir and state.metrics_position == 0 and distributed.is_main():
@@ -61,6 +60,8 @@ def open_metrics(config, job_name: str, total_steps: int, state: RunState) -> Me
         forget_score(config.output_dir)
         if (best := Path(config.output_dir) / BEST_FOLDER).exists() and not config.keep_best:
             distributed.log(f"note: {best} is an earlier run's, and stays as it is")
+    if config.output_dir and distributed.is_main():
+        save_config(config, Path(config.output_dir) / CONFIG_FILE)
     return MetricsWriter(
         config.output_dir,
         job_name=job_name,

@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -38,12 +39,15 @@ def resume(world, output: Path, **changes) -> None:
     run_step(1, flags(world, 1, output, **(CHANGES | {"resume_from_checkpoint": "auto"} | changes)))
 
 
-def refusal(world, output: Path, capsys, **changes) -> str:
-    script = load_step(1)
+def refusal(world, output: Path, capsys, *, loads_model: bool = False, **changes) -> str:
+    """The line that the resumed run ends with; unless `loads_model`, it must come before a model is loaded."""
+    script, before = load_step(1), (output / "run_config.yaml").read_bytes()
     argv = flags(world, 1, output, **(CHANGES | {"resume_from_checkpoint": "auto"} | changes))
-    with pytest.raises(SystemExit) as stop:
+    build = script.build_engine if loads_model else lambda *_, **__: pytest.fail("a model was loaded")
+    with pytest.raises(SystemExit) as stop, mock.patch.object(script, "build_engine", build):
         run(script.main, script.Config, argv)
     assert stop.value.code == 2
+    assert (output / "run_config.yaml").read_bytes() == before
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     return line
@@ -213,7 +217,7 @@ def test_a_pickle_where_ours_belongs_is_not_executed_even_with_a_fitting_manifes
     newest = output / "checkpoints" / "checkpoint-3"
     (newest / "rank-0.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
     rewrite_manifest(newest)
-    assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys)
+    assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys, loads_model=True)
     assert not (tmp_path / "executed").exists()
 
 
@@ -224,7 +228,7 @@ def test_code_in_a_shard_is_not_executed_even_with_a_fitting_manifest(world, tmp
     (shard,) = newest.glob(f"model/{pattern}")
     torch.save(open_shard(shard, mapped=False) | {"payload": Payload(tmp_path / "executed")}, shard)
     rewrite_manifest(newest)
-    assert f"{shard}: holds code" in refusal(world, tmp_path, capsys, zero_stage=2)
+    assert f"{shard}: holds code" in refusal(world, tmp_path, capsys, loads_model=True, zero_stage=2)
     assert not (tmp_path / "executed").exists()
 
 
@@ -287,7 +291,7 @@ def test_frozen_weights_that_changed_are_refused(world, tiny_tokenizer, tmp_path
     stored = sum(path.stat().st_size for path in checkpoint.rglob("*.pt"))
     assert stored < (model / "model.safetensors").stat().st_size
     save_causal_lm(model, tiny_tokenizer, seed=5)
-    assert "frozen weights" in refusal(world, tmp_path / "output", capsys, **changes)
+    assert "frozen weights" in refusal(world, tmp_path / "output", capsys, loads_model=True, **changes)
 
 
 def test_a_run_with_checkpoints_is_not_begun_again_by_accident(world, output, capsys):

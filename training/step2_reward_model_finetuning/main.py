@@ -142,6 +142,7 @@ def main(config: Config) -> dict[str, float]:
     # 3. Model
     if config.dry_run:
         return dry_run(config, 2, {"model": model_config}, tokenizer, train_rows)
+    checkpoints = Checkpoints(config, total_steps=total_steps, data_keys=[eval_rows.key])
     engine = build_engine(
         functools.partial(load_scalar_model, new_head=True),
         tokenizer,
@@ -154,8 +155,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
-    checkpoints = Checkpoints(config, {"model": engine}, total_steps=total_steps, data_keys=[eval_rows.key])
-    state = checkpoints.resume()
+    state = checkpoints.resume({"model": engine})
     with open_metrics(config, "step 2: reward model", total_steps, state) as writer, checkpoints:
         if state.step == 0:
             state.before = evaluate(engine, eval_loader, config)

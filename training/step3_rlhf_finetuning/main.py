@@ -159,6 +159,7 @@ def main(config: Config) -> dict[str, float]:
     # 3. Models
     if config.dry_run:
         return dry_run(config, 3, {"actor": actor_config, "critic": critic_config}, tokenizer, prompt_rows)
+    checkpoints = Checkpoints(config, total_steps=iterations, data_keys=data_keys)
     engine = RlhfEngine(
         config,
         tokenizer,
@@ -167,15 +168,9 @@ def main(config: Config) -> dict[str, float]:
     )
 
     # 4. Train, from the beginning or from a checkpoint
-    checkpoints = Checkpoints(
-        config,
-        {"actor": engine.actor, "critic": engine.critic},
-        total_steps=iterations,
-        data_keys=data_keys,
-        frozen=[engine.ref, engine.reward],
-        averages=engine.ema.shadow if engine.ema else (),
-    )
-    state = checkpoints.resume()
+    engines = {"actor": engine.actor, "critic": engine.critic}
+    averages = engine.ema.shadow if engine.ema else ()
+    state = checkpoints.resume(engines, frozen=[engine.ref, engine.reward], averages=averages)
     unsupervised_batches = endless(text_loader, state.text_batches) if text_loader else iter(())
     with open_metrics(config, "step 3: PPO", iterations, state) as writer, checkpoints:
         if state.step == 0:
