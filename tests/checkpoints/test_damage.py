@@ -332,3 +332,30 @@ def test_a_full_disk_stops_every_rank_and_leaves_earlier_checkpoints(world, tmp_
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-1", "latest"]
     records = folders.read_manifest(checkpoints / "checkpoint-1")
     assert folders.wrong_checksum(checkpoints / "checkpoint-1", records, records) is None
+
+
+# --- several machines ------------------------------------------------------------------------------------------------
+
+
+def share(folder: str) -> list[str]:
+    """What is said of a folder that both ranks see, and of one that each has for itself."""
+    from utils import distributed
+    from utils.checkpoints.search import check_shared
+
+    messages = []
+    for output in (Path(folder), Path(folder) / str(distributed.rank())):
+        output.mkdir(exist_ok=True)
+        try:
+            check_shared(output)
+            messages.append("shared")
+        except InputError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_folder_that_the_processes_do_not_share_is_refused_at_the_start(tmp_path):
+    for rank, (first, second) in enumerate(run_ranks(share, 2, str(tmp_path))):
+        assert first == "shared"
+        assert "--output_dir" in second and "process 1 does not see the files that process 0 writes" in second
+        assert not list((tmp_path / str(rank)).iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

@@ -33,7 +33,7 @@ from utils.checkpoints.folders import (
 )
 from utils.checkpoints.random_state import random_state, set_random_state
 from utils.checkpoints.run_state import RunState, describe_run, write_state
-from utils.checkpoints.search import find_checkpoint
+from utils.checkpoints.search import check_shared, find_checkpoint
 from utils.checkpoints.signals import StopSignals
 from utils.errors import InputError, RunStopped
 from utils.metrics import METRICS_FILE, MetricsWriter
@@ -52,7 +52,7 @@ class Checkpoints:
         data_keys: of the rows that the run trains on (`TokenDataset.key`).
 
     Raises:
-        InputError: the checkpoint is damaged, or of a run with other flags or data.
+        InputError: the checkpoint is damaged, or of a run with other flags or data; --output_dir is not shared.
     """
 
     def __init__(self, config, *, total_steps: int, data_keys: Sequence[str]) -> None:
@@ -60,6 +60,8 @@ class Checkpoints:
         self._run = describe_run(config, list(data_keys))
         self._root = Path(config.output_dir) / "checkpoints" if config.output_dir else None
         self._signals = StopSignals()
+        if config.save_interval or config.resume_from_checkpoint:
+            check_shared(Path(config.output_dir))
         self._found = find_checkpoint(config, self._run, total_steps)
         self._finished = self._found is not None and self._found.state.step == total_steps
 

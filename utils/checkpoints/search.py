@@ -1,6 +1,7 @@
 """Which checkpoint a run continues from: found, and refused if it does not fit, before any model is loaded."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,34 @@ def find_checkpoint(config: Any, run: dict[str, Any], total_steps: int) -> Found
     if folder.resolve().parent != root.resolve():
         state.metrics_position = 0  # nothing in --output_dir is that run's
     return Found(folder, state, processes)
+
+
+def check_shared(output_dir: Path) -> None:
+    """Refuse a folder that is not the same on every rank: a checkpoint is made of files of all of them.
+
+    Raises:
+        InputError: on every rank; a process does not see what the first one writes.
+    """
+    if distributed.world_size() == 1:
+        return
+    number = int(distributed.all_reduce_scalar(time.time_ns() // 1000 if distributed.is_main() else 0, "max"))
+    probe, problem = output_dir / f".probe-{number}", None  # a name that no file system has been asked for before
+    if distributed.is_main():
+        try:
+            probe.touch()
+        except OSError as error:
+            problem = f"--output_dir {output_dir}: cannot be written ({error}); choose another folder"
+    problem = distributed.first_problem(problem)
+    if not problem and not probe.exists():
+        problem = (
+            f"--output_dir {output_dir}: process {distributed.rank()} does not see the files that process 0 writes "
+            "there; checkpoints of several machines need a folder that all of them share"
+        )
+    problem = distributed.first_problem(problem)
+    if distributed.is_main():
+        probe.unlink(missing_ok=True)
+    if problem:
+        raise InputError(problem)
 
 
 def _newest_whole(root: Path) -> Path | None:
