@@ -128,6 +128,7 @@ def test_what_a_killed_save_leaves_is_passed_over_and_removed(world, output, cap
     checkpoints = output / "checkpoints"
     shutil.move(checkpoints / "checkpoint-3", checkpoints / ".checkpoint-3.tmp")
     shutil.move(checkpoints / "checkpoint-1", checkpoints / ".checkpoint-1.old")
+    (checkpoints / ".latest.0123abcd.tmp").touch()
     resume(world, output)
     assert "checkpoint-2, after step 2" in capsys.readouterr().out
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3", "latest"]

@@ -106,6 +106,8 @@ def remove_leftovers(root: Path) -> None:
     """Remove what killed runs left half-written or half-removed."""
     for path in [*root.glob(".checkpoint-*.tmp"), *root.glob(".checkpoint-*.old")]:
         shutil.rmtree(path)
+    for path in root.glob(f".{LATEST}.*.tmp"):
+        path.unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, dict] | str:
