@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_ranks
+from safetensors import safe_open
 from safetensors.torch import load_file
 from step_scripts import flags, run_step, write_rows
 
@@ -35,8 +36,10 @@ def state_of(checkpoint: Path) -> dict:
     content = json.loads((checkpoint / "state.json").read_text())
     content["state"].pop("seconds"), content["state"].pop("metrics_position")
     state = {"state": content["state"]}
-    rank = distributed.rank()
-    state["tensors"] = load_file(checkpoint / f"rank-{rank}.safetensors")
+    file = checkpoint / f"rank-{distributed.rank()}.safetensors"
+    state["tensors"] = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        state["texts"] = opened.metadata()  # python's and numpy's random states
     for path in sorted(checkpoint.glob("*/*.pt")):
         shards = open_shard(path)
         shards.pop("ds_config", None)
@@ -80,6 +83,8 @@ def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
         first = f"checkpoints/checkpoint-{STEPS_BEFORE[step]}"
         shutil.copytree(whole / first, cut / first)
         shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")  # with rows that came after the checkpoint
+        if step == 3:
+            shutil.copytree(whole / "best", cut / "best")
     distributed.barrier()
     found = run_step(step, flags(world, step, cut, resume_from_checkpoint="auto", **changes))
     expected.pop("train_seconds"), found.pop("train_seconds")
@@ -87,8 +92,8 @@ def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
     last = f"checkpoints/checkpoint-{STEPS[step]}"
     same(state_of(whole / last), state_of(cut / last))
     assert rows_of(whole) == rows_of(cut)
-    weights = [path.relative_to(whole) for path in whole.rglob("model*.safetensors") if "best" not in path.parts]
-    assert len(weights) == (1 if step < 3 else 3)  # step 3: actor, critic, average
+    weights = [path.relative_to(whole) for path in whole.rglob("model*.safetensors")]
+    assert len(weights) == (1 if step < 3 else 6)  # step 3: actor, critic, average, and the best of each
     for path in weights:
         same(load_file(whole / path), load_file(cut / path), str(path))
 
