@@ -1,17 +1,14 @@
 """A run that was stopped and resumed is the run that was not: weights, optimiser, metrics, bit for bit."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from checkpoint_contents import same, state_of
 from processes import run_ranks
-from safetensors import safe_open
 from safetensors.torch import load_file
 from step_scripts import flags, run_step, write_rows
 
-from utils.checkpoints.shards import open_shard
 from utils.metrics import read_metrics
 
 STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) lie between
@@ -27,41 +24,6 @@ def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **other
     shared |= {"actor_zero_stage": stage, "critic_zero_stage": stage, "actor_lora_dim": lora, "critic_lora_dim": lora}
     shared |= {"enable_ema": True, "kl_target": 0.5, "kl_horizon": 20, "ppo_epochs": 2, "actor_learning_rate": 1e-3}
     return shared | {"eval_interval": 1, "keep_best": True, "per_device_generation_batch_size": 4}
-
-
-def state_of(checkpoint: Path) -> dict:
-    """Everything a checkpoint holds but the times."""
-    from utils import distributed
-
-    content = json.loads((checkpoint / "state.json").read_text())
-    content["state"].pop("seconds"), content["state"].pop("metrics_position")
-    state = {"state": content["state"]}
-    file = checkpoint / f"rank-{distributed.rank()}.safetensors"
-    state["tensors"] = load_file(file)
-    with safe_open(file, framework="pt") as opened:
-        state["texts"] = opened.metadata()  # python's and numpy's random states
-    for path in sorted(checkpoint.glob("*/*.pt")):
-        shards = open_shard(path)
-        shards.pop("ds_config", None)
-        state[f"{path.parent.name}/{path.name}"] = shards
-    return state
-
-
-def same(one, other, place: str = "") -> bool:
-    """Whether two nests of containers hold the same bits; fails with the place of the first difference."""
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), place
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        assert all(same(one[key], other[key], f"{place}/{key}") for key in one)
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), place
-        assert all(same(a, b, f"{place}/{index}") for index, (a, b) in enumerate(zip(one, other)))
-    elif hasattr(one, "__dict__"):
-        assert same(vars(one), vars(other), place)
-    else:
-        assert one == other, (place, one, other)
-    return True
 
 
 def rows_of(folder: Path) -> list[dict]:
