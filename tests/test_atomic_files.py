@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import signal
 
 import pytest
 
@@ -35,6 +36,18 @@ def test_files_of_an_earlier_run_that_match_are_removed_and_others_stay(tmp_path
         (temporary / "model-1.safetensors").write_text("new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model-1.safetensors", "notes.txt"]
     assert (tmp_path / "model-1.safetensors").read_text() == "new"
+
+
+def test_files_that_a_killed_process_left_are_removed_by_the_next(tmp_path):
+    if (child := os.fork()) == 0:
+        with atomic_files(tmp_path, replacing=[]) as temporary:
+            (temporary / "model").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.rglob("model"))) == 1
+    with atomic_files(tmp_path, replacing=[]) as temporary:
+        (temporary / "other").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_written_files_have_the_mode_that_the_umask_gives(tmp_path):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import transformers
+from checkpoint_contents import same, state_of
 from step_scripts import flags, run_step
 from tiny_models import SIZES
 
+from utils.checkpoints import Checkpoints
 from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.generation import decode, generate
 from utils.rlhf.sampling import SamplingParams
@@ -81,3 +83,25 @@ def test_the_optimizer_waits_in_host_memory_while_the_actor_generates(world, tmp
     for stage in (0, 2, 3):
         asked = {"offload_optimizer_during_generation": True, "actor_zero_stage": stage, "dtype": "bf16"}
         assert run_step(3, flags(world, 3, tmp_path / str(stage), **asked))["iterations"] == 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_resumed_run_begins_with_the_bits_that_were_saved(world, tmp_path, monkeypatch, dtype, stage):
+    """Weights, moments, loss scale, the device's generator. What follows may differ in its last digits."""
+    changes = {"dtype": dtype, "zero_stage": stage, "dropout": 0.2, "save_interval": 2, "num_sample_generations": 0}
+    run_step(1, flags(world, 1, tmp_path, max_steps=2, **changes))
+    resume = Checkpoints.resume
+
+    def resume_and_save(self, engines, **models):
+        state = resume(self, engines, **models)
+        root, self._root = self._root, tmp_path / "again"
+        self._save(state)
+        self._root = root
+        return state
+
+    monkeypatch.setattr(Checkpoints, "resume", resume_and_save)
+    run_step(1, flags(world, 1, tmp_path, max_steps=4, resume_from_checkpoint="auto", **changes))
+    saved, found = (state_of(tmp_path / root / "checkpoint-2") for root in ("checkpoints", "again"))
+    assert "torch_cuda" in saved["tensors"]
+    same(found, saved)

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+_UNFINISHED = ".unfinished.tmp"  # always the same, so that what a killed process leaves does not stay for ever
 
 
 @contextlib.contextmanager
@@ -42,13 +43,17 @@ def atomic_files(folder: str | os.PathLike, *, replacing: Sequence[str]) -> Iter
 
     What in `folder` matches one of the glob patterns `replacing` and was not written anew belongs to what is being
     replaced, and is removed. If the block raises, `folder` stays as it was. All get the usual mode of new files, which
-    some writers (safetensors) do not give them.
+    some writers (safetensors) do not give them. Of several processes only one may write into `folder`.
     """
     folder = Path(folder)
-    with tempfile.TemporaryDirectory(dir=_made(folder), prefix=".", suffix=".tmp") as temporary:
-        yield Path(temporary)
-        _usual_modes(Path(temporary))
-        written = sorted(Path(temporary).iterdir())
+    temporary = folder / _UNFINISHED
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _usual_modes(temporary)
+        written = sorted(temporary.iterdir())
         for file in written:
             if file.is_dir() and (folder / file.name).exists():
                 shutil.rmtree(folder / file.name)
@@ -56,6 +61,8 @@ def atomic_files(folder: str | os.PathLike, *, replacing: Sequence[str]) -> Iter
         stale = {path for pattern in replacing for path in folder.glob(pattern)}
         for path in stale - {folder / file.name for file in written}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finally:
+        shutil.rmtree(temporary)
 
 
 def _usual_modes(folder: Path) -> None:
@@ -64,11 +71,6 @@ def _usual_modes(folder: Path) -> None:
     os.umask(umask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:

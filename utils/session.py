@@ -9,6 +9,7 @@ import torch
 
 from utils import distributed
 from utils.arguments import meaningless_flags, refuse_unavailable
+from utils.checkpoints.best import BEST_FOLDER, forget_score
 from utils.checkpoints.folders import checkpoint_steps
 from utils.checkpoints.run_state import RunState
 from utils.config import save_config
@@ -41,11 +42,9 @@ def check_run(config) -> None:
 
 
 def start_run(config) -> None:
-    """Join the process group, seed every generator, save the resolved configuration and remark on idle flags once."""
+    """Join the process group, seed every generator and remark on idle flags once."""
     distributed.init_distributed(verbose=config.verbose, stall_timeout=config.stall_timeout)
     distributed.seed_everything(config.seed)
-    if config.output_dir and not config.dry_run and distributed.is_main():
-        save_config(config, Path(config.output_dir) / CONFIG_FILE)
     for remark in meaningless_flags(config, has_accelerator=torch.accelerator.is_available()):
         distributed.log(f"note: {remark}")
 
@@ -53,12 +52,16 @@ def start_run(config) -> None:
 def open_metrics(config, job_name: str, total_steps: int, state: RunState) -> MetricsWriter:
     """The metrics writer that the output flags of `config` ask for; it continues where `state` was saved.
 
-    A run from the beginning removes the report of an earlier run's divergence, and says if its `best/` is there.
+    Nothing can be refused any more: what the folder says of the run, its resolved configuration first, may change.
+    A run that begins in its folder removes the report of an earlier run's divergence and the score of its best model.
     """
-    if config.output_dir and state.step == 0 and distributed.is_main():
+    if config.output_dir and state.metrics_position == 0 and distributed.is_main():
         (Path(config.output_dir) / DIVERGENCE_FILE).unlink(missing_ok=True)
-        if (Path(config.output_dir) / "best").exists() and not config.keep_best:
-            distributed.log(f"note: {Path(config.output_dir) / 'best'} is an earlier run's, and stays as it is")
+        forget_score(config.output_dir)
+        if (best := Path(config.output_dir) / BEST_FOLDER).exists() and not config.keep_best:
+            distributed.log(f"note: {best} is an earlier run's, and stays as it is")
+    if config.output_dir and distributed.is_main():
+        save_config(config, Path(config.output_dir) / CONFIG_FILE)
     return MetricsWriter(
         config.output_dir,
         job_name=job_name,
@@ -98,7 +101,7 @@ def _check_nothing_to_resume(config) -> None:
 def _check_inputs_stay(config) -> None:
     """A run that wrote over the model it starts from could not be repeated, nor resumed if it has LoRA."""
     names = [name for name in MODEL_FLAGS if getattr(config, name, None)]
-    written = {"best"} | ({"actor", "critic", "actor_ema"} if len(names) > 1 else set())
+    written = {BEST_FOLDER} | ({"actor", "critic", "actor_ema"} if len(names) > 1 else set())
     output_dir = Path(config.output_dir).resolve()
     for name in names:
         path = Path(getattr(config, name)).resolve()

@@ -6,6 +6,7 @@ import pytest
 import transformers
 from step_scripts import flags, load_step, run_step
 
+from utils.checkpoints.best import is_best, store_score
 from utils.metrics import read_metrics
 
 
@@ -47,3 +48,32 @@ def test_step3_keeps_the_highest_score(world, tmp_path, monkeypatch):
     best = str(tmp_path / "best")
     steps = [step for step, folder in saved if folder == best]
     assert steps == [2, 4]  # two optimiser steps in each rollout
+
+
+def test_a_run_that_goes_on_after_its_end_does_not_forget_its_last_evaluation(world, tmp_path, monkeypatch):
+    """Which came after its last checkpoint. Not even a resumed run may write over a better model."""
+    losses = iter([5.0, 2.0, 1.8, 1.9, 1.85])  # before; after steps 1 and 2; in the longer run after steps 3 and 4
+    monkeypatch.setattr(load_step(1), "evaluate", lambda *_: {"eval/loss": next(losses), "eval/perplexity": 1.0})
+    changes = {"keep_best": True, "eval_interval": 1, "save_interval": 1, "num_sample_generations": 0}
+    run_step(1, flags(world, 1, tmp_path, max_steps=2, **changes))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    run_step(1, flags(world, 1, tmp_path, max_steps=4, resume_from_checkpoint="auto", **changes))
+    assert (tmp_path / "model.safetensors").read_bytes() != weights
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "best" / "score.json").read_text()) == {"score": -1.8}
+
+
+def test_another_run_in_the_same_folder_has_a_best_model_of_its_own(world, tmp_path, monkeypatch):
+    losses = iter([5.0, 1.0, 5.0, 2.0])
+    monkeypatch.setattr(load_step(1), "evaluate", lambda *_: {"eval/loss": next(losses), "eval/perplexity": 1.0})
+    for seed in (1, 2):
+        run_step(1, flags(world, 1, tmp_path, max_steps=1, keep_best=True, seed=seed, num_sample_generations=0))
+    assert (tmp_path / "best/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
+    assert not is_best(tmp_path, float("nan")) and not is_best(tmp_path, float("inf"))
+    assert is_best(tmp_path, -3.0)
+    store_score(tmp_path, -3.0)
+    assert not is_best(tmp_path, float("nan")) and not is_best(tmp_path, -3.0)
+    assert is_best(tmp_path, -2.5)

@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -38,12 +39,15 @@ def resume(world, output: Path, **changes) -> None:
     run_step(1, flags(world, 1, output, **(CHANGES | {"resume_from_checkpoint": "auto"} | changes)))
 
 
-def refusal(world, output: Path, capsys, **changes) -> str:
-    script = load_step(1)
+def refusal(world, output: Path, capsys, *, loads_model: bool = False, **changes) -> str:
+    """The line that the resumed run ends with; unless `loads_model`, it must come before a model is loaded."""
+    script, before = load_step(1), (output / "run_config.yaml").read_bytes()
     argv = flags(world, 1, output, **(CHANGES | {"resume_from_checkpoint": "auto"} | changes))
-    with pytest.raises(SystemExit) as stop:
+    build = script.build_engine if loads_model else lambda *_, **__: pytest.fail("a model was loaded")
+    with pytest.raises(SystemExit) as stop, mock.patch.object(script, "build_engine", build):
         run(script.main, script.Config, argv)
     assert stop.value.code == 2
+    assert (output / "run_config.yaml").read_bytes() == before
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     return line
@@ -124,6 +128,7 @@ def test_what_a_killed_save_leaves_is_passed_over_and_removed(world, output, cap
     checkpoints = output / "checkpoints"
     shutil.move(checkpoints / "checkpoint-3", checkpoints / ".checkpoint-3.tmp")
     shutil.move(checkpoints / "checkpoint-1", checkpoints / ".checkpoint-1.old")
+    (checkpoints / ".latest.0123abcd.tmp").touch()
     resume(world, output)
     assert "checkpoint-2, after step 2" in capsys.readouterr().out
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3", "latest"]
@@ -142,6 +147,39 @@ def test_a_finished_run_resumes_to_its_end(world, finished, output):
 def test_old_checkpoints_are_removed(world, tmp_path):
     run_step(1, flags(world, 1, tmp_path, **(CHANGES | {"max_steps": 4, "save_total_limit": 2})))
     assert folders.checkpoint_steps(tmp_path / "checkpoints") == [4, 3]
+
+
+def test_damaged_later_checkpoints_do_not_push_out_the_one_just_written(world, output):
+    checkpoints = output / "checkpoints"
+    for step in (2, 3):
+        remove_a_file(checkpoints / f"checkpoint-{step}")
+    shutil.move(checkpoints / "checkpoint-3", checkpoints / "checkpoint-9")
+    shutil.move(checkpoints / "checkpoint-2", checkpoints / "checkpoint-8")
+    resume(world, output, save_total_limit=1)
+    assert folders.checkpoint_steps(checkpoints) == [9, 8, 3]
+    assert (checkpoints / "latest").read_text() == "checkpoint-3\n"
+    resume(world, output)
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_a_warning(world, output, monkeypatch, capsys):
+    def fail(root: Path, keep: int, newest: int) -> None:
+        raise PermissionError(13, "Permission denied", str(root))
+
+    monkeypatch.setattr("utils.checkpoints.checkpoints.prune", fail)
+    remove_a_file(output / "checkpoints" / "checkpoint-3")
+    resume(world, output)
+    assert "old checkpoints" in capsys.readouterr().err
+    assert not isinstance(folders.read_manifest(output / "checkpoints" / "checkpoint-3"), str)
+
+
+def test_a_checkpoint_needs_the_listing_of_every_rank(tmp_path):
+    for rank in range(2):
+        (tmp_path / f"{rank}.bin").write_bytes(bytes(rank + 1))
+        folders.write_listing(tmp_path, rank, [tmp_path / f"{rank}.bin"])
+    assert {name: r["bytes"] for name, r in folders.take_listings(tmp_path, 2).items()} == {"0.bin": 1, "1.bin": 2}
+    folders.write_listing(tmp_path, 0, [tmp_path / "0.bin"])
+    with pytest.raises(FileNotFoundError, match="files-1.json"):
+        folders.take_listings(tmp_path, 2)
 
 
 # --- other people's pickles ------------------------------------------------------------------------------------------
@@ -180,7 +218,7 @@ def test_a_pickle_where_ours_belongs_is_not_executed_even_with_a_fitting_manifes
     newest = output / "checkpoints" / "checkpoint-3"
     (newest / "rank-0.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
     rewrite_manifest(newest)
-    assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys)
+    assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys, loads_model=True)
     assert not (tmp_path / "executed").exists()
     with pytest.raises(RankError):  # of several processes the one whose file this is says so
         checkpoints._open_tensors(newest / "rank-0.safetensors")
@@ -193,7 +231,7 @@ def test_code_in_a_shard_is_not_executed_even_with_a_fitting_manifest(world, tmp
     (shard,) = newest.glob(f"model/{pattern}")
     torch.save(open_shard(shard, mapped=False) | {"payload": Payload(tmp_path / "executed")}, shard)
     rewrite_manifest(newest)
-    assert f"{shard}: holds code" in refusal(world, tmp_path, capsys, zero_stage=2)
+    assert f"{shard}: holds code" in refusal(world, tmp_path, capsys, loads_model=True, zero_stage=2)
     assert not (tmp_path / "executed").exists()
 
 
@@ -223,6 +261,18 @@ def test_flags_that_do_not_change_what_is_computed_may_differ(world, output, cap
     assert folders.checkpoint_steps(output / "checkpoints") == [5, 4, 3, 2, 1]
 
 
+def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(world, output, capsys):
+    """One of a version of the package that did not have it yet."""
+    newest = output / "checkpoints" / "checkpoint-3"
+    content = json.loads((newest / "state.json").read_text())
+    for name in ("weight_decay", "lora_module_name"):
+        content["run"]["config"].pop(name)
+    (newest / "state.json").write_text(json.dumps(content))
+    rewrite_manifest(newest)
+    assert "--weight_decay is 0.3" in refusal(world, output, capsys, weight_decay=0.3)
+    resume(world, output)
+
+
 def test_other_rows_are_refused(world, output, tmp_path, capsys):
     original = Path(world["data"]).read_text()
     try:
@@ -244,7 +294,7 @@ def test_frozen_weights_that_changed_are_refused(world, tiny_tokenizer, tmp_path
     stored = sum(path.stat().st_size for path in checkpoint.rglob("*.pt"))
     assert stored < (model / "model.safetensors").stat().st_size
     save_causal_lm(model, tiny_tokenizer, seed=5)
-    assert "frozen weights" in refusal(world, tmp_path / "output", capsys, **changes)
+    assert "frozen weights" in refusal(world, tmp_path / "output", capsys, loads_model=True, **changes)
 
 
 def test_a_run_with_checkpoints_is_not_begun_again_by_accident(world, output, capsys):
@@ -285,3 +335,30 @@ def test_a_full_disk_stops_every_rank_and_leaves_earlier_checkpoints(world, tmp_
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-1", "latest"]
     records = folders.read_manifest(checkpoints / "checkpoint-1")
     assert folders.wrong_checksum(checkpoints / "checkpoint-1", records, records) is None
+
+
+# --- several machines ------------------------------------------------------------------------------------------------
+
+
+def share(folder: str) -> list[str]:
+    """What is said of a folder that both ranks see, and of one that each has for itself."""
+    from utils import distributed
+    from utils.checkpoints.search import check_shared
+
+    messages = []
+    for output in (Path(folder), Path(folder) / str(distributed.rank())):
+        output.mkdir(exist_ok=True)
+        try:
+            check_shared(output)
+            messages.append("shared")
+        except InputError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_folder_that_the_processes_do_not_share_is_refused_at_the_start(tmp_path):
+    for rank, (first, second) in enumerate(run_ranks(share, 2, str(tmp_path))):
+        assert first == "shared"
+        assert "--output_dir" in second and "process 1 does not see the files that process 0 writes" in second
+        assert not list((tmp_path / str(rank)).iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

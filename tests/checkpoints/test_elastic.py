@@ -207,13 +207,13 @@ def test_rows_of_a_step_must_stay_the_same(tmp_path, capsys):
     config = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "zero_stage": 2}
     run = {"config": config, "data": [], "world_size": 2, "libraries": {}}
     write_state(tmp_path, RunState(step=3), run)
-    assert read_state(tmp_path, run) == (RunState(step=3), 2) and capsys.readouterr().out == ""
+    assert read_state(tmp_path, run, {}) == (RunState(step=3), 2) and capsys.readouterr().out == ""
     with pytest.raises(
         InputError, match="batch_size 4 x --gradient_accumulation_steps 3 x 1 processes make 12 .* = 24"
     ):
-        read_state(tmp_path, run | {"world_size": 1})
+        read_state(tmp_path, run | {"world_size": 1}, {})
     fitting = config | {"gradient_accumulation_steps": 6, "zero_stage": 3}
-    assert read_state(tmp_path, run | {"config": fitting, "world_size": 1}) == (RunState(step=3), 2)
+    assert read_state(tmp_path, run | {"config": fitting, "world_size": 1}, {}) == (RunState(step=3), 2)
     assert "of 2 processes continues with 1, --gradient_accumulation_steps 6, --zero_stage 3" in capsys.readouterr().out
 
 

@@ -1,16 +1,14 @@
 """A run that was stopped and resumed is the run that was not: weights, optimiser, metrics, bit for bit."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from checkpoint_contents import same, state_of
 from processes import run_ranks
 from safetensors.torch import load_file
 from step_scripts import flags, run_step, write_rows
 
-from utils.checkpoints.shards import open_shard
 from utils.metrics import read_metrics
 
 STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) lie between
@@ -26,39 +24,6 @@ def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **other
     shared |= {"actor_zero_stage": stage, "critic_zero_stage": stage, "actor_lora_dim": lora, "critic_lora_dim": lora}
     shared |= {"enable_ema": True, "kl_target": 0.5, "kl_horizon": 20, "ppo_epochs": 2, "actor_learning_rate": 1e-3}
     return shared | {"eval_interval": 1, "keep_best": True, "per_device_generation_batch_size": 4}
-
-
-def state_of(checkpoint: Path) -> dict:
-    """Everything a checkpoint holds but the times."""
-    from utils import distributed
-
-    content = json.loads((checkpoint / "state.json").read_text())
-    content["state"].pop("seconds"), content["state"].pop("metrics_position")
-    state = {"state": content["state"]}
-    rank = distributed.rank()
-    state["tensors"] = load_file(checkpoint / f"rank-{rank}.safetensors")
-    for path in sorted(checkpoint.glob("*/*.pt")):
-        shards = open_shard(path)
-        shards.pop("ds_config", None)
-        state[f"{path.parent.name}/{path.name}"] = shards
-    return state
-
-
-def same(one, other, place: str = "") -> bool:
-    """Whether two nests of containers hold the same bits; fails with the place of the first difference."""
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), place
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        assert all(same(one[key], other[key], f"{place}/{key}") for key in one)
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), place
-        assert all(same(a, b, f"{place}/{index}") for index, (a, b) in enumerate(zip(one, other)))
-    elif hasattr(one, "__dict__"):
-        assert same(vars(one), vars(other), place)
-    else:
-        assert one == other, (place, one, other)
-    return True
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -80,6 +45,8 @@ def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
         first = f"checkpoints/checkpoint-{STEPS_BEFORE[step]}"
         shutil.copytree(whole / first, cut / first)
         shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")  # with rows that came after the checkpoint
+        if step == 3:
+            shutil.copytree(whole / "best", cut / "best")
     distributed.barrier()
     found = run_step(step, flags(world, step, cut, resume_from_checkpoint="auto", **changes))
     expected.pop("train_seconds"), found.pop("train_seconds")
@@ -87,8 +54,8 @@ def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
     last = f"checkpoints/checkpoint-{STEPS[step]}"
     same(state_of(whole / last), state_of(cut / last))
     assert rows_of(whole) == rows_of(cut)
-    weights = [path.relative_to(whole) for path in whole.rglob("model*.safetensors") if "best" not in path.parts]
-    assert len(weights) == (1 if step < 3 else 3)  # step 3: actor, critic, average
+    weights = [path.relative_to(whole) for path in whole.rglob("model*.safetensors")]
+    assert len(weights) == (1 if step < 3 else 6)  # step 3: actor, critic, average, and the best of each
     for path in weights:
         same(load_file(whole / path), load_file(cut / path), str(path))
 
@@ -124,6 +91,21 @@ def test_resumed_run_is_bit_identical(world, tmp_path, step, kind):
 
 def test_resumed_runs_of_two_processes_are_bit_identical(world, tmp_path):
     run_ranks(in_group, 2, world, str(tmp_path), TWO_PROCESSES)
+
+
+def test_a_run_that_continues_in_another_folder_leaves_none_of_what_another_run_left_there(world, tmp_path):
+    """Neither the first bytes of its metrics nor its best model, whatever their scores were."""
+    changes = {"max_steps": 4, "save_interval": 2, "eval_interval": 3, "keep_best": True, "num_sample_generations": 0}
+    first, other = tmp_path / "first", tmp_path / "other"
+    run_step(1, flags(world, 1, first, **(changes | {"learning_rate": 1.0})))
+    best_of_other = run_step(1, flags(world, 1, other, **(changes | {"save_interval": 0})))["eval/loss"]
+    changes |= {"learning_rate": 1.0, "resume_from_checkpoint": first / "checkpoints" / "checkpoint-2"}
+    run_step(1, flags(world, 1, other, **changes))
+    rows = rows_of(other)
+    assert rows == [row for row in rows_of(first) if row["step"] > 2]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert losses[0] > losses[1] > best_of_other
+    assert (other / "best/model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

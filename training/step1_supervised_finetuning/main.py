@@ -130,6 +130,7 @@ def main(config: Config) -> dict[str, float]:
     # 3. Model
     if config.dry_run:
         return dry_run(config, 1, {"model": model_config}, tokenizer, train_rows)
+    checkpoints = Checkpoints(config, total_steps=total_steps, data_keys=[eval_rows.key])
     engine = build_engine(
         load_causal_lm,
         tokenizer,
@@ -142,8 +143,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
-    checkpoints = Checkpoints(config, {"model": engine}, total_steps=total_steps, data_keys=[eval_rows.key])
-    state = checkpoints.resume()
+    state = checkpoints.resume({"model": engine})
     with open_metrics(config, "step 1: SFT", total_steps, state) as writer, checkpoints:
         shown_rows = [eval_rows[index] for index in range(min(config.num_sample_generations, len(eval_rows)))]
         if state.step == 0:
@@ -178,7 +178,7 @@ def main(config: Config) -> dict[str, float]:
             if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
                 evaluated = evaluate(engine, eval_loader)
                 writer.log(step, evaluated)
-                save_if_best(config, state, -evaluated["eval/loss"], engine.module.model, tokenizer)
+                save_if_best(config, -evaluated["eval/loss"], engine.module.model, tokenizer)
             checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader)
         writer.log(step, after)
@@ -190,7 +190,7 @@ def main(config: Config) -> dict[str, float]:
         # 5. Save, then draw
         if config.output_dir:
             save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-            save_if_best(config, state, -after["eval/loss"], engine.module.model, tokenizer)
+            save_if_best(config, -after["eval/loss"], engine.module.model, tokenizer)
         writer.plot(PANELS)
     return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 

@@ -142,6 +142,7 @@ def main(config: Config) -> dict[str, float]:
     # 3. Model
     if config.dry_run:
         return dry_run(config, 2, {"model": model_config}, tokenizer, train_rows)
+    checkpoints = Checkpoints(config, total_steps=total_steps, data_keys=[eval_rows.key])
     engine = build_engine(
         functools.partial(load_scalar_model, new_head=True),
         tokenizer,
@@ -154,8 +155,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
-    checkpoints = Checkpoints(config, {"model": engine}, total_steps=total_steps, data_keys=[eval_rows.key])
-    state = checkpoints.resume()
+    state = checkpoints.resume({"model": engine})
     with open_metrics(config, "step 2: reward model", total_steps, state) as writer, checkpoints:
         if state.step == 0:
             state.before = evaluate(engine, eval_loader, config)
@@ -193,7 +193,7 @@ def main(config: Config) -> dict[str, float]:
                 evaluated = evaluate(engine, eval_loader, config, None if config.keep_best else config.eval_iters)
                 writer.log(step, evaluated)
                 store_score_scale(engine.module.model, evaluated)
-                save_if_best(config, state, evaluated["eval/accuracy"], engine.module.model, tokenizer)
+                save_if_best(config, evaluated["eval/accuracy"], engine.module.model, tokenizer)
             checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader, config)
         writer.log(step, after)
@@ -203,7 +203,7 @@ def main(config: Config) -> dict[str, float]:
         if config.output_dir:
             store_score_scale(engine.module.model, after)
             save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-            save_if_best(config, state, after["eval/accuracy"], engine.module.model, tokenizer)
+            save_if_best(config, after["eval/accuracy"], engine.module.model, tokenizer)
         writer.plot(PANELS)
     return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
 

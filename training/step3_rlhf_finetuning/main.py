@@ -159,6 +159,7 @@ def main(config: Config) -> dict[str, float]:
     # 3. Models
     if config.dry_run:
         return dry_run(config, 3, {"actor": actor_config, "critic": critic_config}, tokenizer, prompt_rows)
+    checkpoints = Checkpoints(config, total_steps=iterations, data_keys=data_keys)
     engine = RlhfEngine(
         config,
         tokenizer,
@@ -167,15 +168,9 @@ def main(config: Config) -> dict[str, float]:
     )
 
     # 4. Train, from the beginning or from a checkpoint
-    checkpoints = Checkpoints(
-        config,
-        {"actor": engine.actor, "critic": engine.critic},
-        total_steps=iterations,
-        data_keys=data_keys,
-        frozen=[engine.ref, engine.reward],
-        averages=engine.ema.shadow if engine.ema else (),
-    )
-    state = checkpoints.resume()
+    engines = {"actor": engine.actor, "critic": engine.critic}
+    averages = engine.ema.shadow if engine.ema else ()
+    state = checkpoints.resume(engines, frozen=[engine.ref, engine.reward], averages=averages)
     unsupervised_batches = endless(text_loader, state.text_batches) if text_loader else iter(())
     with open_metrics(config, "step 3: PPO", iterations, state) as writer, checkpoints:
         if state.step == 0:
@@ -229,7 +224,7 @@ def main(config: Config) -> dict[str, float]:
                 if config.eval_interval and iteration % config.eval_interval == 0 and iteration < iterations:
                     evaluated = evaluate_prompts(engine, eval_loader, config)
                     writer.log(iteration, evaluated)
-                    engine.save_if_best(state, evaluated)
+                    engine.save_if_best(evaluated)
                 state.kl_ctl = kl_ctl
                 checkpoints.step_done(state, writer, step=iteration, seconds=time.perf_counter() - started)
         after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
@@ -239,7 +234,7 @@ def main(config: Config) -> dict[str, float]:
         # 5. Save, then draw
         if config.output_dir:
             engine.save(config.output_dir)
-            engine.save_if_best(state, after)
+            engine.save_if_best(after)
         writer.plot(PANELS, per="rollout")
     return save_summary(config, state.before, after, iterations=iteration, train_seconds=state.seconds)
 

@@ -11,7 +11,6 @@ damage and strangers' files, not against other weights under a fitting manifest:
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,18 +23,17 @@ from utils.checkpoints.elastic import divide_average
 from utils.checkpoints.engine_state import EngineWriter, frozen_weight_sums, load_engine
 from utils.checkpoints.folders import (
     checkpoint_path,
-    checkpoint_steps,
-    file_records,
     prune,
     publish,
-    read_manifest,
     remove_leftovers,
     sync,
+    take_listings,
     temporary_path,
-    wrong_checksum,
+    write_listing,
 )
 from utils.checkpoints.random_state import random_state, set_random_state
-from utils.checkpoints.run_state import RunState, describe_run, read_state, write_state
+from utils.checkpoints.run_state import RunState, describe_run, write_state
+from utils.checkpoints.search import check_shared, find_checkpoint
 from utils.checkpoints.signals import StopSignals
 from utils.errors import InputError, RankError, RunStopped
 from utils.metrics import METRICS_FILE, MetricsWriter
@@ -45,35 +43,27 @@ from utils.zero import check_weights
 class Checkpoints:
     """Saves and resumes a run. All methods are called by every rank.
 
+    A new one has found what the run continues from, or refused it, before any model is loaded.
+
     Args:
         config: a step's Config with its `CheckpointArguments`. Without --save_interval nothing is saved and signals
             keep their ordinary meaning.
-        engines: the DeepSpeed engines that train, by name, freshly built.
         total_steps: length of the run, in the unit of --save_interval.
         data_keys: of the rows that the run trains on (`TokenDataset.key`).
-        frozen: other models that the run reads, None where there is none.
-        averages: further tensors of this rank, written into when the run resumes.
+
+    Raises:
+        InputError: the checkpoint is damaged, or of a run with other flags or data; --output_dir is not shared.
     """
 
-    def __init__(
-        self,
-        config,
-        engines: dict,
-        *,
-        total_steps: int,
-        data_keys: Sequence[str],
-        frozen: Sequence[torch.nn.Module | None] = (),
-        averages: Sequence[torch.Tensor] = (),
-    ) -> None:
-        self._config, self._engines, self._averages = config, engines, averages
-        self._total_steps = total_steps
+    def __init__(self, config, *, total_steps: int, data_keys: Sequence[str]) -> None:
+        self._config, self._total_steps = config, total_steps
         self._run = describe_run(config, list(data_keys))
         self._root = Path(config.output_dir) / "checkpoints" if config.output_dir else None
         self._signals = StopSignals()
-        self._finished = False
         if config.save_interval or config.resume_from_checkpoint:
-            models = [engine.module for engine in engines.values()]
-            self._frozen_sums = frozen_weight_sums([*models, *(model for model in frozen if model is not None)])
+            check_shared(Path(config.output_dir))
+        self._found = find_checkpoint(config, self._run, total_steps)
+        self._finished = self._found is not None and self._found.state.step == total_steps
 
     def __enter__(self) -> "Checkpoints":
         if self._config.save_interval and not self._finished:
@@ -83,31 +73,30 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self._signals.deactivate()
 
-    def resume(self) -> RunState:
-        """The state to start from: a run's beginning, or that of the checkpoint which the flags ask for, all loaded.
+    def resume(
+        self,
+        engines: dict,
+        *,
+        frozen: Sequence[torch.nn.Module | None] = (),
+        averages: Sequence[torch.Tensor] = (),
+    ) -> RunState:
+        """The state to start from: a run's beginning, or that of the checkpoint that was found, all loaded.
+
+        Args:
+            engines: the DeepSpeed engines that train, by name, freshly built.
+            frozen: other models that the run reads, None where there is none.
+            averages: further tensors of this rank, written into when the run resumes.
 
         Raises:
-            InputError: the checkpoint is damaged, or of a run with other flags, data or weights.
+            InputError: the checkpoint is of a run with other weights.
         """
-        wanted = self._config.resume_from_checkpoint
-        folder = self._newest_whole() if wanted == "auto" else self._chosen(Path(wanted)) if wanted else None
-        if folder is None:
-            if wanted:
-                distributed.log(f"no checkpoint in {self._root}: starting from the beginning")
+        self._engines, self._averages = engines, averages
+        if self._config.save_interval or self._found:
+            models = [engine.module for engine in engines.values()]
+            self._frozen_sums = frozen_weight_sums([*models, *(model for model in frozen if model is not None)])
+        if not self._found:
             return RunState()
-        state, processes = read_state(folder, self._run)
-        if state.step > self._total_steps:
-            raise InputError(
-                f"{folder} is of step {state.step}, but --max_steps or --num_train_epochs end the run after "
-                f"{self._total_steps}: raise them"
-            )
-        newest = max(checkpoint_steps(self._root), default=0)
-        if wanted != "auto" and newest > state.step:
-            raise InputError(
-                f"--resume_from_checkpoint {folder}: {checkpoint_path(self._root, newest)} is later, and would be "
-                "mistaken for this run's: remove it, or name another --output_dir"
-            )
-        self._finished = state.step == self._total_steps
+        folder, state, processes = self._found.folder, self._found.state, self._found.processes
         is_new = distributed.rank() >= processes  # a process that the run did not have before
         tensors, texts = _read_tensors(folder / _rank_file(0 if is_new else distributed.rank()))
         different = not torch.equal(tensors["frozen_sums"], self._frozen_sums)
@@ -171,15 +160,16 @@ class Checkpoints:
         self._stop_on(problem, state)
         if distributed.is_main():
             try:
-                records = {}
-                for path in temporary.glob("files-*.json"):
-                    records |= json.loads(path.read_text(encoding="utf-8"))
-                    path.unlink()
+                records = take_listings(temporary, distributed.world_size())
                 publish(temporary, checkpoint_path(self._root, state.step), records)
-                prune(self._root, self._config.save_total_limit)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problem = str(error)
         self._stop_on(problem, state)
+        if distributed.is_main():
+            try:
+                prune(self._root, self._config.save_total_limit, state.step)
+            except OSError as error:
+                distributed.warn(f"old checkpoints in {self._root} cannot be removed ({error})")
 
     def _write_own_files(self, temporary: Path, state: RunState) -> str | None:
         """This rank's part of a checkpoint, and a list of it; what went wrong, or None."""
@@ -196,8 +186,7 @@ class Checkpoints:
             files = [*writer.files, temporary / _rank_file(distributed.rank())]
             if distributed.is_main():
                 files.append(write_state(temporary, state, self._run))
-            listing = json.dumps(file_records(temporary, files))
-            (temporary / f"files-{distributed.rank()}.json").write_text(listing, encoding="utf-8")
+            write_listing(temporary, distributed.rank(), files)
         except (OSError, RuntimeError, SafetensorError) as error:
             return str(error)
         return None
@@ -226,42 +215,6 @@ class Checkpoints:
             f"--output_dir {self._config.output_dir}: the checkpoint of step {state.step} cannot be written "
             f"({problem}); earlier ones are as they were: make room, then --resume_from_checkpoint auto"
         )
-
-    def _newest_whole(self) -> Path | None:
-        """The newest checkpoint without damage, the same on every rank; None if there are none at all."""
-        steps = checkpoint_steps(self._root) if distributed.is_main() else []
-        count = int(distributed.all_reduce_scalar(len(steps), "max"))
-        for index in range(count):
-            folder = checkpoint_path(
-                self._root, int(distributed.all_reduce_scalar(steps[index] if steps else 0, "max"))
-            )
-            damage = _find_damage(folder)
-            if not damage:
-                return folder
-            distributed.warn(f"{folder} is damaged, trying the one before: {damage}")
-        if count:
-            raise InputError(
-                f"--resume_from_checkpoint auto: no checkpoint in {self._root} is whole; remove that folder to start "
-                "from the beginning"
-            )
-        return None
-
-    def _chosen(self, folder: Path) -> Path:
-        if not folder.is_dir():
-            raise InputError(f"--resume_from_checkpoint {folder}: there is no such folder")
-        if damage := _find_damage(folder):
-            raise InputError(f"--resume_from_checkpoint {folder} is damaged: {damage}")
-        return folder
-
-
-def _find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank, which share the reading; None if it is whole."""
-    records = read_manifest(folder)
-    if isinstance(records, str):
-        damage = records
-    else:
-        damage = wrong_checksum(folder, records, list(records)[distributed.rank() :: distributed.world_size()])
-    return distributed.first_problem(damage)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -55,6 +55,27 @@ def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
     return records
 
 
+def write_listing(temporary: Path, rank: int, files: Iterable[Path]) -> None:
+    """Leave the `file_records` of the files of one rank in `temporary`, for `take_listings`."""
+    _listing(temporary, rank).write_text(json.dumps(file_records(temporary, files)), encoding="utf-8")
+
+
+def take_listings(temporary: Path, processes: int) -> dict[str, dict]:
+    """The records of the files of all ranks, whose listings are removed.
+
+    They are opened by name: what a shared file system says that a folder holds may be old.
+
+    Raises:
+        FileNotFoundError: the listing of a rank is not there.
+    """
+    records = {}
+    for rank in range(processes):
+        listing = _listing(temporary, rank)
+        records |= json.loads(listing.read_text(encoding="utf-8"))
+        listing.unlink()
+    return records
+
+
 def publish(temporary: Path, final: Path, records: dict[str, dict]) -> None:
     """Write the manifest of `temporary`, rename it to `final`, and let `latest` name it.
 
@@ -71,9 +92,13 @@ def publish(temporary: Path, final: Path, records: dict[str, dict]) -> None:
     atomic_write_text(final.parent / LATEST, final.name + "\n")
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints; 0 keeps all."""
-    for step in checkpoint_steps(root)[keep:] if keep else []:
+def prune(root: Path, keep: int, newest: int) -> None:
+    """Remove all but the `keep` last checkpoints up to that of step `newest`; 0 keeps all.
+
+    Later ones are those that a resumed run found damaged. They do not count, and are replaced when it comes there.
+    """
+    steps = [step for step in checkpoint_steps(root) if step <= newest]
+    for step in steps[keep:] if keep else []:
         _remove(checkpoint_path(root, step))
 
 
@@ -81,6 +106,8 @@ def remove_leftovers(root: Path) -> None:
     """Remove what killed runs left half-written or half-removed."""
     for path in [*root.glob(".checkpoint-*.tmp"), *root.glob(".checkpoint-*.old")]:
         shutil.rmtree(path)
+    for path in root.glob(f".{LATEST}.*.tmp"):
+        path.unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, dict] | str:
@@ -116,6 +143,10 @@ def wrong_checksum(folder: Path, records: dict[str, dict], names: Iterable[str])
         if found != records[name]["sha256"]:
             return f"{name} is not what was written (its SHA-256 sum differs)"
     return None
+
+
+def _listing(temporary: Path, rank: int) -> Path:
+    return temporary / f"files-{rank}.json"
 
 
 def _is_folder(path: Path) -> bool:

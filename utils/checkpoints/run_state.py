@@ -31,16 +31,8 @@ class RunState:
     metrics_position: int = 0  # bytes of metrics.jsonl that belong to these steps
     before: dict[str, float] = dataclasses.field(default_factory=dict)  # the evaluation before training
     answers: list[list[str]] = dataclasses.field(default_factory=list)  # prompts and answers before training
-    best: float | None = None  # the best evaluation so far, for --keep_best; higher is better
     kl_ctl: float | None = None  # of the next rollout
     text_batches: int = 0  # batches of unsupervised text used so far
-
-    def improves(self, score: float) -> bool:
-        """Whether `score` is higher than all that this was asked before; remembers it then."""
-        better = self.best is None or score > self.best
-        if better:
-            self.best = score
-        return better
 
 
 def describe_run(config: Any, data_keys: list[str]) -> dict[str, Any]:
@@ -60,15 +52,29 @@ def write_state(folder: Path, state: RunState, run: dict[str, Any]) -> Path:
     return path
 
 
-def read_state(folder: Path, run: dict[str, Any]) -> tuple[RunState, int]:
+def flag_defaults(config_class: type) -> dict[str, Any]:
+    """The value of each flag that has one when it is not given."""
+    defaults = {}
+    for field in dataclasses.fields(config_class):
+        if field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+    return defaults
+
+
+def read_state(folder: Path, run: dict[str, Any], defaults: dict[str, Any]) -> tuple[RunState, int]:
     """The state in `folder`, a checkpoint of a run that `run` may continue, and that run's number of processes.
+
+    Args:
+        defaults: of flags; where the run was of a version that did not have one, it ran as with its default.
 
     Raises:
         InputError: it may not: names the first flag that differs, the data, or the rows of a step.
     """
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     saved = content["run"]
-    now, then = run["config"], saved["config"]
+    now, then = run["config"], {name: defaults[name] for name in run["config"] if name in defaults} | saved["config"]
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name) and name not in MAY_DIFFER_TOGETHER:
             raise InputError(
@@ -94,4 +100,6 @@ def read_state(folder: Path, run: dict[str, Any]) -> tuple[RunState, int]:
             f"the run of {saved['world_size']} processes continues with {run['world_size']}{flags}: equal in state "
             "though not in bits"
         )
-    return RunState(**content["state"]), saved["world_size"]
+    known = {field.name for field in dataclasses.fields(RunState)}  # other versions of this package had others
+    state = RunState(**{name: value for name, value in content["state"].items() if name in known})
+    return state, saved["world_size"]

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils import distributed
+from utils.checkpoints.best import BEST_FOLDER, is_best, store_score
 from utils.errors import InputError
 from utils.files import atomic_files
 from utils.models.lora import ADAPTER, lora_layers, merged_weight
@@ -85,14 +86,15 @@ def _write(model, tokenizer, folder: Path, state: dict, adapter: dict | None) ->
             model.peft_config[ADAPTER].save_pretrained(temporary / "adapter")
 
 
-def save_if_best(config, state, score: float, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_if_best(config, score: float, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """With --keep_best, write the model to `output_dir/best` if `score` beats all before. Every rank must call it.
 
     Args:
-        state: the `RunState`, which remembers the best score; higher is better.
+        score: of an evaluation; higher is better.
     """
-    if config.keep_best and state.improves(score):
-        save_model(model, tokenizer, Path(config.output_dir) / "best", save_adapter=config.save_adapter)
+    if config.keep_best and is_best(config.output_dir, score):
+        save_model(model, tokenizer, Path(config.output_dir) / BEST_FOLDER, save_adapter=config.save_adapter)
+        store_score(config.output_dir, score)
 
 
 def store_score_scale(model: nn.Module, evaluated: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from utils import distributed
+from utils.checkpoints.best import BEST_FOLDER, is_best, store_score
 from utils.models.checkpoint import save_model
 from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.lora import adapters_off
@@ -97,13 +98,15 @@ class RlhfEngine:
         values = response_values(self.critic, sequences, attention_mask, response_mask)
         return ((values - self.score_mean) / self.score_std).masked_fill(~response_mask, 0.0)
 
-    def save_if_best(self, state, evaluated: dict[str, float]) -> None:
+    def save_if_best(self, evaluated: dict[str, float]) -> None:
         """With --keep_best, `save` to `output_dir/best` if the score of held-out prompts beats all before.
 
-        `state` is the `RunState`, which remembers the best score. Every rank must call it.
+        Every rank must call it.
         """
-        if self.config.keep_best and state.improves(evaluated["eval/score_mean"]):
-            self.save(Path(self.config.output_dir) / "best")
+        output_dir = self.config.output_dir
+        if self.config.keep_best and is_best(output_dir, evaluated["eval/score_mean"]):
+            self.save(Path(output_dir) / BEST_FOLDER)
+            store_score(output_dir, evaluated["eval/score_mean"])
 
     def save(self, output_dir: str | Path) -> None:
         """Write `actor/`, `critic/` and, with an average, `actor_ema/`. Every rank must call it."""
