@@ -89,7 +89,8 @@ def invert(weights: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
     """Where the cumulative sum of each row first exceeds the given share of its total: (n, V), (n, 1) -> (n,).
 
     A large vocabulary is searched in two levels, first among the sums of blocks and then inside one, since a cumulative
-    sum over all words takes longer than everything else in sampling. A word of weight 0 is never found.
+    sum over all words takes longer than everything else in sampling. A word of weight 0 is never found. Weights that
+    are NaN give any word, but a word: what reads its id next would be an index out of bounds.
     """
     rows, vocabulary = weights.shape
     if vocabulary < 16 * BLOCK:
@@ -102,7 +103,7 @@ def invert(weights: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
     block = _search(sums, targets)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
-    return (block * BLOCK + _search(inside, targets - before)).squeeze(1)
+    return (block * BLOCK + _search(inside, targets - before)).squeeze(1).clamp(max=vocabulary - 1)
 
 
 def _search(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
