@@ -12,6 +12,7 @@ from tiny_models import SIZES
 
 import utils.rlhf.batching as batching
 import utils.rlhf.decoder as decoder_module
+from utils import distributed
 from utils.models.lora import adapters_off, add_lora, lora_layers
 from utils.rlhf.decoder import LlamaDecoder, supports
 from utils.rlhf.generation import decode, respond
@@ -328,6 +329,14 @@ def test_other_architectures_generate_through_transformers(architecture):
     assert not supports(model)
     found = respond(model, PROMPTS, GREEDY, seed=0, slots=3, **TOKENS)
     assert len(found.tokens) == len(PROMPTS) and found.logprobs is None
+
+
+def test_transformers_draws_for_each_rank_by_itself(monkeypatch):
+    model, found = make_model("gpt2"), []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found.append(responses(respond(model, [PROMPTS[0]] * 4, SAMPLED, seed=0, slots=2, **TOKENS)))
+    assert found[0] == found[2] and not {*map(tuple, found[0])} & {*map(tuple, found[1])}
 
 
 def test_rope_tables_that_follow_the_length_are_left_to_transformers():
