@@ -235,6 +235,23 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
     assert graphs.memory is None and not graphs._graphs
 
 
+def test_many_short_rows_and_few_long_ones_share_one_memory_and_its_graphs(monkeypatch):
+    """As rollouts and evaluations, which take turns: after one of each, nothing is allocated or recorded anew."""
+    monkeypatch.setattr(Recorded, "made", 0)
+    model, many, long = make_model(), prompts_of([3] * 16), prompts_of([60] * 4)
+    decoder = LlamaDecoder()
+    decoder._graphs = graphs = StepGraphs(record=Recorded)
+    seen = []
+    for turn in range(4):
+        for prompts, sampling in ((many, GREEDY), (long, SamplingParams(max_new_tokens=40, greedy=True))):
+            decoder.load(model)
+            found = decode(decoder, prompts, sampling, seed=0, slots=16, eos_id=VOCABULARY, pad_id=PAD)
+            assert turn or responses(found) == responses(run(model, prompts, sampling, slots=16, eos_id=VOCABULARY))
+        seen.append((Recorded.made, *map(torch.Tensor.data_ptr, decoder.tensors()), graphs.memory))
+    assert decoder._cache[1].shape[1] == 16 and decoder.capacity == 112 and graphs.memory.size == (16, 16, 40)
+    assert seen[1] == seen[2] == seen[3]
+
+
 def test_rows_may_have_limits_of_their_own():
     model, limits = make_model(), [5, 1, 24, 7, 2, 24, 3, 9]
     decoder = LlamaDecoder()
