@@ -401,6 +401,23 @@ def test_adapters_are_applied_without_touching_the_weights_and_skipped_when_off(
 
 
 @pytest.mark.parametrize("lora", ["fused", "unfused"])
+def test_what_generation_will_take_is_what_it_takes(monkeypatch, lora):
+    """As on a GPU, where only adapted matrices are copied; a CPU joins or packs all of them."""
+    monkeypatch.setattr(decoder_module, "JOIN_ON", ())
+    model, decoder = make_model(), LlamaDecoder(keep_copies=True)
+    add_lora(model, 4, module_name="q_proj,down_proj")
+    cache = 2 * 4 * 2 * 3 * 2 * 8  # keys and values, fp32, 2 layers, 3 slots, 2 heads of 8: bytes of a token
+    copies = 4 * 2 * (32 * 32 + 64 * 32) * (lora == "fused")
+    assert decoder.extra_bytes(model, 3, 32, lora) == cache * 32 + copies
+    decoder.load(model, lora=lora)
+    decoder.allocate(3, 32)
+    taken = [*decoder._cache, *decoder._copies._kept.values()]
+    assert sum(tensor.nbytes for tensor in taken) == cache * 32 + copies
+    decoder.unload()
+    assert decoder.extra_bytes(model, 2, 20, lora) == 0 and decoder.extra_bytes(model, 2, 33, lora) == cache * 16
+
+
+@pytest.mark.parametrize("lora", ["fused", "unfused"])
 def test_one_base_may_carry_an_adapter_for_each_role(lora):
     """Whichever is asked for is applied, also where the others are the active ones of peft."""
     model = with_lora(make_model())

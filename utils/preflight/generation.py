@@ -76,9 +76,10 @@ def needed_to_gather(config: Any, actor: Role, machine: Machine) -> float:
     needed = actor.engine.whole().total
     if not _decodes(config, actor):
         return needed
-    length = config.max_prompt_seq_len + config.max_answer_seq_len
-    cache = config.per_device_generation_batch_size * length * shape.cache_per_token * size
-    return cache + needed * (2 if machine.device_type in JOIN_ON or shape.adapted else 1)
+    cache = config.per_device_generation_batch_size * _length(config) * shape.cache_per_token * size
+    if machine.device_type in JOIN_ON:
+        return cache + 2 * needed
+    return cache + needed + (shape.adapted * size if config.lora_generation == "fused" else 0)
 
 
 def _decodes(config: Any, actor: Role) -> bool:
@@ -91,10 +92,14 @@ def _parts(config: Any, actor: Role) -> int:
     return config.inference_tp_size if _decodes(config, actor) else 1
 
 
+def _length(config: Any) -> int:
+    """Tokens of each slot of the cache."""
+    return math.ceil((config.max_prompt_seq_len + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
+
+
 def _cache(config: Any, actor: Role, decodes: bool) -> Blocks:
     shape = actor.engine.shape
-    length = math.ceil((config.max_prompt_seq_len + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
-    cache = config.per_device_generation_batch_size * length * shape.cache_per_token * actor.engine.item_size
+    cache = config.per_device_generation_batch_size * _length(config) * shape.cache_per_token * actor.engine.item_size
     return block(cache / 2) * 2 if decodes else Blocks(cache * (1 + 1 / shape.layers))
 
 

@@ -135,15 +135,20 @@ class LlamaDecoder:
         if isinstance(self.layers, StreamedLayers):
             self.layers.finish()
 
-    def extra_bytes(self, model: nn.Module, slots: int, length: int) -> int:
+    def extra_bytes(
+        self, model: nn.Module, slots: int, length: int, lora: Literal["fused", "unfused"] = "fused"
+    ) -> int:
         """Bytes that generation takes beside the weights: cache and copies, as far as they are not allocated yet."""
         config, size = model.config, model.get_input_embeddings().weight.element_size()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        total = 0
-        if self._cache is None:
-            total += 2 * config.num_hidden_layers * slots * config.num_key_value_heads * head_size * length * size
-        if not len(self._copies) and (distributed.device().type in JOIN_ON or lora_layers(model)):
-            total += weight_bytes(model)  # at most: every matrix, joined, packed or adapted
+        shape = self._cache_shape(config.num_hidden_layers, slots, config.num_key_value_heads, length, head_size)
+        total = 2 * math.prod(shape) * size - sum(tensor.nbytes for tensor in self._cache or ())
+        if len(self._copies):
+            return total
+        if distributed.device().type in JOIN_ON:
+            return total + weight_bytes(model)  # at most: every matrix, joined or packed
+        if lora == "fused":
+            total += sum(weight_bytes(layer.get_base_layer()) for layer in lora_layers(model).values())
         return total
 
     def release_cache(self) -> None:

@@ -103,7 +103,8 @@ class HybridEngine:
         needed = weight_bytes(model)
         if decoder is not None and prompts:
             slots = min(config.per_device_generation_batch_size, len(prompts))
-            needed += decoder.extra_bytes(model, slots, max(map(len, prompts)) + sampling.max_new_tokens)
+            length = max(map(len, prompts)) + sampling.max_new_tokens
+            needed += decoder.extra_bytes(model, slots, length, config.lora_generation)
         streams = not fits(needed)
         if streams and not self._warned:
             self._warned = True
