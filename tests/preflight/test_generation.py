@@ -10,9 +10,9 @@ import utils.preflight.generation as generation_module
 import utils.rlhf.decoder as decoder_module
 from utils import distributed
 from utils.preflight.estimate import estimate, training_batch
-from utils.preflight.generation import estimate_generation, must_stream, needed_to_gather
+from utils.preflight.generation import estimate_generation, gathered_for_answers, must_stream, needed_to_gather
 from utils.preflight.model_shape import build_on_meta
-from utils.preflight.phases import Machine
+from utils.preflight.phases import Machine, total_of
 from utils.preflight.report import gathering_line
 from utils.preflight.roles import Subject, trained_role
 from utils.preflight.workload import Rows
@@ -115,6 +115,17 @@ def test_auto_gathers_what_fits_and_streams_what_does_not():
     assert generation(enough - 10, stream_generation_weights="off")["gather buffers"] == 2 * ACTOR
     assert "all of its weights once" in gathering_line(whole.gathering)
     assert "one at a time" in gathering_line(streamed.gathering)
+
+
+def test_sample_answers_gather_all_weights_only_where_they_fit():
+    config = load_step(1).Config(model_name_or_path="somewhere", zero_stage=3)
+    subject = Subject(1, {"model": transformers.LlamaConfig()}, 0, Rows(1000))
+    batch = training_batch(config, 1, subject.rows, max_tokens=0)
+    engine = trained_role(config, subject, machine(), batch, role="model", kind="causal_lm").engine
+    enough = total_of(engine.persistent()).total + engine.whole().total / memory.USABLE
+    for free, gathers in ((None, engine.whole()), (enough + 10, engine.whole()), (enough - 10, engine.gathered())):
+        assert gathered_for_answers(engine, machine(free), engine.persistent()) == gathers
+    assert engine.gathered().total < engine.whole().total / 10
 
 
 def test_only_auto_at_stage_3_without_sharing_has_a_choice():

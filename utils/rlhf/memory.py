@@ -40,20 +40,14 @@ def fits(needed: int) -> bool:
 
 
 @contextlib.contextmanager
-def naming_flags() -> Iterator[None]:
+def naming_flags(advice: str) -> Iterator[None]:
     """Out of memory inside becomes an `InputError` with the flags that lower what generation takes."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise InputError(
-            "out of memory in generation: lower --per_device_generation_batch_size (and raise --generation_batches: "
-            "the rollout stays the same), --max_prompt_seq_len or --max_answer_seq_len; or try "
-            "--unpin_actor_parameters, --release_inference_cache, --offload_optimizer_during_generation; or, with "
-            "--actor_zero_stage 3, --stream_generation_weights on or --inference_tp_size. "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"out of memory in generation: {advice}. {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
