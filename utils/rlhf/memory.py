@@ -14,6 +14,8 @@ from utils import distributed
 from utils.errors import InputError
 from utils.zero import is_partitioned
 
+# Of torch's allocators on a device and a host, of the driver, and of libraries with memory of their own.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 USABLE = 0.9  # of the free memory: the rest is for activations and fragments
 
 
@@ -39,13 +41,18 @@ def fits(needed: int) -> bool:
     return bool(distributed.all_reduce_scalar(float(needed <= USABLE * free_memory()), "min"))
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory has run out: `torch.OutOfMemoryError` is only what torch's own allocator raises."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
 def naming_flags(advice: str) -> Iterator[None]:
     """Out of memory inside becomes an `InputError` with the flags that lower what generation takes."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise InputError(f"out of memory in generation: {advice}. {str(error).splitlines()[0]}") from error
 
