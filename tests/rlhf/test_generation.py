@@ -13,6 +13,7 @@ from tiny_models import SIZES
 import utils.rlhf.batching as batching
 import utils.rlhf.decoder as decoder_module
 from utils import distributed
+from utils.errors import InputError
 from utils.models.lora import adapters_off, add_lora, lora_layers
 from utils.rlhf.decoder import LlamaDecoder, supports
 from utils.rlhf.generation import decode, respond
@@ -207,7 +208,7 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
     monkeypatch.setattr(Recorded, "made", 0)
     monkeypatch.setattr(batching, "LENGTH_BUCKET", 32)
     model, more = with_lora(make_model()), prompts_of([4, 8, 2, 11, 6], seed=5)
-    graphs = StepGraphs(record=Recorded)
+    graphs = StepGraphs(lambda: Recorded)
     decoder = LlamaDecoder(keep_copies=True)
     decoder._graphs = graphs
     eos_id = a_token_that_ends_some(model)
@@ -235,12 +236,57 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
     assert graphs.memory is None and not graphs._graphs
 
 
+def test_a_recorder_is_not_used_again_once_its_graphs_are_gone():
+    """Their memory is gone with them, and torch's allocator fails where one records into it again."""
+    recorders = []
+
+    def recorder():
+        recorders.append(0)
+        place = len(recorders) - 1
+
+        def record(step):
+            recorders[place] += 1
+            return Recorded(step)
+
+        return record
+
+    graphs, done, memory = StepGraphs(recorder), [], [torch.zeros(2), torch.zeros(2)]
+    for tensor in (memory[0], memory[0], memory[1]):
+        graphs.refresh([tensor])
+        for key in (1, 2, 1, 2):
+            graphs.run(key, lambda key=key: done.append(key))
+    assert recorders == [2, 2] and done == [1, 2] * 6
+    graphs.release()
+    graphs.run(1, lambda: done.append(1))
+    assert recorders == [2, 2, 1]
+
+
+def test_a_step_that_cannot_be_recorded_ends_the_run_and_says_how_to_do_without():
+    def failing(error):
+        def record(step):
+            raise error
+
+        graphs = StepGraphs(lambda: record)
+        graphs.run("key", lambda: None)
+        graphs.run("key", lambda: None)
+
+    with pytest.raises(InputError, match=r"add --no_generation_cuda_graphs\. CUDA error: operation not permitted$"):
+        failing(RuntimeError("CUDA error: operation not permitted\nCUDA kernel errors might be"))
+    with pytest.raises(torch.OutOfMemoryError):
+        failing(torch.OutOfMemoryError("CUDA out of memory"))
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    except torch.OutOfMemoryError:  # what ends the recording fails as well, in other words
+        with pytest.raises(RuntimeError, match="capture was invalidated"):
+            failing(RuntimeError("capture was invalidated"))
+
+
 def test_many_short_rows_and_few_long_ones_share_one_memory_and_its_graphs(monkeypatch):
     """As rollouts and evaluations, which take turns: after one of each, nothing is allocated or recorded anew."""
     monkeypatch.setattr(Recorded, "made", 0)
     model, many, long = make_model(), prompts_of([3] * 16), prompts_of([60] * 4)
     decoder = LlamaDecoder()
-    decoder._graphs = graphs = StepGraphs(record=Recorded)
+    decoder._graphs = graphs = StepGraphs(lambda: Recorded)
     seen = []
     for turn in range(4):
         for prompts, sampling in ((many, GREEDY), (long, SamplingParams(max_new_tokens=40, greedy=True))):

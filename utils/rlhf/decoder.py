@@ -107,7 +107,7 @@ class LlamaDecoder:
         self.final_norm = model.model.norm.weight
         self._rotary = model.model.rotary_emb
         if self._graphs is None and self._cuda_graphs and self.device.type == "cuda":
-            self._graphs = StepGraphs(cuda_recorder())
+            self._graphs = StepGraphs(cuda_recorder)
         modules = model.model.layers
         if stream:  # copies would be made anew in every pass
             self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)

@@ -41,9 +41,16 @@ def fits(needed: int) -> bool:
     return bool(distributed.all_reduce_scalar(float(needed <= USABLE * free_memory()), "min"))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory has run out: `torch.OutOfMemoryError` is only what torch's own allocator raises."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory has run out: in this error, or in the one during whose handling it came up.
+
+    `torch.OutOfMemoryError` is only what torch's own allocator raises.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            return True
+        error = error.__context__
+    return False
 
 
 @contextlib.contextmanager
