@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same code in bf16 and fp16 on the device. Skipped, with the reason, elsewhere."""
+"""What only a GPU can show: the same code in bf16 and fp16 on the device. Run with `-m gpu`; skipped elsewhere."""
 
 import pytest
 import torch
