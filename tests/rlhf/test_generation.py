@@ -236,6 +236,33 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
     assert graphs.memory is None and not graphs._graphs
 
 
+@pytest.mark.parametrize("lora", ["fused", "unfused"])
+def test_graphs_are_dropped_when_any_weight_that_a_step_reads_has_moved(monkeypatch, lora):
+    """As on a GPU, where matrices are read in place but for those with LoRA fused in, whose copies stay in place."""
+    monkeypatch.setattr(decoder_module, "JOIN_ON", ())
+    monkeypatch.setattr(Recorded, "made", 0)
+    model = make_model(attention_bias=True, mlp_bias=True)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY))
+    with_lora(model)
+    decoder = LlamaDecoder(keep_copies=True)
+    decoder._graphs = StepGraphs(lambda: Recorded)
+
+    def recordings() -> int:
+        before = Recorded.made
+        decoder.load(model, lora=lora)
+        decode(decoder, [[5, 6]], SamplingParams(max_new_tokens=4), seed=0, slots=1, eos_id=VOCABULARY, pad_id=PAD)
+        decoder.unload()
+        return Recorded.made - before
+
+    assert (recordings(), recordings()) == (1, 0)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.clone()
+        copied = lora == "fused" and ("lora_" in name or name.endswith("base_layer.weight"))
+        assert recordings() == (not copied), name
+    decoder.release_cache()
+    assert recordings() == 1
+
+
 def test_a_recorder_is_not_used_again_once_its_graphs_are_gone():
     """Their memory is gone with them, and torch's allocator fails where one records into it again."""
     recorders = []
