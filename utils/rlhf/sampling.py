@@ -17,7 +17,11 @@ BLOCK = 128  # words whose weights are added up before the search
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to sample. `greedy` ignores temperature, top_k and top_p; top_k 0 and top_p 1 are off."""
+    """How to sample. `greedy` ignores temperature, top_k and top_p; top_k 0 and top_p 1 are off.
+
+    With any of min_new_tokens, top_k and top_p, responses come from another distribution than the model's, which is
+    what PPO's ratio is about: the gradient is biased.
+    """
 
     max_new_tokens: int
     min_new_tokens: int = 0
