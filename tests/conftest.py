@@ -21,6 +21,12 @@ TINY_TEXT = [
 ] * 4
 
 
+def pytest_configure(config):
+    """An NVIDIA GPU is seen by the tests marked `gpu` alone, and they by `-m gpu`: the others pin what a CPU does."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; programs and processes of the tests inherit it
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` are skipped where there is none."""
     import torch
@@ -28,7 +34,7 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and `-m gpu`"))
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ def _run_rank(results, rank: int, world_size: int, port: int, function, argument
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
         HF_HUB_OFFLINE="1",
+        CUDA_VISIBLE_DEVICES="",
     )
     try:
         from utils import distributed

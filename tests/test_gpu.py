@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same code in bf16 and fp16 on the device. Skipped, with the reason, elsewhere."""
+"""What only a GPU can show: the same code in bf16 and fp16 on the device. Run with `-m gpu`; skipped elsewhere."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from step_scripts import flags, run_step
 from tiny_models import SIZES
 
 from utils.checkpoints import Checkpoints
+from utils.models.lora import add_lora
 from utils.rlhf.decoder import LlamaDecoder
 from utils.rlhf.generation import decode, generate
 from utils.rlhf.sampling import SamplingParams
@@ -47,36 +48,70 @@ def test_the_decode_engine_equals_generate_on_the_device():
     assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.mask, theirs.mask)
 
 
-def test_graphs_of_decode_steps_follow_the_weights_and_equal_eager_steps():
-    """Recorded once per shape: later calls, other prompts and weights changed in place only replay."""
+def assert_same_responses(found, expected, dtype) -> None:
+    """Equal in fp32; in 16 bits nearly all rows, and up to a row's first difference the same log-probabilities."""
+    if dtype == torch.float32:
+        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.stopped, expected.stopped)
+        torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
+        return
+    width = min(found.tokens.size(1), expected.tokens.size(1))
+    equal = (found.tokens[:, :width] == expected.tokens[:, :width]).cummin(1).values
+    assert equal.all(1).float().mean() >= 0.7
+    difference = (found.logprobs[:, :width] - expected.logprobs[:, :width])[equal].abs()
+    assert len(difference) and difference.max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora", [None, "fused", "unfused"])
+def test_graphs_of_decode_steps_follow_what_moves_and_equal_eager_steps(dtype, lora):
+    """Recorded once per shape: other prompts and weights changed in place only replay; what moves is recorded anew."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(SIZES["llama"](97)).cuda().eval()
+    model = transformers.AutoModelForCausalLM.from_config(SIZES["llama"](97)).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(6.0)
-    sampling = SamplingParams(max_new_tokens=60, temperature=0.9, top_k=40, top_p=0.95, min_new_tokens=3)
-    graphed, eager = LlamaDecoder(), LlamaDecoder(cuda_graphs=False)
-    recorded = []
-    for turn in range(4):
-        prompts = [[3 + (turn + place) % 90 for place in range(length)] for length in (3, 17, 9, 1, 30, 3, 8, 8, 2, 5)]
+    add_lora(model, 4 if lora else 0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.to("cuda", dtype)
+    graphed, eager = LlamaDecoder(keep_copies=True), LlamaDecoder(keep_copies=True, cuda_graphs=False)
+
+    def compare(prompts: list[list[int]], seed: int, *, slots: int = 4, limit: int = 60) -> int:
+        """The number of graphs that stand after a call of each decoder, whose responses agree."""
+        sampling = SamplingParams(max_new_tokens=limit, temperature=0.9, top_k=40, top_p=0.95, min_new_tokens=3)
         found = []
         for decoder in (graphed, eager):
-            decoder.load(model)
-            found.append(decode(decoder, prompts, sampling, eos_id=2, pad_id=0, seed=turn, slots=4))
+            decoder.load(model, lora=lora or "fused")
+            settings = {"eos_id": 2, "pad_id": 0, "seed": seed, "slots": slots, "buckets": True}
+            found.append(decode(decoder, prompts, sampling, **settings))
             decoder.unload()
-        assert torch.equal(found[0].tokens, found[1].tokens) and torch.equal(found[0].stopped, found[1].stopped)
-        torch.testing.assert_close(found[0].logprobs, found[1].logprobs, atol=1e-4, rtol=1e-4)
-        recorded.append(len(graphed._graphs._graphs))
+        assert_same_responses(*found, dtype)
+        return len(graphed._graphs._graphs)
+
+    def prompts_of(turn: int) -> list[list[int]]:
+        return [[3 + (turn + place) % 90 for place in range(length)] for length in (3, 17, 9, 1, 30, 3, 8, 8, 2, 5)]
+
+    recorded = []
+    for turn in range(4):
+        recorded.append(compare(prompts_of(turn), turn))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
     assert recorded[0] > 0 and recorded[1:] == recorded[:1] * 3
-    for parameter in model.model.layers[0].parameters():
-        parameter.data = parameter.data.clone()
-    graphed.load(model)
-    moved = decode(graphed, prompts, sampling, eos_id=2, pad_id=0, seed=9, slots=4)
-    eager.load(model)
-    assert torch.equal(moved.tokens, decode(eager, prompts, sampling, eos_id=2, pad_id=0, seed=9, slots=4).tokens)
+    for parameter in model.parameters():  # as those that ZeRO-3 gathers; where they were lies something else then
+        old = parameter.data
+        parameter.data = old.clone()
+        old.zero_()
+    compare(prompts_of(5), 5)
+    capacity = graphed.capacity
+    assert compare(prompts_of(6), 6, slots=10, limit=200) > 0 and graphed.capacity > capacity  # a larger cache
+    kept = compare(prompts_of(7), 7)
+    assert kept > 0
+    graphed.release_cache()
+    torch.cuda.empty_cache()
+    for turn in (8, 9):
+        assert compare(prompts_of(turn), turn) > 0
 
 
 def test_the_optimizer_waits_in_host_memory_while_the_actor_generates(world, tmp_path):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Step 3 for LLaMA-2 70B with LoRA: PPO with a 13B critic on 4 machines with 8 GPUs each.
-# A rollout gathers the actor's weights, 140 GB in bf16, on every GPU: this takes GPUs of 180 GB or more.
+# Step 3 for LLaMA-2 70B with LoRA: PPO with a 13B critic on 4 machines with 8 GPUs of 80 GB each.
+# In a rollout the 8 GPUs of a machine share the actor, whose weights are 140 GB in bf16.
 # Run step1.sh and step2.sh before.
 # HOSTFILE lists the machines, one line each such as: worker-1 slots=8. All see the repository, .venv and the output at
 # the same path, and ssh works between them without a password.
@@ -37,5 +37,6 @@ deepspeed --hostfile "$HOSTFILE" training/step3_rlhf_finetuning/main.py \
   --critic_gradient_checkpointing \
   --actor_zero_stage 3 \
   --critic_zero_stage 3 \
+  --inference_tp_size 8 \
   --output_dir "$OUTPUT" \
   "$@" 2>&1 | (trap '' INT TERM; exec tee -a "$OUTPUT.log") # tee outlives Ctrl-C: a run that saves prints meanwhile

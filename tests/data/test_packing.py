@@ -53,17 +53,26 @@ def test_micro_batches_are_the_batches_or_what_the_budget_makes_of_them():
         return [[len(row["input_ids"]) for row in part] for part in parts]
 
     assert lengths(0) == [[1, 2, 3], [4]]
-    assert lengths(7) == [[4, 3], [2, 1]]
+    assert lengths(7) == [[2, 3], [4, 1]]  # the packed row is one of 5 tokens
     assert micro_batches([], 7, len) == []
 
 
-def ranks_split(budget: int) -> list[list[int]]:
+ROWS = [[[8], [8]], [[5, 3], [5, 3]]]  # lengths of the examples in the packed rows of each rank
+
+
+def ranks_split(budget: int) -> tuple[list[list[int]], list[list[int]]]:
     from utils import distributed
 
     distributed.init_distributed()
-    return token_batches([[4, 4, 4, 4], [1, 1, 1, 1]][distributed.rank()], budget)
+    rank = distributed.rank()
+    parts = token_batches([[4, 4, 4, 4], [1, 1, 1, 1]][rank], budget)
+    rows = [{"rows": [{"tokens": tokens} for tokens in row]} for row in ROWS[rank]]
+    packed = micro_batches([rows], budget + 1, lambda row: row["tokens"])
+    return parts, [[row["tokens"] for row in part] for part in packed]
 
 
 def test_ranks_agree_on_the_number_of_micro_batches():
-    first, second = run_ranks(ranks_split, 2, 8)
+    """Also where their packed rows hold different numbers of examples, which by themselves fit otherwise."""
+    (first, first_packed), (second, second_packed) = run_ranks(ranks_split, 2, 8)
     assert first == [[0, 1], [2, 3]] and second == [[0, 1], [2, 3]]
+    assert first_packed == [[8], [8]] and second_packed == [[5, 3], [5, 3]]

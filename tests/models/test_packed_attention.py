@@ -140,15 +140,25 @@ def test_the_saved_model_knows_nothing_of_packing(tiny_tokenizer, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_varlen_kernel_equals_padded_groups(key_heads, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_varlen_kernel_equals_padded_groups_with_its_gradients(key_heads, dtype, monkeypatch):
+    """The kernel in 16 bits against the padded groups in fp32, from the same numbers."""
     mask = masks("xxxxxxxx" * 4, "xxx....." * 1 + "........" * 3, "xxxxxxxx" * 2 + "........" * 2).cuda()
-    layout = pack(mask)
+    layout, heads = pack(mask), (4, key_heads, key_heads)
     generator = torch.Generator("cuda").manual_seed(0)
-    query, key, value = (
-        torch.randn(1, heads, len(layout.index), 64, generator=generator, device="cuda").bfloat16()
-        for heads in (4, key_heads, key_heads)
-    )
-    found, _ = module.attend(None, query, key, value, None, scaling=0.125, layout=layout)
-    monkeypatch.setattr(module, "_has_flash_varlen", lambda query, dropout: False)
-    expected, _ = module.attend(None, query, key, value, None, scaling=0.125, layout=layout)
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    states = [
+        torch.randn(1, count, len(layout.index), 64, generator=generator, device="cuda").to(dtype) for count in heads
+    ]
+    weights = torch.randn(1, len(layout.index), 4, 64, generator=generator, device="cuda")
+    calls, kernel = [], module.varlen_attn
+    monkeypatch.setattr(module, "varlen_attn", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+    results = []
+    for inputs in (states, [state.float() for state in states]):
+        inputs = [state.requires_grad_() for state in inputs]
+        attended, _ = module.attend(None, *inputs, None, scaling=0.125, layout=layout)
+        gradients = torch.autograd.grad((attended.float() * weights).sum(), inputs)
+        results.append([tensor.float() for tensor in (attended, *gradients)])
+    assert len(calls) == 1, "only the first of the two takes the kernel"
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)

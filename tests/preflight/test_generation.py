@@ -6,11 +6,13 @@ import pytest
 import transformers
 from step_scripts import load_step
 
+import utils.preflight.generation as generation_module
+import utils.rlhf.decoder as decoder_module
 from utils import distributed
 from utils.preflight.estimate import estimate, training_batch
-from utils.preflight.generation import estimate_generation, must_stream, needed_to_gather
+from utils.preflight.generation import estimate_generation, gathered_for_answers, must_stream, needed_to_gather
 from utils.preflight.model_shape import build_on_meta
-from utils.preflight.phases import Machine
+from utils.preflight.phases import Machine, total_of
 from utils.preflight.report import gathering_line
 from utils.preflight.roles import Subject, trained_role
 from utils.preflight.workload import Rows
@@ -52,8 +54,19 @@ def actor_role(config, device_type: str):
     return trained_role(config, subject, machine(None, device_type), batch, role="actor", kind="causal_lm")
 
 
-@pytest.mark.parametrize("changes", [{}, {"actor_lora_dim": 4}, {"enable_hybrid_engine": False}])
-def test_the_decision_is_that_of_the_engine_down_to_the_byte(monkeypatch, changes):
+@pytest.mark.parametrize("joins", [True, False])  # False: as on a GPU
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_prompt_seq_len": 250},
+        {"actor_lora_dim": 4, "actor_lora_module_name": "q_proj,down_proj"},
+        {"actor_lora_dim": 4, "lora_generation": "unfused"},
+        {"enable_hybrid_engine": False},
+    ],
+)
+def test_the_decision_is_that_of_the_engine_down_to_the_byte(monkeypatch, changes, joins):
+    for module in (decoder_module, generation_module):
+        monkeypatch.setattr(module, "JOIN_ON", (distributed.device().type,) if joins else ())
     config, here = step3_config(**changes), distributed.device().type
     actor = actor_role(config, here)
     needed = needed_to_gather(config, actor, machine(None, here))
@@ -81,9 +94,10 @@ def test_what_the_decision_counts_by_hand():
     assert needed() == 2 * (ACTOR + CACHE)
     assert needed("cpu") == 2 * (2 * ACTOR + CACHE)  # joined or packed copies
     assert needed(enable_hybrid_engine=False) == 2 * ACTOR
-    # factors of q, k, v, o, gate, up and down, and at most all matrices copied with them merged
+    # factors of q, k, v, o, gate, up and down, and all matrices copied with them merged
     factors = 4 * 4 * ((256 + 256) + (256 + 128) + (256 + 128) + (256 + 256) + 3 * (256 + 512))
-    assert needed(actor_lora_dim=4) == 2 * (2 * (ACTOR + factors) + CACHE)
+    assert needed(actor_lora_dim=4) == 2 * (ACTOR + factors + 4 * MATRICES + CACHE)
+    assert needed(actor_lora_dim=4, lora_generation="unfused") == 2 * (ACTOR + factors + CACHE)
 
 
 def test_auto_gathers_what_fits_and_streams_what_does_not():
@@ -101,6 +115,17 @@ def test_auto_gathers_what_fits_and_streams_what_does_not():
     assert generation(enough - 10, stream_generation_weights="off")["gather buffers"] == 2 * ACTOR
     assert "all of its weights once" in gathering_line(whole.gathering)
     assert "one at a time" in gathering_line(streamed.gathering)
+
+
+def test_sample_answers_gather_all_weights_only_where_they_fit():
+    config = load_step(1).Config(model_name_or_path="somewhere", zero_stage=3)
+    subject = Subject(1, {"model": transformers.LlamaConfig()}, 0, Rows(1000))
+    batch = training_batch(config, 1, subject.rows, max_tokens=0)
+    engine = trained_role(config, subject, machine(), batch, role="model", kind="causal_lm").engine
+    enough = total_of(engine.persistent()).total + engine.whole().total / memory.USABLE
+    for free, gathers in ((None, engine.whole()), (enough + 10, engine.whole()), (enough - 10, engine.gathered())):
+        assert gathered_for_answers(engine, machine(free), engine.persistent()) == gathers
+    assert engine.gathered().total < engine.whole().total / 10
 
 
 def test_only_auto_at_stage_3_without_sharing_has_a_choice():

@@ -12,6 +12,8 @@ from tiny_models import SIZES
 
 import utils.rlhf.batching as batching
 import utils.rlhf.decoder as decoder_module
+from utils import distributed
+from utils.errors import InputError
 from utils.models.lora import adapters_off, add_lora, lora_layers
 from utils.rlhf.decoder import LlamaDecoder, supports
 from utils.rlhf.generation import decode, respond
@@ -206,7 +208,7 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
     monkeypatch.setattr(Recorded, "made", 0)
     monkeypatch.setattr(batching, "LENGTH_BUCKET", 32)
     model, more = with_lora(make_model()), prompts_of([4, 8, 2, 11, 6], seed=5)
-    graphs = StepGraphs(record=Recorded)
+    graphs = StepGraphs(lambda: Recorded)
     decoder = LlamaDecoder(keep_copies=True)
     decoder._graphs = graphs
     eos_id = a_token_that_ends_some(model)
@@ -232,6 +234,95 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
     assert Recorded.made > 6
     decoder.release_cache()
     assert graphs.memory is None and not graphs._graphs
+
+
+@pytest.mark.parametrize("lora", ["fused", "unfused"])
+def test_graphs_are_dropped_when_any_weight_that_a_step_reads_has_moved(monkeypatch, lora):
+    """As on a GPU, where matrices are read in place but for those with LoRA fused in, whose copies stay in place."""
+    monkeypatch.setattr(decoder_module, "JOIN_ON", ())
+    monkeypatch.setattr(Recorded, "made", 0)
+    model = make_model(attention_bias=True, mlp_bias=True)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY))
+    with_lora(model)
+    decoder = LlamaDecoder(keep_copies=True)
+    decoder._graphs = StepGraphs(lambda: Recorded)
+
+    def recordings() -> int:
+        before = Recorded.made
+        decoder.load(model, lora=lora)
+        decode(decoder, [[5, 6]], SamplingParams(max_new_tokens=4), seed=0, slots=1, eos_id=VOCABULARY, pad_id=PAD)
+        decoder.unload()
+        return Recorded.made - before
+
+    assert (recordings(), recordings()) == (1, 0)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.clone()
+        copied = lora == "fused" and ("lora_" in name or name.endswith("base_layer.weight"))
+        assert recordings() == (not copied), name
+    decoder.release_cache()
+    assert recordings() == 1
+
+
+def test_a_recorder_is_not_used_again_once_its_graphs_are_gone():
+    """Their memory is gone with them, and torch's allocator fails where one records into it again."""
+    recorders = []
+
+    def recorder():
+        recorders.append(0)
+        place = len(recorders) - 1
+
+        def record(step):
+            recorders[place] += 1
+            return Recorded(step)
+
+        return record
+
+    graphs, done, memory = StepGraphs(recorder), [], [torch.zeros(2), torch.zeros(2)]
+    for tensor in (memory[0], memory[0], memory[1]):
+        graphs.refresh([tensor])
+        for key in (1, 2, 1, 2):
+            graphs.run(key, lambda key=key: done.append(key))
+    assert recorders == [2, 2] and done == [1, 2] * 6
+    graphs.release()
+    graphs.run(1, lambda: done.append(1))
+    assert recorders == [2, 2, 1]
+
+
+def test_a_step_that_cannot_be_recorded_ends_the_run_and_says_how_to_do_without():
+    def failing(error):
+        def record(step):
+            raise error
+
+        graphs = StepGraphs(lambda: record)
+        graphs.run("key", lambda: None)
+        graphs.run("key", lambda: None)
+
+    with pytest.raises(InputError, match=r"add --no_generation_cuda_graphs\. CUDA error: operation not permitted$"):
+        failing(RuntimeError("CUDA error: operation not permitted\nCUDA kernel errors might be"))
+    with pytest.raises(torch.OutOfMemoryError):
+        failing(torch.OutOfMemoryError("CUDA out of memory"))
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    except torch.OutOfMemoryError:  # what ends the recording fails as well, in other words
+        with pytest.raises(RuntimeError, match="capture was invalidated"):
+            failing(RuntimeError("capture was invalidated"))
+
+
+def test_many_short_rows_and_few_long_ones_share_one_memory_and_its_graphs(monkeypatch):
+    """As rollouts and evaluations, which take turns: after one of each, nothing is allocated or recorded anew."""
+    monkeypatch.setattr(Recorded, "made", 0)
+    model, many, long = make_model(), prompts_of([3] * 16), prompts_of([60] * 4)
+    decoder = LlamaDecoder()
+    decoder._graphs = graphs = StepGraphs(lambda: Recorded)
+    seen = []
+    for turn in range(4):
+        for prompts, sampling in ((many, GREEDY), (long, SamplingParams(max_new_tokens=40, greedy=True))):
+            decoder.load(model)
+            found = decode(decoder, prompts, sampling, seed=0, slots=16, eos_id=VOCABULARY, pad_id=PAD)
+            assert turn or responses(found) == responses(run(model, prompts, sampling, slots=16, eos_id=VOCABULARY))
+        seen.append((Recorded.made, *map(torch.Tensor.data_ptr, decoder.tensors()), graphs.memory))
+    assert decoder._cache[1].shape[1] == 16 and decoder.capacity == 112 and graphs.memory.size == (16, 16, 40)
+    assert seen[1] == seen[2] == seen[3]
 
 
 def test_rows_may_have_limits_of_their_own():
@@ -330,6 +421,14 @@ def test_other_architectures_generate_through_transformers(architecture):
     assert len(found.tokens) == len(PROMPTS) and found.logprobs is None
 
 
+def test_transformers_draws_for_each_rank_by_itself(monkeypatch):
+    model, found = make_model("gpt2"), []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found.append(responses(respond(model, [PROMPTS[0]] * 4, SAMPLED, seed=0, slots=2, **TOKENS)))
+    assert found[0] == found[2] and not {*map(tuple, found[0])} & {*map(tuple, found[1])}
+
+
 def test_rope_tables_that_follow_the_length_are_left_to_transformers():
     assert not supports(make_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
 
@@ -372,6 +471,23 @@ def test_adapters_are_applied_without_touching_the_weights_and_skipped_when_off(
         assert responses(run(model, PROMPTS, GREEDY, lora=lora)) == plain
     assert responses(run(model, PROMPTS, GREEDY, lora=lora, adapter=None)) == plain
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", ["fused", "unfused"])
+def test_what_generation_will_take_is_what_it_takes(monkeypatch, lora):
+    """As on a GPU, where only adapted matrices are copied; a CPU joins or packs all of them."""
+    monkeypatch.setattr(decoder_module, "JOIN_ON", ())
+    model, decoder = make_model(), LlamaDecoder(keep_copies=True)
+    add_lora(model, 4, module_name="q_proj,down_proj")
+    cache = 2 * 4 * 2 * 3 * 2 * 8  # keys and values, fp32, 2 layers, 3 slots, 2 heads of 8: bytes of a token
+    copies = 4 * 2 * (32 * 32 + 64 * 32) * (lora == "fused")
+    assert decoder.extra_bytes(model, 3, 32, lora) == cache * 32 + copies
+    decoder.load(model, lora=lora)
+    decoder.allocate(3, 32)
+    taken = [*decoder._cache, *decoder._copies._kept.values()]
+    assert sum(tensor.nbytes for tensor in taken) == cache * 32 + copies
+    decoder.unload()
+    assert decoder.extra_bytes(model, 2, 20, lora) == 0 and decoder.extra_bytes(model, 2, 33, lora) == cache * 16
 
 
 @pytest.mark.parametrize("lora", ["fused", "unfused"])

@@ -1,5 +1,6 @@
 """The switch between training and generation: gathered, streamed or shared weights, and training state as it was."""
 
+import contextlib
 import hashlib
 import itertools
 
@@ -12,7 +13,7 @@ from tiny_models import SIZES
 import utils.rlhf.decoder as decoder_module
 from utils import distributed
 from utils.errors import InputError, RankError
-from utils.rlhf import hybrid_engine, memory, tensor_parallel
+from utils.rlhf import evaluation, hybrid_engine, memory, tensor_parallel
 from utils.rlhf.decoder_weights import StreamedLayers
 from utils.rlhf.ppo import ppo_step
 from utils.rlhf.responses import Stop
@@ -79,7 +80,9 @@ def test_optimizer_state_waits_on_the_host_and_comes_back_bit_identical(paths, t
 
 def test_the_optimizer_is_moved_only_where_that_is_asked_for_and_means_something(paths, tiny_tokenizer, monkeypatch):
     calls = []
-    monkeypatch.setattr(hybrid_engine, "optimizer_on_host", lambda actor: calls.append(actor) or memory.naming_flags())
+    monkeypatch.setattr(
+        hybrid_engine, "optimizer_on_host", lambda actor: calls.append(actor) or contextlib.nullcontext()
+    )
     for asked, has_gpu in itertools.product((False, True), (False, True)):
         engine = make_engine(make_config(paths, offload_optimizer_during_generation=asked), tiny_tokenizer)
         with monkeypatch.context() as patch:
@@ -89,7 +92,15 @@ def test_the_optimizer_is_moved_only_where_that_is_asked_for_and_means_something
         assert calls == [engine.actor] * (asked and has_gpu)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory_names_the_flags_that_lower_it(paths, tiny_tokenizer, monkeypatch, error):
     engine = make_engine(make_config(paths), tiny_tokenizer)
 
@@ -99,8 +110,8 @@ def test_out_of_memory_names_the_flags_that_lower_it(paths, tiny_tokenizer, monk
     monkeypatch.setattr(engine.decoder, "prefill", fail)
     with pytest.raises(RankError, match=r"out of memory in generation.*--per_device_generation_batch_size.*--max_ans"):
         engine.hybrid.respond([[5]], GREEDY, seed=0)
-    monkeypatch.setattr(engine.decoder, "prefill", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
         engine.hybrid.respond([[5]], GREEDY, seed=0)
 
 
@@ -217,6 +228,26 @@ def test_weights_that_do_not_fit_are_streamed_with_one_warning(paths, tiny_token
     assert engine.hybrid._must_stream([[5]], sampling_params(engine.config))
     monkeypatch.setattr(memory, "free_memory", lambda: 100 * needed)
     assert not engine.hybrid._must_stream([[5]], sampling_params(engine.config))
+
+
+def test_sample_answers_of_a_model_that_does_not_fit_whole_are_streamed(paths, tiny_tokenizer, monkeypatch, capsys):
+    engine = make_engine(make_config(paths, actor_zero_stage=3), tiny_tokenizer).actor
+    rows = [{"input_ids": list(range(3, 20)), "response_start": start} for start in (5, 9, 0)]
+    forwards = []
+    engine.module.model.register_forward_hook(lambda *_: forwards.append(engine.module.model.lm_head.weight.numel()))
+    whole = evaluation.greedy_answers(engine, tiny_tokenizer, rows, 8)
+    assert len(whole) == 2 and not capsys.readouterr().out and all(forwards)
+    monkeypatch.setattr(memory, "free_memory", lambda: memory.weight_bytes(engine.module.model))
+    forwards.clear()
+    assert evaluation.greedy_answers(engine, tiny_tokenizer, rows, 8) == whole
+    assert "--num_sample_generations 0" in capsys.readouterr().out and not any(forwards)
+
+    def fail(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluation, "generate", fail)
+    with pytest.raises(InputError, match="out of memory in generation: lower --num_sample_generations"):
+        evaluation.greedy_answers(engine, tiny_tokenizer, rows, 8)
 
 
 def test_numbers_that_do_not_divide_are_refused_with_them(monkeypatch):

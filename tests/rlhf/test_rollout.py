@@ -7,6 +7,7 @@ import torch
 import transformers
 from rlhf_setup import make_config, make_engine, make_prompts, save_models
 
+import utils.rlhf.rollout as rollout_module
 from utils.models.scalar_head import ScalarHeadModel
 from utils.rlhf.generation import Generation
 from utils.rlhf.rollout import assemble, rollout
@@ -90,6 +91,21 @@ def test_metrics_are_those_of_the_rows(setup):
     assert metrics["ppo/kl_k1"] == pytest.approx(kl.mean().item(), rel=1e-4)
     assert metrics["ppo/length_mean"] == pytest.approx(lengths.mean().item())
     assert samples.num_sequences == 8
+
+
+def test_times_are_read_when_the_device_has_finished(setup, monkeypatch):
+    config, engine, batches, _ = setup
+    waits = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
+        first = rollout_module.clock()
+        assert waits == [1] and rollout_module.clock() >= first
+    readings = iter([10.0, 12.0, 17.0])
+    monkeypatch.setattr(rollout_module, "clock", lambda: next(readings))
+    metrics = rollout(engine, batches, config, kl_ctl=0.1, seed=7).metrics
+    assert (metrics["time/generation"], metrics["time/scoring"]) == (2.0, 5.0)
+    assert metrics["throughput/generation_tokens_per_second"] == metrics["ppo/length_mean"] * len(batches) / 2
 
 
 def test_the_same_seed_gives_the_same_rollout_and_another_seed_another(setup):

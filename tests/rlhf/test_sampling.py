@@ -89,6 +89,19 @@ def test_a_large_vocabulary_is_searched_like_a_small_one(vocabulary):
     assert (before <= quantiles + 1e-5).all() and (quantiles <= after + 1e-5).all()
 
 
+@pytest.mark.parametrize("vocabulary", [7, 5000])  # searched in one level, and in blocks of which the last is not full
+@pytest.mark.parametrize("greedy", [False, True])
+def test_logits_that_are_not_numbers_give_a_word_of_the_vocabulary(vocabulary, greedy):
+    """A model that has diverged is found by its loss, not by an index out of bounds, which takes a GPU down."""
+    logits = torch.randn(3, vocabulary)
+    logits[0] = float("nan")
+    logits[1, -1] = float("nan")
+    logits[2] = float("-inf")
+    sampling = SamplingParams(max_new_tokens=1, greedy=greedy)
+    tokens, _ = choose_tokens(logits, sampling, torch.arange(3), torch.arange(3), eos_id=0)
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+
+
 def test_uniform_numbers_are_uniform_and_uncorrelated():
     keys = row_keys(3, [[1, row] for row in range(64)])
     numbers = torch.stack([uniform(keys, torch.full((64,), place)) for place in range(256)]).double()

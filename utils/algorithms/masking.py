@@ -54,11 +54,3 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(mask.bool(), wide, 0).sum(dim=dim)
-
-
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `x` where `mask` is true, over everything or along `dim`; 0 where the mask holds nothing.
-
-    For reporting. A token-mean loss divides by the token count of the whole optimiser step instead (see `losses`).
-    """
-    return masked_sum(x, mask, dim) / mask.bool().sum(dim=dim).clamp(min=1)

@@ -62,7 +62,9 @@ class RolloutArguments(Arguments):
     )
     max_prompt_seq_len: int = flag(256, "tokens of a prompt; longer ones lose their beginning", at_least=1)
     max_answer_seq_len: int = flag(256, "tokens of an answer, at most", at_least=1)
-    min_new_tokens: int = flag(0, "tokens of an answer, at least", at_least=0)
+    min_new_tokens: int = flag(
+        0, "tokens of an answer, at least: no EOS is drawn before. Above 0 it biases PPO: see --top_p", at_least=0
+    )
     stop_strings: list[str] = flag(
         [],
         "texts that end an answer, which then counts as complete, such as a user's next turn, beside the EOS",

@@ -96,15 +96,15 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def micro_batches(
     batches: Sequence[Sequence[Row]], max_tokens: int, tokens_of: Callable[[Row], int]
 ) -> list[list[Row]]:
-    """The rows of an optimiser step in micro-batches: `batches` as they are, or regrouped by `max_tokens` if above 0.
+    """The examples of an optimiser step in micro-batches: those of `batches`, or regrouped by `max_tokens` if above 0.
+
+    A packed row stays whole: ranks have equally many rows, but not equally many examples in them.
 
     Args:
-        tokens_of: tokens that a row brings to a forward pass.
+        tokens_of: tokens that an example brings to a forward pass.
     """
-    if not batches:
-        return []
-    unpacked = [[example for row in batch for example in unpack(row)] for batch in batches]
-    if not max_tokens:
-        return unpacked
-    rows = [row for batch in unpacked for row in batch]
-    return [[rows[index] for index in part] for part in token_batches([tokens_of(row) for row in rows], max_tokens)]
+    if max_tokens and batches:
+        rows = [row for batch in batches for row in batch]
+        tokens = [sum(map(tokens_of, unpack(row))) for row in rows]
+        batches = [[rows[index] for index in part] for part in token_batches(tokens, max_tokens)]
+    return [[example for row in batch for example in unpack(row)] for batch in batches]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from utils.preflight.blocks import Blocks, block
-from utils.preflight.generation import estimate_generation
+from utils.preflight.generation import estimate_generation, gathered_for_answers
 from utils.preflight.memory import Engine
 from utils.preflight.model_shape import Kind
 from utils.preflight.phases import Estimate, Items, Machine, Moment, joined, largest_moments, total_of
@@ -57,7 +57,8 @@ def _estimate_supervised(config: Any, subject: Subject, machine: Machine) -> Est
     moments = [Moment("loading", _loading(engine))]
     moments.append(Moment("evaluation", joined(persistent, evaluated.forward(evaluation.targets))))
     if subject.step == 1 and config.num_sample_generations and engine.real_stage == 3:
-        moments.append(Moment("evaluation", joined(persistent, {"gather buffers": engine.whole()})))
+        gathered = {"gather buffers": gathered_for_answers(engine, machine, persistent)}
+        moments.append(Moment("evaluation", joined(persistent, gathered)))
     moments += [Moment("training", joined(persistent, items)) for items in trained.training(batch)]
     saved = saved_model(trained, subject, role="model")
     host = {"offloaded": engine.host_bytes()}

@@ -1,4 +1,4 @@
-"""Memory of generation in step 3: what it adds to what stands, what of that stays, and how ZeRO-3 gathers the weights.
+"""Memory of generation: what it adds to what stands, what of that stays, and how ZeRO-3 gathers the weights.
 
 Where --inference_tp_size processes share the actor, each decodes the rows of all of them with its part of the heads:
 twice the rows with half the heads, for two, so that the cache is as large as without sharing.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from utils.preflight.blocks import Blocks, block
+from utils.preflight.memory import Engine
 from utils.preflight.phases import Gathering, Items, Machine, joined, total_of
 from utils.preflight.roles import Role
 from utils.preflight.workload import MicroBatch
@@ -44,7 +45,7 @@ def estimate_generation(config: Any, actor: Role, machine: Machine, batch: Micro
     if config.offload_optimizer_during_generation and machine.on_gpu and not config.offload:
         standing = {name: blocks for name, blocks in persistent.items() if name not in OPTIMIZER}
         host = sum(blocks.total for name, blocks in persistent.items() if name in OPTIMIZER)
-    free = None if machine.memory is None else machine.memory - machine.base - total_of(standing).total
+    free = _free(machine, standing)
     needed, decodes = needed_to_gather(config, actor, machine), _decodes(config, actor)
     chooses = actor.engine.real_stage == 3 and _parts(config, actor) == 1
     automatic = config.stream_generation_weights == "auto"
@@ -65,8 +66,18 @@ def estimate_generation(config: Any, actor: Role, machine: Machine, batch: Micro
     return Generation(moment, kept, host, gathering)
 
 
+def gathered_for_answers(engine: Engine, machine: Machine, persistent: Items) -> Blocks:
+    """What step 1's sample answers gather at stage 3: all weights, or where they do not fit, what any pass gathers."""
+    whole = engine.whole()
+    return engine.gathered() if must_stream(whole.total, _free(machine, persistent)) else whole
+
+
+def _free(machine: Machine, standing: Items) -> float | None:
+    return None if machine.memory is None else machine.memory - machine.base - total_of(standing).total
+
+
 def must_stream(needed: float, free: float | None) -> bool:
-    """Whether `HybridEngine`'s rule gathers layers one at a time; `free` None, not known, is enough for anything."""
+    """Whether the rule of `rlhf.memory.fits` forbids all weights at once; `free` None, not known, is enough."""
     return free is not None and needed > USABLE * free
 
 
@@ -76,9 +87,10 @@ def needed_to_gather(config: Any, actor: Role, machine: Machine) -> float:
     needed = actor.engine.whole().total
     if not _decodes(config, actor):
         return needed
-    length = config.max_prompt_seq_len + config.max_answer_seq_len
-    cache = config.per_device_generation_batch_size * length * shape.cache_per_token * size
-    return cache + needed * (2 if machine.device_type in JOIN_ON or shape.adapted else 1)
+    cache = config.per_device_generation_batch_size * _length(config) * shape.cache_per_token * size
+    if machine.device_type in JOIN_ON:
+        return cache + 2 * needed
+    return cache + needed + (shape.adapted * size if config.lora_generation == "fused" else 0)
 
 
 def _decodes(config: Any, actor: Role) -> bool:
@@ -91,10 +103,14 @@ def _parts(config: Any, actor: Role) -> int:
     return config.inference_tp_size if _decodes(config, actor) else 1
 
 
+def _length(config: Any) -> int:
+    """Tokens of each slot of the cache."""
+    return math.ceil((config.max_prompt_seq_len + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
+
+
 def _cache(config: Any, actor: Role, decodes: bool) -> Blocks:
     shape = actor.engine.shape
-    length = math.ceil((config.max_prompt_seq_len + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
-    cache = config.per_device_generation_batch_size * length * shape.cache_per_token * actor.engine.item_size
+    cache = config.per_device_generation_batch_size * _length(config) * shape.cache_per_token * actor.engine.item_size
     return block(cache / 2) * 2 if decodes else Blocks(cache * (1 + 1 / shape.layers))
 
 

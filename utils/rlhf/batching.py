@@ -30,9 +30,10 @@ class Slots:
         self.logprobs = torch.zeros(rows + 1, width, dtype=torch.float32, device=device)
         self.free_from(0)
 
-    def holds(self, slots: int, rows: int, width: int) -> bool:
-        """Whether it is large enough."""
-        return len(self.row) >= slots and len(self.tokens) > rows and self.tokens.size(1) >= width
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The `slots`, `rows` and `width` that it was made for."""
+        return len(self.row), len(self.tokens) - 1, self.tokens.size(1)
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         for state in (self.row, self.token, self.position, self.place, self.key, self.limit, self.done):
@@ -154,11 +155,13 @@ class _Batch:
                 self._advance()
 
     def _static_memory(self, width: int) -> Slots:
-        """Slots for this call; with graphs, those of the last call as long as they are large enough."""
+        """Slots for this call; with graphs, those of the last call, which grow where they are too small."""
         size = (self._rounded(self.slots, ROW_BUCKET), len(self.prompts), width)
         if self.graphs is None:
             return Slots(*size, self.device)
-        if self.graphs.memory is None or not self.graphs.memory.holds(*size):
+        if self.graphs.memory is not None:
+            size = tuple(max(sizes) for sizes in zip(self.graphs.memory.size, size, strict=True))
+        if self.graphs.memory is None or self.graphs.memory.size != size:
             self.graphs.memory = Slots(*size, self.device)
         state = self.graphs.memory.cleared()
         self.graphs.refresh((*self.decoder.tensors(), *state.tensors()))

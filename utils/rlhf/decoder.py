@@ -107,7 +107,7 @@ class LlamaDecoder:
         self.final_norm = model.model.norm.weight
         self._rotary = model.model.rotary_emb
         if self._graphs is None and self._cuda_graphs and self.device.type == "cuda":
-            self._graphs = StepGraphs(cuda_recorder())
+            self._graphs = StepGraphs(cuda_recorder)
         modules = model.model.layers
         if stream:  # copies would be made anew in every pass
             self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)
@@ -135,15 +135,20 @@ class LlamaDecoder:
         if isinstance(self.layers, StreamedLayers):
             self.layers.finish()
 
-    def extra_bytes(self, model: nn.Module, slots: int, length: int) -> int:
+    def extra_bytes(
+        self, model: nn.Module, slots: int, length: int, lora: Literal["fused", "unfused"] = "fused"
+    ) -> int:
         """Bytes that generation takes beside the weights: cache and copies, as far as they are not allocated yet."""
         config, size = model.config, model.get_input_embeddings().weight.element_size()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        total = 0
-        if self._cache is None:
-            total += 2 * config.num_hidden_layers * slots * config.num_key_value_heads * head_size * length * size
-        if not len(self._copies) and (distributed.device().type in JOIN_ON or lora_layers(model)):
-            total += weight_bytes(model)  # at most: every matrix, joined, packed or adapted
+        shape = self._cache_shape(config.num_hidden_layers, slots, config.num_key_value_heads, length, head_size)
+        total = 2 * math.prod(shape) * size - sum(tensor.nbytes for tensor in self._cache or ())
+        if len(self._copies):
+            return total
+        if distributed.device().type in JOIN_ON:
+            return total + weight_bytes(model)  # at most: every matrix, joined or packed
+        if lora == "fused":
+            total += sum(weight_bytes(layer.get_base_layer()) for layer in lora_layers(model).values())
         return total
 
     def release_cache(self) -> None:
@@ -161,20 +166,21 @@ class LlamaDecoder:
             yield from layer.tensors()
 
     def allocate(self, slots: int, length: int) -> None:
-        """Make room for `slots` rows of `length` tokens; a cache that is large enough already is kept."""
-        length = math.ceil(length / CACHE_STEP) * CACHE_STEP
-        shape = (len(self.layers), slots, self.kv_heads, length, self.head_size)
+        """Make room for `slots` rows of `length` tokens; a cache that is too small grows, and none shrinks.
+
+        It grows to the most rows and the most tokens that were asked for: were it made to the measure of each call,
+        one with many rows and one with long ones would replace each other's, and the graphs that read it, for ever.
+        """
+        shape = self._cache_shape(len(self.layers), slots, self.kv_heads, length, self.head_size)
         if self._cache is not None:
             values = self._cache[1]
-            fits = all(have >= need for have, need in zip(values.shape[1:4], shape[1:4], strict=True))
-            if fits and (values.dtype, values.device, values.shape[0]) == (self.dtype, self.device, shape[0]):
-                length = values.shape[3]
-            else:
-                self._cache = None
+            if (values.shape, values.dtype, values.device) != (shape, self.dtype, self.device):
+                self._cache = values = None  # before the next one takes memory
         if self._cache is None:
             # zeros: a masked column must hold numbers, since 0 * nan would reach the result
             values = torch.zeros(shape, dtype=self.dtype, device=self.device)
             self._cache = torch.zeros_like(values.transpose(3, 4), memory_format=torch.contiguous_format), values
+        length = shape[3]
         if self._tables_of != (self._rotary, length, self.dtype, self.device):
             self._tables_of = (self._rotary, length, self.dtype, self.device)
             positions = torch.arange(length, device=self.device)[None]
@@ -182,6 +188,13 @@ class LlamaDecoder:
             sign = torch.ones(self.head_size, dtype=self.dtype, device=self.device)
             sign[: self.head_size // 2] = -1
             self._cos, self._sin = cos[0], sin[0] * sign  # rotate_half(x) * sin == roll(x) * (sign * sin)
+
+    def _cache_shape(self, layers: int, slots: int, heads: int, length: int, head_size: int) -> tuple[int, ...]:
+        """Of the cached values, with room for what the present cache holds as well."""
+        shape = (layers, slots, heads, math.ceil(length / CACHE_STEP) * CACHE_STEP, head_size)
+        held = shape if self._cache is None else self._cache[1].shape
+        same_model = (held[0], held[2], held[4]) == (layers, heads, head_size)
+        return tuple(max(sizes) for sizes in zip(held, shape, strict=True)) if same_model else shape
 
     @property
     def graphs(self) -> StepGraphs | None:

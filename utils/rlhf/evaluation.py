@@ -11,8 +11,12 @@ from utils.rlhf.engine import RlhfEngine
 from utils.rlhf.experience import Experience
 from utils.rlhf.generation import generate
 from utils.rlhf.hybrid_engine import generation_mode
+from utils.rlhf.memory import fits, naming_flags, weight_bytes
 from utils.rlhf.rollout import assemble, generate_responses, response_scores, sampling_params
 from utils.rlhf.sampling import SamplingParams
+from utils.zero import is_partitioned
+
+OUT_OF_MEMORY = "lower --num_sample_generations (0 leaves the sample answers out) or --sample_max_new_tokens"
 
 
 @torch.no_grad()
@@ -43,16 +47,26 @@ def evaluate_prompts(engine: RlhfEngine, loader: Iterable[Sequence[dict]], confi
 def greedy_answers(engine, tokenizer: PreTrainedTokenizerBase, rows, max_new_tokens: int) -> list[tuple[str, str]]:
     """Greedy answers of the model in `engine` to the prompts of step 1's `rows`, as (prompt, answer) texts.
 
-    Plain-text rows, which have no prompt, are passed over.
+    Plain-text rows, which have no prompt, are passed over. Under ZeRO-3 every rank must call it, with the same rows:
+    weights that do not fit whole are gathered layer by layer in every pass.
+
+    Raises:
+        RankError: out of memory, with the flags that lower it.
     """
     prompts = [row["input_ids"][: row["response_start"]] for row in rows if row["response_start"] > 1]
     if not prompts:
         return []
     sampling = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
-    with generation_mode(engine) as model:
-        answers = generate(
-            model, prompts, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=0
+    weights = engine.module.model
+    streams = is_partitioned(next(weights.parameters())) and not fits(weight_bytes(weights))
+    if streams:
+        distributed.log(
+            "note: the whole model does not fit on each process: sample answers gather its layers for every token, "
+            "which is slow (--num_sample_generations 0 leaves them out)"
         )
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    with naming_flags(OUT_OF_MEMORY), generation_mode(engine, gather="nothing" if streams else "all") as model:
+        answers = generate(model, prompts, sampling, seed=0, synced=streams, **ends)
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     responses = [decode(ids[mask]) for ids, mask in zip(answers.tokens, answers.mask, strict=True)]
     return [(decode(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]

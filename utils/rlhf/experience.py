@@ -11,7 +11,7 @@ Column j describes the token `sequences[:, P + j]`, which is predicted at positi
 and `response_values` know of that shift.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -31,14 +31,6 @@ class Experience:
     rewards: torch.Tensor  # (B, R) -kl_ctl * KL, the score added at the last response token
     advantages: torch.Tensor  # (B, R), whitened over the rollout of all ranks
     returns: torch.Tensor  # (B, R)
-
-    @property
-    def target_mask(self) -> torch.Tensor:
-        """(B, P+R) bool: the columns of `sequences` that hold response tokens."""
-        return target_mask(self.sequences, self.response_mask)
-
-    def to(self, device: torch.device) -> "Experience":
-        return Experience(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 def target_mask(sequences: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,10 @@ def respond(
 
 
 def _generate_in_batches(model, prompts, sampling, *, seed, slots, synced, eos_id, pad_id, stops) -> Generation:
-    """`generate` for `slots` prompts at a time; `synced` ranks all make as many batches as the one with the most."""
+    """`generate` for `slots` prompts at a time; `synced` ranks all make as many batches as the one with the most.
+
+    Its one random stream for a whole batch knows nothing of prompts, so each rank's batches get streams of their own.
+    """
     starts = list(range(0, len(prompts), slots))
     rounds = int(distributed.all_reduce_scalar(len(starts), "max")) if synced else len(starts)
     batches = []
@@ -114,7 +117,7 @@ def _generate_in_batches(model, prompts, sampling, *, seed, slots, synced, eos_i
         batch = prompts[start : start + slots] or [[pad_id]]
         batches.append(
             generate(
-                model, batch, sampling, seed=hash((seed, start)) % 2**63,
+                model, batch, sampling, seed=hash((seed, distributed.rank(), start)) % 2**63,
                 eos_id=eos_id, pad_id=pad_id, stops=stops, synced=synced,
             )
         )  # fmt: skip

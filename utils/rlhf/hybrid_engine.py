@@ -20,6 +20,13 @@ from utils.rlhf.stop_strings import StopStrings
 from utils.rlhf.tensor_parallel import join_shard_group
 from utils.zero import gathered, is_partitioned
 
+OUT_OF_MEMORY = (
+    "lower --per_device_generation_batch_size (and raise --generation_batches: the rollout stays the same), "
+    "--max_prompt_seq_len or --max_answer_seq_len; or try --unpin_actor_parameters, --release_inference_cache, "
+    "--offload_optimizer_during_generation; or, with --actor_zero_stage 3, --stream_generation_weights on or "
+    "--inference_tp_size"
+)
+
 
 class HybridEngine:
     """Responses of the policy that trains in `actor`.
@@ -66,7 +73,7 @@ class HybridEngine:
         elsewhere = (
             config.offload_optimizer_during_generation and torch.accelerator.is_available() and not config.offload
         )
-        with naming_flags(), optimizer_on_host(self._actor) if elsewhere else contextlib.nullcontext():
+        with naming_flags(OUT_OF_MEMORY), optimizer_on_host(self._actor) if elsewhere else contextlib.nullcontext():
             stream = self._must_stream(prompts, sampling)
             if not stream and (decoder is None or decoder.shard is None):
                 gather = "all"
@@ -103,7 +110,8 @@ class HybridEngine:
         needed = weight_bytes(model)
         if decoder is not None and prompts:
             slots = min(config.per_device_generation_batch_size, len(prompts))
-            needed += decoder.extra_bytes(model, slots, max(map(len, prompts)) + sampling.max_new_tokens)
+            length = max(map(len, prompts)) + sampling.max_new_tokens
+            needed += decoder.extra_bytes(model, slots, length, config.lora_generation)
         streams = not fits(needed)
         if streams and not self._warned:
             self._warned = True

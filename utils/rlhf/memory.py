@@ -14,6 +14,8 @@ from utils import distributed
 from utils.errors import RankError
 from utils.zero import is_partitioned
 
+# Of torch's allocators on a device and a host, of the driver, and of libraries with memory of their own.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 USABLE = 0.9  # of the free memory: the rest is for activations and fragments
 
 
@@ -39,21 +41,27 @@ def fits(needed: int) -> bool:
     return bool(distributed.all_reduce_scalar(float(needed <= USABLE * free_memory()), "min"))
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory has run out: in this error, or in the one during whose handling it came up.
+
+    `torch.OutOfMemoryError` is only what torch's own allocator raises.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            return True
+        error = error.__context__
+    return False
+
+
 @contextlib.contextmanager
-def naming_flags() -> Iterator[None]:
+def naming_flags(advice: str) -> Iterator[None]:
     """Out of memory inside becomes a `RankError` with the flags that lower what generation takes."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        raise RankError(
-            "out of memory in generation: lower --per_device_generation_batch_size (and raise --generation_batches: "
-            "the rollout stays the same), --max_prompt_seq_len or --max_answer_seq_len; or try "
-            "--unpin_actor_parameters, --release_inference_cache, --offload_optimizer_during_generation; or, with "
-            "--actor_zero_stage 3, --stream_generation_weights on or --inference_tp_size. "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise RankError(f"out of memory in generation: {advice}. {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager

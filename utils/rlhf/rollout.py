@@ -44,9 +44,9 @@ def rollout(engine: RlhfEngine, prompts: list[list[int]], config, *, kl_ctl: flo
         kl_ctl: price of a nat of KL to the reference.
         seed: of this rollout's samples.
     """
-    started = time.perf_counter()
+    started = clock()
     responses = generate_responses(engine, prompts, sampling_params(config), seed=seed)
-    generated = time.perf_counter()
+    generated = clock()
 
     watchdog.alive("scoring")
     plan = plan_minibatches(prompts, responses, config)
@@ -62,7 +62,7 @@ def rollout(engine: RlhfEngine, prompts: list[list[int]], config, *, kl_ctl: flo
         for part in rows
     ]
     experiences = whiten_over_ranks(experiences, config)
-    finished = time.perf_counter()
+    finished = clock()
 
     metrics = rollout_metrics(experiences, engine, responses)
     if responses.logprobs is not None:
@@ -76,6 +76,13 @@ def rollout(engine: RlhfEngine, prompts: list[list[int]], config, *, kl_ctl: flo
     remaining = iter(experiences)
     minibatches = [list(itertools.islice(remaining, len(minibatch))) for minibatch in plan]
     return Rollout(minibatches, metrics, metrics["ppo/kl_k1"], int(metrics["ppo/sequences"]))
+
+
+def clock() -> float:
+    """Seconds, read when the device has done all that it was given: a GPU works on after a call has returned."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def plan_minibatches(prompts: list[list[int]], responses: Generation, config) -> list[list[list[int]]]:

@@ -17,7 +17,11 @@ BLOCK = 128  # words whose weights are added up before the search
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to sample. `greedy` ignores temperature, top_k and top_p; top_k 0 and top_p 1 are off."""
+    """How to sample. `greedy` ignores temperature, top_k and top_p; top_k 0 and top_p 1 are off.
+
+    With any of min_new_tokens, top_k and top_p, responses come from another distribution than the model's, which is
+    what PPO's ratio is about: the gradient is biased.
+    """
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -89,7 +93,8 @@ def invert(weights: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
     """Where the cumulative sum of each row first exceeds the given share of its total: (n, V), (n, 1) -> (n,).
 
     A large vocabulary is searched in two levels, first among the sums of blocks and then inside one, since a cumulative
-    sum over all words takes longer than everything else in sampling. A word of weight 0 is never found.
+    sum over all words takes longer than everything else in sampling. A word of weight 0 is never found. Weights that
+    are NaN give any word, but a word: what reads its id next would be an index out of bounds.
     """
     rows, vocabulary = weights.shape
     if vocabulary < 16 * BLOCK:
@@ -102,7 +107,7 @@ def invert(weights: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
     block = _search(sums, targets)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
-    return (block * BLOCK + _search(inside, targets - before)).squeeze(1)
+    return (block * BLOCK + _search(inside, targets - before)).squeeze(1).clamp(max=vocabulary - 1)
 
 
 def _search(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
