@@ -146,11 +146,11 @@ class _Batch:
     def run(self) -> None:
         interval = CHECK_INTERVAL.get(self.device.type, 4)
         while self.waiting or self.rows:
-            if self.slots - len(self.rows) >= max(1, self.slots // 8) or not self.rows:
-                self._admit()
-            if self.stops is not None:
+            if self.stops is not None and self.rows:
                 self._stop_at_strings()
             self._retire()
+            if self.slots - len(self.rows) >= max(1, self.slots // 8) or not self.rows:
+                self._admit()
             for _ in range(interval if self.rows else 0):
                 self._advance()
 
