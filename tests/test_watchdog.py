@@ -49,13 +49,37 @@ distributed.shutdown()
 """
 
 
-def launch(kind: str) -> list[tuple[int, str]]:
+ENDS = """
+import time
+import torch.distributed as dist
+from utils import distributed, watchdog
+
+class BusyStore(dist.TCPStore):
+    def set(self, key, value):
+        for _ in range(200):
+            super().set(key, value)
+
+class SlowToGo:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+
+last = SlowToGo()
+dist.TCPStore, watchdog.POLLS = BusyStore, 60_000
+distributed.init_distributed(stall_timeout=1)
+distributed.barrier()
+rank, store = distributed.rank(), dist.distributed_c10d._get_default_store()
+distributed.shutdown()
+time.sleep(2 * (rank == 0))  # its store answers until the other has gone
+"""
+
+
+def launch(kind: str, program: str = PROGRAM) -> list[tuple[int, str]]:
     """Exit codes and stderr of two processes, without a launcher that would end the second after the first."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": "29641", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, kind],
+            [sys.executable, "-c", program, kind],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -87,6 +111,11 @@ def test_waiting_for_a_slow_process_is_no_stall():
     started = time.monotonic()
     assert [code for code, _ in launch("slow")] == [0, 0]
     assert time.monotonic() - started > 7
+
+
+def test_a_run_that_ends_while_the_watchdog_speaks_ends_well():
+    """A thread of the interpreter that is inside the store at the very end would abort the process."""
+    assert [code for code, _ in launch("", ENDS)] == [0, 0]
 
 
 def report(points: int, what: str, waits: bool = False) -> Report:

@@ -5,6 +5,7 @@ through a connection of its own to the process group's store. When no process ha
 one's thread can see who has passed the fewest points, and ends its process.
 """
 
+import atexit
 import dataclasses
 import json
 import os
@@ -43,6 +44,7 @@ class Report:
 
 _own = Report()
 _started = False
+_ends = threading.Event()
 
 
 def alive(what: str = "") -> None:
@@ -71,13 +73,20 @@ def start(rank: int, world_size: int, minutes: float) -> None:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
     )
     arguments = (store, rank, world_size, minutes * 60, threading.get_ident())
-    threading.Thread(target=_watch, args=arguments, daemon=True, name="watchdog").start()
+    thread = threading.Thread(target=_watch, args=arguments, daemon=True, name="watchdog")
+    thread.start()
+    atexit.register(_end, thread)
+
+
+def _end(thread: threading.Thread) -> None:
+    """Let the thread finish: inside the store when the interpreter goes away, it would abort the process."""
+    _ends.set()
+    thread.join(_STORE_TIMEOUT.total_seconds())
 
 
 def _watch(store: dist.Store, rank: int, world_size: int, limit: float, watched: int) -> None:
     interval = min(1.0, limit / POLLS)
-    while True:
-        time.sleep(interval)
+    while not _ends.wait(interval):
         idle = time.time() - _own.since
         if idle > limit / 2:
             _own.place, _own.waits = _position(watched)
