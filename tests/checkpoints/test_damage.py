@@ -229,10 +229,15 @@ def test_code_in_a_shard_is_not_executed_even_with_a_fitting_manifest(world, tmp
     run_step(1, flags(world, 1, tmp_path, **(CHANGES | {"zero_stage": 2})))
     newest = tmp_path / "checkpoints" / "checkpoint-3"
     (shard,) = newest.glob(f"model/{pattern}")
-    torch.save(open_shard(shard, mapped=False) | {"payload": Payload(tmp_path / "executed")}, shard)
-    rewrite_manifest(newest)
-    assert f"{shard}: holds code" in refusal(world, tmp_path, capsys, loads_model=True, zero_stage=2)
-    assert not (tmp_path / "executed").exists()
+    content, payload = open_shard(shard, mapped=False), Payload(tmp_path / "executed")
+    for write in (
+        lambda: torch.save(content | {"payload": payload}, shard),
+        lambda: shard.write_bytes(pickle.dumps(payload)),
+    ):
+        write()
+        rewrite_manifest(newest)
+        assert f"{shard}: holds code" in refusal(world, tmp_path, capsys, loads_model=True, zero_stage=2)
+        assert not (tmp_path / "executed").exists()
 
 
 # --- another run -----------------------------------------------------------------------------------------------------

@@ -127,9 +127,10 @@ def open_shard(file: Path, *, mapped: bool = True) -> dict:
     try:
         with torch.serialization.safe_globals(list(CHECKPOINT_CLASSES)):
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except UnpicklingError as error:
+    except (UnpicklingError, RuntimeError, EOFError) as error:
         raise RankError(
-            f"{file}: holds code, or is no file of DeepSpeed's, and is not opened: resume from another checkpoint"
+            f"{file}: holds code, or is no file of DeepSpeed's, and is not opened: resume from another checkpoint "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
