@@ -6,6 +6,7 @@ On machines without an accelerator this module must be imported before `deepspee
 
 import contextlib
 import datetime
+import gc
 import io
 import logging
 import os
@@ -53,6 +54,7 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
     else:
         # Compiling DeepSpeed's shared-memory collectives takes half a minute and leaks /dev/shm; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gc.freeze()  # what imports have made stays: DeepSpeed collects garbage often, half a second each time with it
     _timeout = max(LEAST_TIMEOUT, datetime.timedelta(minutes=2 * stall_timeout))
     with quiet():
         deepspeed.init_distributed(timeout=_timeout)
