@@ -9,13 +9,13 @@ import importlib.util
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from utils.curves import draw_curves
 from utils.errors import InputError, RankError
+from utils.files import make_writable
 from utils.progress import Progress
 from utils.tables import format_table, printable
 
@@ -174,9 +174,7 @@ def check_tensorboard(tensorboard_path: str, output_dir: str | os.PathLike | Non
         raise InputError("--enable_tensorboard needs TensorBoard: run `pip install tensorboard`")
     folder = Path(tensorboard_path or Path(output_dir) / "tensorboard")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable(folder)
     except OSError as error:
         raise InputError(f"--tensorboard_path: cannot write to {folder}: {error.strerror or error}") from error
     return folder

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from utils.checkpoints.run_state import RunState
 from utils.config import save_config
 from utils.divergence import DIVERGENCE_FILE
 from utils.errors import InputError
-from utils.files import atomic_write_text
+from utils.files import atomic_write_text, make_writable
 from utils.metrics import MetricsWriter, check_tensorboard
 from utils.zero import check_precision
 
@@ -116,9 +115,7 @@ def _check_writable(folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"--output_dir {folder}: is a file; name a folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable(folder)
     except OSError as error:
         raise InputError(
             f"--output_dir {folder}: cannot be written ({os.strerror(error.errno)}); choose another folder"
