@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from utils import distributed
+from utils.kernels import decoding
+from utils.kernels.native import usable
 from utils.models.lora import ADAPTER, lora_layers
 from utils.models.packed_attention import causal_attention
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
@@ -247,6 +249,8 @@ class LlamaDecoder:
             tokens, positions: (n,) the newest token of each row and its place in the sequence.
             length: how much of the cache to read: more than any position of a row that counts.
         """
+        if usable(self.embedding):
+            return self._compiled_step(tokens, positions)
         rows = len(tokens)
         keys, values = self._cache
         hidden = F.embedding(tokens, self.embedding)
@@ -269,12 +273,27 @@ class LlamaDecoder:
             hidden = self._finish(layer, hidden, torch.bmm(weights, cached_values).view(rows, -1))
         return self._logits(hidden)
 
+    def _compiled_step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`step` by the compiled operations of `utils.kernels`, which read each row's cache as far as it is filled."""
+        keys, values = self._cache
+        hidden = F.embedding(tokens, self.embedding)
+        normed, added, scale = torch.empty_like(hidden), None, 1 / math.sqrt(self.head_size)
+        for index, layer in enumerate(self.layers):
+            decoding.add_rms_norm(hidden, added, layer.input_norm, normed, self.norm_eps)
+            attended = decoding.attend(
+                layer.qkv.joined_outputs(normed), self._cos, self._sin, positions, keys[index], values[index],
+                query_heads=self.query_heads, scale=scale,
+            )  # fmt: skip
+            added = self._summed(layer.output, attended)
+            decoding.add_rms_norm(hidden, added, layer.mlp_norm, normed, self.norm_eps)
+            added = self._summed(layer.down, decoding.gated(layer.gate_up.joined_outputs(normed)))
+        decoding.add_rms_norm(hidden, added, self.final_norm, normed, self.norm_eps)
+        return linear(normed, self.head, self.head_bias)
+
     def _project(self, layer: Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         """Rotated queries (n, Q, D), rotated keys (n, K, D) and values (n, K, D) of n tokens."""
         normed = F.rms_norm(hidden, hidden.shape[-1:], layer.input_norm, self.norm_eps)
-        projected = layer.qkv.outputs(normed)
-        joined = projected[0] if len(projected) == 1 else torch.cat(projected, -1)
-        joined = joined.view(len(hidden), -1, self.head_size)
+        joined = layer.qkv.joined_outputs(normed).view(len(hidden), -1, self.head_size)
         rotating = joined[:, : self.query_heads + self.kv_heads]
         rotated = torch.addcmul(rotating * cos, rotating.roll(self.head_size // 2, -1), sin)
         query, key = rotated.split((self.query_heads, self.kv_heads), 1)
@@ -290,11 +309,16 @@ class LlamaDecoder:
 
     def _added(self, residual: torch.Tensor, projection: Projection, inputs: torch.Tensor) -> torch.Tensor:
         """residual + the projection, of which each process of a group that shares the model computes a summand."""
-        if self.shard is None:
-            return projection.added_to(residual, inputs)
-        summand = projection.outputs(inputs)[0]
-        dist.all_reduce(summand, group=self.shard.group)
-        return residual + summand
+        return (
+            projection.added_to(residual, inputs) if self.shard is None else residual + self._summed(projection, inputs)
+        )
+
+    def _summed(self, projection: Projection, inputs: torch.Tensor) -> torch.Tensor:
+        """The output of the only matrix of a projection, summed over the processes that share the model."""
+        output = projection.outputs(inputs)[0]
+        if self.shard is not None:
+            dist.all_reduce(output, group=self.shard.group)
+        return output
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.norm_eps), self.head, self.head_bias)

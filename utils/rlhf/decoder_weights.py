@@ -45,6 +45,11 @@ class Projection:
             self._apply(update, parts[update.part], inputs)
         return parts
 
+    def joined_outputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, in) -> (n, sum of the outs)."""
+        parts = self.outputs(inputs)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
     def added_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """residual (n, out) + the output of the only matrix, in new memory."""
         (matrix,), (bias,) = self.matrices, self.biases

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.kernels import decoding
+from utils.kernels.native import usable
+
 # The finalizer of splitmix64 (Steele, Lea and Flood 2014), in the int64 arithmetic that torch has everywhere.
 _GAMMA = -0x61C8864680B583EB
 _MIX_1 = -0x40A7B892E31B1A47
@@ -75,6 +78,11 @@ def choose_tokens(
         keys: (n,) from `row_keys`. counters: (n,) int64, the token's place in its response.
         eos_id: forbidden while a response is shorter than `min_new_tokens`.
     """
+    if sampling.top_k == 0 and sampling.top_p == 1.0 and usable(logits):
+        return decoding.choose(
+            logits, keys, counters, greedy=sampling.greedy, temperature=sampling.temperature,
+            min_new_tokens=sampling.min_new_tokens, eos_id=eos_id,
+        )  # fmt: skip
     logits = logits.float()
     if sampling.min_new_tokens:
         too_short = counters < sampling.min_new_tokens
