@@ -23,6 +23,7 @@ from utils.rlhf.rollout import rollout
 from utils.rlhf.sampling import SamplingParams, row_keys
 from utils.rlhf.step_graphs import StepGraphs
 
+pytestmark = pytest.mark.usefixtures("operations")
 VOCABULARY, EOS, PAD = 97, 2, 0
 TOKENS = {"eos_id": EOS, "pad_id": PAD}
 GREEDY = SamplingParams(max_new_tokens=24, greedy=True)
@@ -563,6 +564,7 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("operations", ["small model"], indirect=True)
 def test_the_next_rollout_uses_the_weights_of_the_last_optimizer_step(tiny_tokenizer, tmp_path):
     paths = save_models(tmp_path, tiny_tokenizer)
     arguments = (paths, paths["actor_model_name_or_path"], CASES)

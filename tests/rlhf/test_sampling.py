@@ -5,6 +5,11 @@ import torch
 
 from utils.rlhf.sampling import SamplingParams, choose_tokens, invert, mix, row_keys, uniform
 
+pytestmark = [
+    pytest.mark.usefixtures("operations"),
+    pytest.mark.parametrize("operations", ["compiled", "PyTorch"], indirect=True),
+]
+
 
 def draw(logits: torch.Tensor, count: int, **params) -> torch.Tensor:
     """`count` independent draws from one row of logits."""

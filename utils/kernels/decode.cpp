@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t MOST_GROUP = 4;  // query heads that read a key together
+constexpr int64_t GROUP = 4;  // queries that read a key together
 
 // residual += added (unless that is null); normed = weight * (residual / its root mean square).
 template <class T>
@@ -50,7 +50,13 @@ void add_rms_norm(T* residual, const T* added, const T* weight, T* normed, int64
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, float* y, int64_t size) {
   const int64_t half = size / 2;
-  for (int64_t i = 0; i < half; i++) {
+  int64_t i = 0;
+  for (; i + LANES <= half; i += LANES) {
+    const Floats a = load(x + i), b = load(x + i + half);
+    store(y + i, rounded<T>(rounded<T>(a * load(cos + i)) + rounded<T>(b * load(sin + i))));
+    store(y + i + half, rounded<T>(rounded<T>(b * load(cos + i + half)) + rounded<T>(a * load(sin + i + half))));
+  }
+  for (; i < half; i++) {
     const float a = widen(x[i]), b = widen(x[i + half]);
     y[i] = rounded<T>(rounded<T>(a * widen(cos[i])) + rounded<T>(b * widen(sin[i])));
     y[i + half] = rounded<T>(rounded<T>(b * widen(cos[i + half])) + rounded<T>(a * widen(sin[i + half])));
@@ -71,80 +77,96 @@ struct Ahead {
   }
 };
 
-// weights[g][t] = scale * queries[g] . keys[:, t] for GROUP queries and VECTORS * LANES places from t on.
-template <int GROUP, int VECTORS, class T>
+// weights[g][t] = scale * queries[g] . keys[:, t] for COUNT queries and VECTORS * LANES places from t on.
+template <int COUNT, int VECTORS, class T>
 void some_scores(const float* queries, const T* keys, float* weights, int64_t size, int64_t capacity, float scale,
                  Ahead& ahead) {
-  Floats sums[GROUP][VECTORS] = {};
+  Floats sums[COUNT][VECTORS] = {};
   for (int64_t d = 0; d < size; d++) {
     ahead.fetch();
     for (int v = 0; v < VECTORS; v++) {
       const Floats key = load(keys + d * capacity + v * LANES);
-      for (int g = 0; g < GROUP; g++) sums[g][v] += queries[g * size + d] * key;
+      for (int g = 0; g < COUNT; g++) sums[g][v] += queries[g * size + d] * key;
     }
   }
-  for (int g = 0; g < GROUP; g++)
+  for (int g = 0; g < COUNT; g++)
     for (int v = 0; v < VECTORS; v++) store(weights + g * capacity + v * LANES, sums[g][v] * scale);
 }
 
 // The same for all places before `length`, rounded up to whole vectors.
-template <int GROUP, class T>
+template <int COUNT, class T>
 void group_scores(const float* queries, const T* keys, float* weights, int64_t size, int64_t length, int64_t capacity,
                   float scale, Ahead& ahead) {
   int64_t t = 0;
   for (; t + 3 * LANES < length; t += 4 * LANES)
-    some_scores<GROUP, 4>(queries, keys + t, weights + t, size, capacity, scale, ahead);
+    some_scores<COUNT, 4>(queries, keys + t, weights + t, size, capacity, scale, ahead);
   for (; t < length; t += LANES)
-    some_scores<GROUP, 1>(queries, keys + t, weights + t, size, capacity, scale, ahead);
+    some_scores<COUNT, 1>(queries, keys + t, weights + t, size, capacity, scale, ahead);
 }
 
-void softmax(float* weights, int64_t length) {
-  float highest = weights[0];
-  for (int64_t t = 1; t < length; t++) highest = weights[t] > highest ? weights[t] : highest;
-  const int64_t end = (length + LANES - 1) / LANES * LANES;
-  for (int64_t t = length; t < end; t++) weights[t] = -INFINITY;
+// Softmax of the first `length` weights; those up to `filled`, a whole number of vectors, become 0.
+void softmax(float* weights, int64_t length, int64_t filled) {
+  for (int64_t t = length; t < filled; t++) weights[t] = -INFINITY;
+  Floats highest_of = load(weights);
+  for (int64_t t = LANES; t < filled; t += LANES) highest_of = larger(load(weights + t), highest_of);
+  const float highest = largest(highest_of);
   Floats total = {};
-  for (int64_t t = 0; t < end; t += LANES) {
+  for (int64_t t = 0; t < filled; t += LANES) {
     const Floats value = exponential(load(weights + t) - highest);
     total += value;
     store(weights + t, value);
   }
   const float share = 1.0f / sum(total);
-  for (int64_t t = 0; t < end; t += LANES) store(weights + t, load(weights + t) * share);
+  for (int64_t t = 0; t < filled; t += LANES) store(weights + t, load(weights + t) * share);
 }
 
-// attended[:PARTS * LANES] = weights . values, where values are (length, D).
-template <int PARTS, class T>
-void weighted_part(const float* weights, const T* values, T* attended, int64_t size, int64_t length, Ahead& ahead) {
-  Floats even[PARTS] = {}, odd[PARTS] = {};
-  int64_t t = 0;
-  for (; t + 2 <= length; t += 2) {
+// attended[g][:PARTS * LANES] = weights[g] . values for COUNT queries, where values are (length, D).
+template <int COUNT, int PARTS, class T>
+void some_sums(const float* weights, const T* values, T* attended, int64_t size, int64_t length, int64_t capacity,
+               int64_t stride, Ahead& ahead) {
+  Floats sums[COUNT][PARTS] = {};
+  for (int64_t t = 0; t < length; t++) {
+    ahead.fetch();
     for (int part = 0; part < PARTS; part++) {
-      even[part] += weights[t] * load(values + t * size + part * LANES);
-      odd[part] += weights[t + 1] * load(values + (t + 1) * size + part * LANES);
-      ahead.fetch();
+      const Floats value = load(values + t * size + part * LANES);
+      for (int g = 0; g < COUNT; g++) sums[g][part] += weights[g * capacity + t] * value;
     }
   }
-  for (int part = 0; part < PARTS; part++) {
-    if (t < length) even[part] += weights[t] * load(values + t * size + part * LANES);
-    store(attended + part * LANES, even[part] + odd[part]);
+  for (int g = 0; g < COUNT; g++)
+    for (int part = 0; part < PARTS; part++) store(attended + g * stride + part * LANES, sums[g][part]);
+}
+
+template <int COUNT, class T>
+void weighted_sums(const float* weights, const T* values, T* attended, int64_t size, int64_t length, int64_t capacity,
+                   int64_t stride, Ahead& ahead) {
+  int64_t d = 0;
+  for (; d + 4 * LANES <= size; d += 4 * LANES)
+    some_sums<COUNT, 4>(weights, values + d, attended + d, size, length, capacity, stride, ahead);
+  const int64_t parts = (size - d) / LANES;
+  if (parts == 3) some_sums<COUNT, 3>(weights, values + d, attended + d, size, length, capacity, stride, ahead);
+  if (parts == 2) some_sums<COUNT, 2>(weights, values + d, attended + d, size, length, capacity, stride, ahead);
+  if (parts == 1) some_sums<COUNT, 1>(weights, values + d, attended + d, size, length, capacity, stride, ahead);
+  for (d += parts * LANES; d < size; d++) {
+    for (int g = 0; g < COUNT; g++) {
+      float total = 0;
+      for (int64_t t = 0; t < length; t++) total += weights[g * capacity + t] * widen(values[t * size + d]);
+      attended[g * stride + d] = narrow<T>(total);
+    }
   }
 }
 
-template <class T>
-void weighted_sum(const float* weights, const T* values, T* attended, int64_t size, int64_t length, Ahead& ahead) {
-  int64_t d = 0;
-  for (; d + 4 * LANES <= size; d += 4 * LANES)
-    weighted_part<4>(weights, values + d, attended + d, size, length, ahead);
-  const int64_t parts = (size - d) / LANES;
-  if (parts == 3) weighted_part<3>(weights, values + d, attended + d, size, length, ahead);
-  if (parts == 2) weighted_part<2>(weights, values + d, attended + d, size, length, ahead);
-  if (parts == 1) weighted_part<1>(weights, values + d, attended + d, size, length, ahead);
-  for (d += parts * LANES; d < size; d++) {
-    float total = 0;
-    for (int64_t t = 0; t < length; t++) total += weights[t] * widen(values[t * size + d]);
-    attended[d] = narrow<T>(total);
-  }
+// Attention of COUNT queries to the first `length` keys and values of a head; with `causal` they are those of
+// neighbouring tokens, of which the last sees `length` and the others one less each. `weights` is room for COUNT rows of
+// `capacity`, and `stride` lies between the results.
+template <int COUNT, class T>
+void attend_group(const float* queries, const T* keys, const T* values, float* weights, T* attended, int64_t size,
+                  int64_t length, bool causal, int64_t capacity, int64_t stride, float scale, Ahead& own_values,
+                  Ahead& next_keys) {
+  group_scores<COUNT>(queries, keys, weights, size, length, capacity, scale, own_values);
+  const int64_t filled = (length + LANES - 1) / LANES * LANES;
+  for (int64_t g = 0; g < COUNT; g++)
+    softmax(weights + g * capacity, causal ? length - (COUNT - 1 - g) : length, filled);
+  weighted_sums<COUNT>(weights, values, attended, size, length, capacity, stride, next_keys);
 }
 
 // Turn queries and keys, put keys and values into the cache, and attend to all of it up to each row's position.
@@ -159,7 +181,7 @@ void attend(const T* projected, const T* cos, const T* sin, const int64_t* posit
   const int64_t group = query_heads / kv_heads;
 #pragma omp parallel num_threads(threads) if (rows * query_heads * size * 16 > PARALLEL_WORK)
   {
-    std::vector<float> weights(std::min(group, MOST_GROUP) * capacity), queries(group * size), key(size);
+    std::vector<float> weights(GROUP * capacity), queries(group * size), key(size);
 #pragma omp for
     for (int64_t task = 0; task < rows * kv_heads; task++) {
       const int64_t row = task / kv_heads, head = task % kv_heads, position = positions[row];
@@ -171,6 +193,7 @@ void attend(const T* projected, const T* cos, const T* sin, const int64_t* posit
       rotate(fresh + (query_heads + head) * size, turn_cos, turn_sin, key.data(), size);
       for (int64_t d = 0; d < size; d++) row_keys[d * capacity + position] = narrow<T>(key[d]);
       std::copy_n(fresh + (query_heads + kv_heads + head) * size, size, row_values + position * size);
+
       const int64_t length = position + 1, bytes = sizeof(T);
       Ahead own_values{(const char*)row_values, 1, (length * size * bytes + 63) / 64, 0}, next_keys{};
       if (task + 1 < rows * kv_heads) {
@@ -178,20 +201,60 @@ void attend(const T* projected, const T* cos, const T* sin, const int64_t* posit
         const char* from = (const char*)(row_keys + size * capacity);
         next_keys = {from, size, (next_length * bytes + 63) / 64, capacity * bytes};
       }
-      for (int64_t first = 0; first < group; first += MOST_GROUP) {
-        const int64_t part = std::min(MOST_GROUP, group - first);
-        const float* q = queries.data() + first * size;
-        if (part == 4) {
-          group_scores<4>(q, row_keys, weights.data(), size, length, capacity, float(scale), own_values);
-        } else {
-          for (int64_t g = 0; g < part; g++)
-            group_scores<1>(q + g * size, row_keys, weights.data() + g * capacity, size, length, capacity,
-                            float(scale), own_values);
+      T* to = attended + (row * query_heads + head * group) * size;
+      int64_t g = 0;
+      for (; g + GROUP <= group; g += GROUP)
+        attend_group<GROUP>(queries.data() + g * size, row_keys, row_values, weights.data(), to + g * size, size,
+                            length, false, capacity, size, float(scale), own_values, next_keys);
+      for (; g < group; g++)
+        attend_group<1>(queries.data() + g * size, row_keys, row_values, weights.data(), to + g * size, size, length,
+                        false, capacity, size, float(scale), own_values, next_keys);
+    }
+  }
+}
+
+// The same for all tokens of prompts, each of which sees those before it.
+//
+//   projected   (n, W, (Q + 2 K) D), W tokens of each row           attended   (n, W, Q D)
+template <class T>
+void attend_prompts(const T* projected, const T* cos, const T* sin, T* keys, T* values, T* attended, int64_t rows,
+                    int64_t width, int64_t query_heads, int64_t kv_heads, int64_t size, int64_t capacity, double scale,
+                    int64_t threads) {
+  const int64_t group = query_heads / kv_heads, heads = query_heads + 2 * kv_heads, stride = query_heads * size;
+#pragma omp parallel num_threads(threads) if (rows * heads * width * size > PARALLEL_WORK)
+  {
+    std::vector<float> weights(GROUP * capacity), queries(GROUP * size), key(LANES * size);
+    Ahead nothing{};
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < rows * kv_heads; task++) {
+      const int64_t row = task / kv_heads, kv_head = task % kv_heads;
+      const T* tokens = projected + row * width * heads * size;
+      T *row_keys = keys + task * size * capacity, *row_values = values + task * capacity * size;
+      for (int64_t first = 0; first < width; first += LANES) {
+        const int64_t some = std::min(LANES, width - first);
+        for (int64_t t = 0; t < some; t++) {
+          const T* from = tokens + ((first + t) * heads + query_heads + kv_head) * size;
+          rotate(from, cos + (first + t) * size, sin + (first + t) * size, key.data() + t * size, size);
+          std::copy_n(from + kv_heads * size, size, row_values + (first + t) * size);
         }
-        for (int64_t g = 0; g < part; g++) {
-          softmax(weights.data() + g * capacity, length);
-          T* to = attended + (row * query_heads + head * group + first + g) * size;
-          weighted_sum(weights.data() + g * capacity, row_values, to, size, length, next_keys);
+        for (int64_t d = 0; d < size; d++)
+          for (int64_t t = 0; t < some; t++) row_keys[d * capacity + first + t] = narrow<T>(key[t * size + d]);
+      }
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        T* to = attended + row * width * stride + head * size;
+        for (int64_t t = 0; t < width; t += GROUP) {
+          const int64_t some = std::min(GROUP, width - t);
+          for (int64_t q = 0; q < some; q++)
+            rotate(tokens + ((t + q) * heads + head) * size, cos + (t + q) * size, sin + (t + q) * size,
+                   queries.data() + q * size, size);
+          if (some == GROUP) {
+            attend_group<GROUP>(queries.data(), row_keys, row_values, weights.data(), to + t * stride, size, t + GROUP,
+                                true, capacity, stride, float(scale), nothing, nothing);
+            continue;
+          }
+          for (int64_t q = 0; q < some; q++)
+            attend_group<1>(queries.data() + q * size, row_keys, row_values, weights.data(), to + (t + q) * stride,
+                            size, t + q + 1, true, capacity, stride, float(scale), nothing, nothing);
         }
       }
     }
@@ -214,6 +277,58 @@ void gated(const T* gate_up, T* outputs, int64_t rows, int64_t size, int64_t thr
       const float x = widen(gate[i]);
       y[i] = narrow<T>(rounded<T>(x / (1.0f + std::exp(-x))) * widen(up[i]));
     }
+  }
+}
+
+constexpr int64_t PARALLEL_PRODUCT = 1 << 17;  // multiplications
+
+// COUNT rows of x (fp32) times some neighbouring panels, which are (size, LANES) each.
+template <int COUNT, int WIDTH, class T>
+void some_products(const float* x, const T* panels, const T* bias, T* y, int64_t size, int64_t outputs, int64_t first) {
+  Floats sums[COUNT][WIDTH] = {};
+  for (int64_t k = 0; k < size; k++) {
+    for (int p = 0; p < WIDTH; p++) {
+      const Floats weight = load(panels + (p * size + k) * LANES);
+      for (int r = 0; r < COUNT; r++) sums[r][p] += x[r * size + k] * weight;
+    }
+  }
+  for (int p = 0; p < WIDTH; p++) {
+    const int64_t from = first + p * LANES, whole = std::min(LANES, outputs - from);
+    for (int r = 0; r < COUNT; r++) {
+      T values[LANES];
+      if (bias) {
+        for (int64_t lane = 0; lane < whole; lane++) sums[r][p][lane] += widen(bias[from + lane]);
+      }
+      store(values, sums[r][p]);
+      std::copy_n(values, whole, y + r * outputs + from);
+    }
+  }
+}
+
+template <int COUNT, class T>
+void row_products(const float* x, const T* panels, const T* bias, T* y, int64_t size, int64_t outputs, int64_t first) {
+  if (first + LANES < outputs) some_products<COUNT, 2>(x, panels, bias, y, size, outputs, first);
+  else some_products<COUNT, 1>(x, panels, bias, y, size, outputs, first);
+}
+
+// y (n, outputs) = x (n, size) times a small matrix, whose outputs lie in panels of LANES: (panels, size, LANES), the
+// last one filled up with anything; plus the bias unless that is null.
+template <class T>
+void small_product(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int64_t size, int64_t outputs,
+                   int64_t threads) {
+  std::vector<float> wide(rows * size);
+  for (int64_t i = 0; i < rows * size; i++) wide[i] = widen(x[i]);
+#pragma omp parallel for num_threads(threads) if (rows * size * outputs > PARALLEL_PRODUCT)
+  for (int64_t first = 0; first < outputs; first += 2 * LANES) {
+    const T* some = panels + first * size;
+    const float* from = wide.data();
+    T* to = y;
+    int64_t left = rows;
+    for (; left >= 8; left -= 8, from += 8 * size, to += 8 * outputs)
+      row_products<8>(from, some, bias, to, size, outputs, first);
+    for (; left >= 4; left -= 4, from += 4 * size, to += 4 * outputs)
+      row_products<4>(from, some, bias, to, size, outputs, first);
+    for (; left; left--, from += size, to += outputs) row_products<1>(from, some, bias, to, size, outputs, first);
   }
 }
 
@@ -283,8 +398,6 @@ void choose(const T* logits, const int64_t* keys, const int64_t* counters, int64
         double before = 0;
         int64_t block = 0;
         while (block + 1 < blocks && before + sums[block] <= target) before += sums[block++];
-        // back to a block with weight, where rounding or the last blocks' zeros have led beyond it
-        while (block > 0 && sums[block] == 0) before -= sums[--block];
         const int64_t end = std::min((block + 1) * BLOCK, words);
         for (int64_t i = block * BLOCK; i < end; i += LANES) {
           const Floats weights = exponential(some_logits(x, i, words, forbidden, inverse) - highest);
@@ -305,6 +418,41 @@ void choose(const T* logits, const int64_t* keys, const int64_t* counters, int64
   }
 }
 
+// Where the weights of a layer lie: two vectors, and the panels of four matrices.
+template <class T>
+struct Layer {
+  const T *input_norm, *qkv, *output, *mlp_norm, *gate_up, *down;
+};
+
+// All layers of a model whose matrices are small and have no bias, for one new token in each row: where each operation
+// is done sooner than it can be asked for from Python. Leaves what the head reads in `normed`, and uses `hidden` up.
+//
+//   hidden, normed   (n, H)       keys, values   (layers, slots, K, D, capacity) and (layers, slots, K, capacity, D)
+template <class T>
+void small_step(const Layer<T>* layers, const T* final_norm, T* hidden, T* normed, const T* cos, const T* sin,
+                const int64_t* positions, T* keys, T* values, int64_t count, int64_t rows, int64_t hidden_size,
+                int64_t mlp_size, int64_t query_heads, int64_t kv_heads, int64_t size, int64_t slots, int64_t capacity,
+                double eps, double scale, int64_t threads) {
+  const int64_t projected_size = (query_heads + 2 * kv_heads) * size, cached = slots * kv_heads * size * capacity;
+  std::vector<T> projected(rows * std::max(projected_size, 2 * mlp_size)), summand(rows * hidden_size);
+  std::vector<T> inner(rows * std::max(query_heads * size, mlp_size));
+  T* added = nullptr;
+  for (int64_t index = 0; index < count; index++) {
+    const Layer<T>& layer = layers[index];
+    add_rms_norm(hidden, added, layer.input_norm, normed, rows, hidden_size, eps, threads);
+    small_product<T>(normed, layer.qkv, nullptr, projected.data(), rows, hidden_size, projected_size, threads);
+    attend(projected.data(), cos, sin, positions, keys + index * cached, values + index * cached, inner.data(), rows,
+           query_heads, kv_heads, size, capacity, scale, threads);
+    added = summand.data();
+    small_product<T>(inner.data(), layer.output, nullptr, added, rows, query_heads * size, hidden_size, threads);
+    add_rms_norm(hidden, added, layer.mlp_norm, normed, rows, hidden_size, eps, threads);
+    small_product<T>(normed, layer.gate_up, nullptr, projected.data(), rows, hidden_size, 2 * mlp_size, threads);
+    gated(projected.data(), inner.data(), rows, mlp_size, threads);
+    small_product<T>(inner.data(), layer.down, nullptr, added, rows, mlp_size, hidden_size, threads);
+  }
+  add_rms_norm(hidden, added, final_norm, normed, rows, hidden_size, eps, threads);
+}
+
 }  // namespace
 
 #define EXPORT(SUFFIX, T)                                                                                              \
@@ -318,8 +466,26 @@ void choose(const T* logits, const int64_t* keys, const int64_t* counters, int64
     attend(projected, cos, sin, positions, keys, values, attended, rows, query_heads, kv_heads, size, capacity, scale, \
            threads);                                                                                                   \
   }                                                                                                                    \
+  void attend_prompts_##SUFFIX(const T* projected, const T* cos, const T* sin, T* keys, T* values, T* attended,       \
+                               int64_t rows, int64_t width, int64_t query_heads, int64_t kv_heads, int64_t size,      \
+                               int64_t capacity, double scale, int64_t threads) {                                     \
+    attend_prompts(projected, cos, sin, keys, values, attended, rows, width, query_heads, kv_heads, size, capacity,   \
+                   scale, threads);                                                                                    \
+  }                                                                                                                    \
   void gated_##SUFFIX(const T* gate_up, T* outputs, int64_t rows, int64_t size, int64_t threads) {                    \
     gated(gate_up, outputs, rows, size, threads);                                                                      \
+  }                                                                                                                    \
+  void small_product_##SUFFIX(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int64_t size,            \
+                              int64_t outputs, int64_t threads) {                                                      \
+    small_product(x, panels, bias, y, rows, size, outputs, threads);                                                   \
+  }                                                                                                                    \
+  void small_step_##SUFFIX(const Layer<T>* layers, const T* final_norm, T* hidden, T* normed, const T* cos,           \
+                           const T* sin, const int64_t* positions, T* keys, T* values, int64_t count, int64_t rows,   \
+                           int64_t hidden_size, int64_t mlp_size, int64_t query_heads, int64_t kv_heads,              \
+                           int64_t size, int64_t slots, int64_t capacity, double eps, double scale,                   \
+                           int64_t threads) {                                                                          \
+    small_step(layers, final_norm, hidden, normed, cos, sin, positions, keys, values, count, rows, hidden_size,       \
+               mlp_size, query_heads, kv_heads, size, slots, capacity, eps, scale, threads);                          \
   }                                                                                                                    \
   void choose_##SUFFIX(const T* logits, const int64_t* keys, const int64_t* counters, int64_t* tokens,                \
                        float* logprobs, int64_t rows, int64_t words, int64_t greedy, int64_t min_new_tokens,          \

@@ -9,6 +9,7 @@ import torch
 
 from utils.kernels.native import operation
 
+LANES = 16  # numbers of a vector, in `vectors.h`
 _operation = functools.cache(operation)
 
 
@@ -44,6 +45,25 @@ def attend(
     return attended
 
 
+def attend_prompts(
+    projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *,
+    query_heads: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention (n, W, Q D) inside whole prompts, whose keys and values it puts into the cache.
+
+    Args:
+        projected: (n, W, (Q + 2 K) D), of which the first token has position 0.
+        cos, sin, keys, values: as for `attend`, the cache of these n rows.
+    """
+    (rows, width, _), (_, kv_heads, size, capacity) = projected.shape, keys.shape
+    attended = projected.new_empty(rows, width, query_heads * size)
+    _operation("attend_prompts", projected.dtype, "ppppppiiiiiifi")(
+        projected.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), attended.data_ptr(),
+        rows, width, query_heads, kv_heads, size, capacity, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return attended
+
+
 def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (n, I) of (n, 2 I) rows that hold both side by side."""
     rows, size = gate_up.size(0), gate_up.size(1) // 2
@@ -52,6 +72,46 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
         gate_up.data_ptr(), outputs.data_ptr(), rows, size, torch.get_num_threads()
     )
     return outputs
+
+
+def panels(weight: torch.Tensor) -> torch.Tensor:
+    """An (out, in) matrix as `small_product` reads it: (ceil(out / 16), in, 16)."""
+    outputs, size = weight.shape
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % LANES))
+    return filled.view(-1, LANES, size).transpose(1, 2).contiguous()
+
+
+def small_product(inputs: torch.Tensor, panels: torch.Tensor, outputs: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """(n, in) -> (n, outputs) by a matrix in `panels`, plus the bias (outputs,)."""
+    rows, size = inputs.shape
+    result = inputs.new_empty(rows, outputs)
+    _operation("small_product", inputs.dtype, "ppppiiii")(
+        inputs.data_ptr(), panels.data_ptr(), None if bias is None else bias.data_ptr(), result.data_ptr(),
+        rows, size, outputs, torch.get_num_threads(),
+    )  # fmt: skip
+    return result
+
+
+def small_step(
+    layers: torch.Tensor, final_norm: torch.Tensor, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, query_heads: int, mlp_size: int, eps: float,
+    scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """All layers of a small model for one new token in each row; (n, H) normed states for the head. Uses `hidden` up.
+
+    Args:
+        layers: (layers, 6) int64 addresses of input norm, qkv, output, MLP norm, gate and up, down: matrices in panels.
+        keys, values: the whole cache, (layers, slots, K, D, capacity) and (layers, slots, K, capacity, D).
+        cos, sin, positions: as for `attend`.
+    """
+    (rows, hidden_size), (_, slots, kv_heads, size, capacity) = hidden.shape, keys.shape
+    normed = torch.empty_like(hidden)
+    _operation("small_step", hidden.dtype, "pppppppppiiiiiiiiiffi")(
+        layers.data_ptr(), final_norm.data_ptr(), hidden.data_ptr(), normed.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        positions.data_ptr(), keys.data_ptr(), values.data_ptr(), len(layers), rows, hidden_size, mlp_size,
+        query_heads, kv_heads, size, slots, capacity, eps, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return normed
 
 
 def choose(

@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (_Unavailable, OSError) as error:
+    except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         distributed.log(f"note: no compiled CPU operations ({error}); PyTorch's own are used, which are slower")
         return None
 

@@ -9,8 +9,9 @@ three times as long as the product). The first n slots are the active rows. Of a
 generation, Q and K are this process's heads.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -110,7 +111,7 @@ class LlamaDecoder:
         self._rotary = model.model.rotary_emb
         if self._graphs is None and self._cuda_graphs and self.device.type == "cuda":
             self._graphs = StepGraphs(cuda_recorder)
-        modules = model.model.layers
+        modules, self._small, self._mlp_size = model.model.layers, None, config.intermediate_size
         if stream:  # copies would be made anew in every pass
             self.layers = StreamedLayers(LayerReader(None, adapter, fuse=False, join=False), modules)
         else:
@@ -124,10 +125,13 @@ class LlamaDecoder:
                 if self.shard
                 else [reader.read(index, module) for index, module in enumerate(modules)]
             )
+            if packs and self.shard is None:
+                addresses = [layer.addresses() for layer in self.layers]
+                self._small = None if None in addresses else torch.tensor(addresses)
 
     def unload(self) -> None:
         """Drop the references to weights, and their copies unless those are kept; the cache stays."""
-        for name in ("embedding", "head", "head_bias", "final_norm", "layers", "_rotary"):
+        for name in ("embedding", "head", "head_bias", "final_norm", "layers", "_small", "_rotary"):
             setattr(self, name, None)
         if not self._keep_copies:
             self._copies.release()
@@ -228,7 +232,10 @@ class LlamaDecoder:
             lengths: (b,) tokens of each prompt.
         """
         rows, width = ids.shape
+        last = torch.arange(rows, device=ids.device) * width + lengths - 1
         hidden = F.embedding(ids, self.embedding).flatten(0, 1)
+        if usable(hidden):
+            return self._compiled_pass(hidden, functools.partial(self._prompts, first_slot, rows), last)
         cos, sin = (table[:width].repeat(rows, 1)[:, None] for table in (self._cos, self._sin))
         keys, values = self._cache
         for index, layer in enumerate(self.layers):
@@ -238,7 +245,6 @@ class LlamaDecoder:
             values[index, first_slot : first_slot + rows, :, :width] = value
             attended = causal_attention(query, key, value)
             hidden = self._finish(layer, hidden, attended.transpose(1, 2).reshape(rows * width, -1))
-        last = torch.arange(rows, device=ids.device) * width + lengths - 1
         return self._logits(hidden[last])
 
     @torch.no_grad()
@@ -249,11 +255,18 @@ class LlamaDecoder:
             tokens, positions: (n,) the newest token of each row and its place in the sequence.
             length: how much of the cache to read: more than any position of a row that counts.
         """
-        if usable(self.embedding):
-            return self._compiled_step(tokens, positions)
+        hidden = F.embedding(tokens, self.embedding)
+        if self._small is not None:
+            normed = decoding.small_step(
+                self._small, self.final_norm, hidden, self._cos, self._sin, positions, *self._cache,
+                query_heads=self.query_heads, mlp_size=self._mlp_size, eps=self.norm_eps,
+                scale=1 / math.sqrt(self.head_size),
+            )  # fmt: skip
+            return linear(normed, self.head, self.head_bias, few=True)
+        if usable(hidden):
+            return self._compiled_pass(hidden, functools.partial(self._newest, positions))
         rows = len(tokens)
         keys, values = self._cache
-        hidden = F.embedding(tokens, self.embedding)
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         future = torch.arange(length, device=tokens.device) > positions[:, None]
         bias = torch.zeros(rows, length, dtype=self.dtype, device=tokens.device).masked_fill_(future, float("-inf"))
@@ -273,22 +286,41 @@ class LlamaDecoder:
             hidden = self._finish(layer, hidden, torch.bmm(weights, cached_values).view(rows, -1))
         return self._logits(hidden)
 
-    def _compiled_step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`step` by the compiled operations of `utils.kernels`, which read each row's cache as far as it is filled."""
-        keys, values = self._cache
-        hidden = F.embedding(tokens, self.embedding)
-        normed, added, scale = torch.empty_like(hidden), None, 1 / math.sqrt(self.head_size)
+    def _compiled_pass(self, hidden: torch.Tensor, attend: Callable, last: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of `hidden` (tokens, H) by the compiled operations of `utils.kernels`.
+
+        Args:
+            attend: (number of a layer, its queries, keys and values (tokens, (Q + 2 K) D)) -> attended (tokens, Q D).
+            last: of a prefill, whose logits are wanted; without it the tokens are those of a decode step.
+        """
+        normed, added, few = torch.empty_like(hidden), None, last is None
         for index, layer in enumerate(self.layers):
             decoding.add_rms_norm(hidden, added, layer.input_norm, normed, self.norm_eps)
-            attended = decoding.attend(
-                layer.qkv.joined_outputs(normed), self._cos, self._sin, positions, keys[index], values[index],
-                query_heads=self.query_heads, scale=scale,
-            )  # fmt: skip
-            added = self._summed(layer.output, attended)
+            attended = attend(index, layer.qkv.joined_outputs(normed, few=few))
+            added = self._summed(layer.output, attended, few=few)
             decoding.add_rms_norm(hidden, added, layer.mlp_norm, normed, self.norm_eps)
-            added = self._summed(layer.down, decoding.gated(layer.gate_up.joined_outputs(normed)))
+            added = self._summed(layer.down, decoding.gated(layer.gate_up.joined_outputs(normed, few=few)), few=few)
+        if last is not None:
+            hidden, added, normed = hidden[last], added[last], normed[last]
         decoding.add_rms_norm(hidden, added, self.final_norm, normed, self.norm_eps)
-        return linear(normed, self.head, self.head_bias)
+        return linear(normed, self.head, self.head_bias, few=few)
+
+    def _newest(self, positions: torch.Tensor, index: int, projected: torch.Tensor) -> torch.Tensor:
+        """Attention of one token in each row to what layer `index` has in the cache."""
+        keys, values = (part[index] for part in self._cache)
+        return decoding.attend(
+            projected, self._cos, self._sin, positions, keys, values, query_heads=self.query_heads,
+            scale=1 / math.sqrt(self.head_size),
+        )  # fmt: skip
+
+    def _prompts(self, first_slot: int, rows: int, index: int, projected: torch.Tensor) -> torch.Tensor:
+        """Attention inside the prompts of `rows` rows, whose keys and values go to the cache of layer `index`."""
+        keys, values = (part[index, first_slot : first_slot + rows] for part in self._cache)
+        attended = decoding.attend_prompts(
+            projected.view(rows, -1, projected.size(1)), self._cos, self._sin, keys, values,
+            query_heads=self.query_heads, scale=1 / math.sqrt(self.head_size),
+        )  # fmt: skip
+        return attended.flatten(0, 1)
 
     def _project(self, layer: Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         """Rotated queries (n, Q, D), rotated keys (n, K, D) and values (n, K, D) of n tokens."""
@@ -313,9 +345,9 @@ class LlamaDecoder:
             projection.added_to(residual, inputs) if self.shard is None else residual + self._summed(projection, inputs)
         )
 
-    def _summed(self, projection: Projection, inputs: torch.Tensor) -> torch.Tensor:
+    def _summed(self, projection: Projection, inputs: torch.Tensor, *, few: bool = False) -> torch.Tensor:
         """The output of the only matrix of a projection, summed over the processes that share the model."""
-        output = projection.outputs(inputs)[0]
+        output = projection.outputs(inputs, few=few)[0]
         if self.shard is not None:
             dist.all_reduce(output, group=self.shard.group)
         return output

@@ -38,16 +38,16 @@ class Projection:
     biases: list[torch.Tensor | None]
     updates: list[Update]
 
-    def outputs(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """(n, in) -> (n, out) of each matrix."""
-        parts = [linear(inputs, matrix, bias) for matrix, bias in zip(self.matrices, self.biases, strict=True)]
+    def outputs(self, inputs: torch.Tensor, *, few: bool = False) -> list[torch.Tensor]:
+        """(n, in) -> (n, out) of each matrix; `few` as for `PackedMatrix.product`."""
+        parts = [linear(inputs, matrix, bias, few=few) for matrix, bias in zip(self.matrices, self.biases, strict=True)]
         for update in self.updates:
             self._apply(update, parts[update.part], inputs)
         return parts
 
-    def joined_outputs(self, inputs: torch.Tensor) -> torch.Tensor:
+    def joined_outputs(self, inputs: torch.Tensor, *, few: bool = False) -> torch.Tensor:
         """(n, in) -> (n, sum of the outs)."""
-        parts = self.outputs(inputs)
+        parts = self.outputs(inputs, few=few)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def added_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -84,6 +84,17 @@ class Layer:
     mlp_norm: torch.Tensor
     gate_up: Projection
     down: Projection
+
+    def addresses(self) -> list[int] | None:
+        """What `decoding.small_step` reads; None where a matrix is large, has a bias or an update beside it."""
+        projections = (self.qkv, self.output, self.gate_up, self.down)
+        if any(len(p.matrices) > 1 or p.biases[0] is not None or p.updates for p in projections):
+            return None
+        panels = [getattr(projection.matrices[0], "panels", None) for projection in projections]
+        if any(panel is None for panel in panels):
+            return None
+        qkv, output, gate_up, down = (panel.data_ptr() for panel in panels)
+        return [self.input_norm.data_ptr(), qkv, output, self.mlp_norm.data_ptr(), gate_up, down]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.input_norm, self.mlp_norm)
