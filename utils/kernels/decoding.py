@@ -3,14 +3,11 @@
 Notation as in `decode.cpp`: n rows, H hidden units, D units of a head, Q query and K key-value heads, V words.
 """
 
-import functools
-
 import torch
 
 from utils.kernels.native import operation
 
 LANES = 16  # numbers of a vector, in `vectors.h`
-_operation = functools.cache(operation)
 
 
 def add_rms_norm(
@@ -18,7 +15,7 @@ def add_rms_norm(
 ) -> None:
     """residual (n, H) += added, in place; normed (n, H) = weight (H,) * residual / its root mean square."""
     rows, size = residual.shape
-    _operation("add_rms_norm", residual.dtype, "ppppiifi")(
+    operation("add_rms_norm", residual.dtype, "ppppiifi")(
         residual.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), normed.data_ptr(),
         rows, size, eps, torch.get_num_threads(),
     )  # fmt: skip
@@ -38,7 +35,7 @@ def attend(
     """
     rows, (_, kv_heads, size, capacity) = len(projected), keys.shape
     attended = projected.new_empty(rows, query_heads * size)
-    _operation("attend", projected.dtype, "pppppppiiiiifi")(
+    operation("attend", projected.dtype, "pppppppiiiiifi")(
         projected.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), keys.data_ptr(), values.data_ptr(),
         attended.data_ptr(), rows, query_heads, kv_heads, size, capacity, scale, torch.get_num_threads(),
     )  # fmt: skip
@@ -57,7 +54,7 @@ def attend_prompts(
     """
     (rows, width, _), (_, kv_heads, size, capacity) = projected.shape, keys.shape
     attended = projected.new_empty(rows, width, query_heads * size)
-    _operation("attend_prompts", projected.dtype, "ppppppiiiiiifi")(
+    operation("attend_prompts", projected.dtype, "ppppppiiiiiifi")(
         projected.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), attended.data_ptr(),
         rows, width, query_heads, kv_heads, size, capacity, scale, torch.get_num_threads(),
     )  # fmt: skip
@@ -68,7 +65,7 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (n, I) of (n, 2 I) rows that hold both side by side."""
     rows, size = gate_up.size(0), gate_up.size(1) // 2
     outputs = gate_up.new_empty(rows, size)
-    _operation("gated", gate_up.dtype, "ppiii")(
+    operation("gated", gate_up.dtype, "ppiii")(
         gate_up.data_ptr(), outputs.data_ptr(), rows, size, torch.get_num_threads()
     )
     return outputs
@@ -85,7 +82,7 @@ def small_product(inputs: torch.Tensor, panels: torch.Tensor, outputs: int, bias
     """(n, in) -> (n, outputs) by a matrix in `panels`, plus the bias (outputs,)."""
     rows, size = inputs.shape
     result = inputs.new_empty(rows, outputs)
-    _operation("small_product", inputs.dtype, "ppppiiii")(
+    operation("small_product", inputs.dtype, "ppppiiii")(
         inputs.data_ptr(), panels.data_ptr(), None if bias is None else bias.data_ptr(), result.data_ptr(),
         rows, size, outputs, torch.get_num_threads(),
     )  # fmt: skip
@@ -106,7 +103,7 @@ def small_step(
     """
     (rows, hidden_size), (_, slots, kv_heads, size, capacity) = hidden.shape, keys.shape
     normed = torch.empty_like(hidden)
-    _operation("small_step", hidden.dtype, "pppppppppiiiiiiiiiffi")(
+    operation("small_step", hidden.dtype, "pppppppppiiiiiiiiiffi")(
         layers.data_ptr(), final_norm.data_ptr(), hidden.data_ptr(), normed.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         positions.data_ptr(), keys.data_ptr(), values.data_ptr(), len(layers), rows, hidden_size, mlp_size,
         query_heads, kv_heads, size, slots, capacity, eps, scale, torch.get_num_threads(),
@@ -124,7 +121,7 @@ def choose(
     """
     rows, words = logits.shape
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
-    _operation("choose", logits.dtype, "pppppiiiiifi")(
+    operation("choose", logits.dtype, "pppppiiiiifi")(
         logits.data_ptr(), keys.data_ptr(), counters.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(),
         rows, words, greedy, min_new_tokens, eos_id, temperature, torch.get_num_threads(),
     )  # fmt: skip

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from utils import distributed
 from utils.files import atomic_path
 
 SWITCH = "RLHF_CPU_KERNELS"  # environment variable; 0 turns the library off
@@ -46,10 +45,12 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_compiled()))
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
-        distributed.log(f"note: no compiled CPU operations ({error}); PyTorch's own are used, which are slower")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: no compiled CPU operations ({error}); PyTorch's own are used, which are slower", flush=True)
         return None
 
 
+@functools.cache
 def operation(name: str, dtype: torch.dtype, arguments: str):
     """The function `name` for tensors of `dtype`.
 

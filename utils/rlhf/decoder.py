@@ -152,7 +152,7 @@ class LlamaDecoder:
         if len(self._copies):
             return total
         if distributed.device().type in JOIN_ON:
-            return total + weight_bytes(model)  # at most: every matrix, joined or packed
+            return total + weight_bytes(model)  # at most: every matrix, joined or packed (small ones twice)
         if lora == "fused":
             total += sum(weight_bytes(layer.get_base_layer()) for layer in lora_layers(model).values())
         return total
