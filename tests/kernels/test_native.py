@@ -58,6 +58,11 @@ def test_it_is_compiled_anew_for_other_sources_and_other_flags(folder, monkeypat
     assert len(list(folder.iterdir())) == 3
 
 
+def test_the_compiler_may_come_with_arguments(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -DNOTHING")
+    assert native.library() is not None
+
+
 def test_a_folder_that_others_can_write_is_not_trusted(folder):
     folder.mkdir(parents=True)
     folder.chmod(0o777)

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -65,14 +66,14 @@ def operation(name: str, dtype: torch.dtype, arguments: str):
 
 def _compiled() -> Path:
     """Path of the library; compiled beside its place and renamed into it, so that processes may race for it."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or "g++")  # CXX may be "ccache g++"
+    if not compiler or shutil.which(compiler[0]) is None:
         raise _Unavailable("found no C++ compiler: install g++, or set CXX")
     folder = _private_folder()
     path = folder / f"{_fingerprint(compiler)}.so"
     if not path.exists():
         with atomic_path(path) as unfinished:
-            _compile([compiler, *FLAGS, *map(str, SOURCES), "-o", str(unfinished)])
+            _compile([*compiler, *FLAGS, *map(str, SOURCES), "-o", str(unfinished)])
     return path
 
 
@@ -86,10 +87,10 @@ def _compile(command: list[str]) -> None:
         raise _Unavailable(f"{command[0]} failed: {lines[0].strip()}")
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Changes with everything that the library depends on: sources, flags, compiler and processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    parts = [version, *FLAGS, torch.__version__, _processor()]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    parts = [version, *compiler, *FLAGS, torch.__version__, _processor()]
     parts += [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
