@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 UTILS = REPOSITORY / "utils"
 SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in (REPOSITORY / folder).rglob("*.py"))
 
-# What the modules under a name must not import: algorithms <- data, models <- rlhf <- preflight <- training, scripts.
+# What the modules under a name must not import: kernels <- algorithms <- data, models <- rlhf <- preflight <- training, scripts.
 # The modules directly in utils lie beneath the packages, except that every package may use the algorithms.
 FORBIDDEN_IMPORTS = {
     "utils": ["training", "scripts", "tests"],
@@ -17,6 +17,10 @@ FORBIDDEN_IMPORTS = {
         *("utils.data", "utils.models", "utils.rlhf", "utils.preflight", "utils.toy"),
         *("utils.config", "utils.arguments"),
         *("utils.distributed", "utils.zero", "utils.metrics", "transformers", "datasets", "peft"),
+    ],
+    "utils.kernels": [
+        *("utils.algorithms", "utils.data", "utils.models", "utils.rlhf", "utils.preflight", "utils.toy"),
+        *("utils.config", "utils.arguments", "utils.distributed", "transformers"),
     ],
     "utils.data": ["utils.models", "utils.rlhf", "utils.preflight", "utils.toy"],
     "utils.models": ["utils.data", "utils.rlhf", "utils.preflight", "utils.toy"],
