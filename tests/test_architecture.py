@@ -9,8 +9,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 UTILS = REPOSITORY / "utils"
 SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in (REPOSITORY / folder).rglob("*.py"))
 
-# What the modules under a name must not import: kernels <- algorithms <- data, models <- rlhf <- preflight <- training, scripts.
-# The modules directly in utils lie beneath the packages, except that every package may use the algorithms.
+# What the modules under a name must not import: kernels <- algorithms <- data, models <- rlhf <- preflight <- training,
+# scripts. The modules directly in utils lie beneath the packages, except that every package may use the algorithms.
 FORBIDDEN_IMPORTS = {
     "utils": ["training", "scripts", "tests"],
     "utils.algorithms": [
