@@ -10,7 +10,7 @@
 #include <cmath>
 #include <vector>
 
-#include "vectors.h"
+#include "rows.h"
 
 namespace {
 
@@ -25,24 +25,12 @@ void add_rms_norm(T* residual, const T* added, const T* weight, T* normed, int64
     T* x = residual + row * size;
     const T* delta = added ? added + row * size : nullptr;
     T* y = normed + row * size;
-    const int64_t whole = size / LANES * LANES;
-    Floats squares = {};
-    float rest = 0;
-    for (int64_t i = 0; i < whole; i += LANES) {
-      Floats value = load(x + i);
-      if (delta) {
-        value = rounded<T>(value + load(delta + i));
-        store(x + i, value);
-      }
-      squares += value * value;
+    if (delta) {
+      int64_t i = 0;
+      for (; i + LANES <= size; i += LANES) store(x + i, load(x + i) + load(delta + i));
+      for (; i < size; i++) x[i] = narrow<T>(widen(x[i]) + widen(delta[i]));
     }
-    for (int64_t i = whole; i < size; i++) {
-      if (delta) x[i] = narrow<T>(widen(x[i]) + widen(delta[i]));
-      rest += widen(x[i]) * widen(x[i]);
-    }
-    const float scale = 1.0f / std::sqrt((sum(squares) + rest) / size + float(eps));
-    for (int64_t i = 0; i < whole; i += LANES) store(y + i, load(weight + i) * rounded<T>(load(x + i) * scale));
-    for (int64_t i = whole; i < size; i++) y[i] = narrow<T>(widen(weight[i]) * rounded<T>(widen(x[i]) * scale));
+    normalize(x, weight, y, size, inverse_rms(x, size, eps));
   }
 }
 
@@ -266,17 +254,8 @@ template <class T>
 void gated(const T* gate_up, T* outputs, int64_t rows, int64_t size, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows * size > PARALLEL_WORK)
   for (int64_t row = 0; row < rows; row++) {
-    const T *gate = gate_up + row * 2 * size, *up = gate + size;
-    T* y = outputs + row * size;
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-      const Floats x = load(gate + i);
-      store(y + i, rounded<T>(x / (1.0f + exponential(-x))) * load(up + i));
-    }
-    for (; i < size; i++) {
-      const float x = widen(gate[i]);
-      y[i] = narrow<T>(rounded<T>(x / (1.0f + std::exp(-x))) * widen(up[i]));
-    }
+    const T* gate = gate_up + row * 2 * size;
+    gate_row(gate, gate + size, outputs + row * size, size);
   }
 }
 

@@ -70,6 +70,21 @@ inline void store(bfloat16* to, Floats values) {
   std::memcpy(to, &halves, 32);
 }
 
+// The first `count` numbers of a vector that memory ends within; zeros behind them.
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {
+  T whole[LANES] = {};
+  std::memcpy(whole, from, count * sizeof(T));
+  return load(whole);
+}
+
+template <class T>
+inline void store_some(T* to, Floats values, int64_t count) {
+  T whole[LANES];
+  store(whole, values);
+  std::memcpy(to, whole, count * sizeof(T));
+}
+
 // What `values` become when they are stored as T.
 template <class T>
 inline Floats rounded(Floats values);
