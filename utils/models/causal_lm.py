@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from utils.algorithms.masking import position_ids
+from utils.models.fused_layers import fuse_layers
 from utils.models.packed_attention import enable_packing, token_states
 from utils.models.vocabulary_head import VocabularyHead
 
@@ -21,6 +22,7 @@ class CausalLM(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         enable_packing(model)
+        fuse_layers(model)
         model.set_output_embeddings(VocabularyHead(model.get_output_embeddings()))
         self.model = model
 

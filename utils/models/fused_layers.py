@@ -7,7 +7,7 @@ device it is the one of a CPU: what it saves for the backward pass is all that c
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from utils.kernels import training
@@ -73,7 +73,7 @@ class FusedAttention(LlamaAttention):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (training.rotary(tensor, cos[0], sin[0]) for tensor in (query, key))
-        attended, weights = AttentionInterface().get_interface(self.config._attn_implementation, None)(
+        attended, weights = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
             self,
             *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),
             attention_mask,

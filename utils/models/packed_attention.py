@@ -7,11 +7,13 @@
 keyword of the model's forward; a call without one (generation) is ordinary attention.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -122,6 +124,8 @@ def attend(
             scale=scaling, window_size=(-1, 0), enable_gqa=grouped_heads,
         )  # fmt: skip
         return attended[None], None
+    if uses_matmul(layout.longest, query.dtype, query.device.type, dropout):
+        return PackedMatmulAttention.apply(query, key, value, layout.groups, scaling)[None], None
     sizes = [group.tokens for group in layout.groups]
     attended = []
     for group, *parts in zip(layout.groups, *(t.split(sizes) for t in (query, key, value)), strict=True):
@@ -160,21 +164,100 @@ def matmul_attention(
 ) -> torch.Tensor:
     """Causal attention as matrix products; the fused kernel takes two to three times as long in bf16 on a CPU."""
     sequences, heads, width, size = query.shape
-    if key.size(1) != heads:
-        key, value = (t.repeat_interleave(heads // key.size(1), 1) for t in (key, value))
-    query, key, value = (t.reshape(-1, width, size) for t in (query, key, value))
-    future = torch.full((width, width), float("-inf"), dtype=query.dtype).triu(1)
-    attended = []
-    for start in range(0, width, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, width)
+    query, key, value = (_batch(tensor, heads) for tensor in (query, key, value))
+    attended = torch.empty_like(query)
+    for block, weights in _weights(query, key, scaling):
+        attended[:, block] = torch.bmm(weights, value[:, : block.stop])
+    return attended.unflatten(0, (sequences, heads))
+
+
+def _batch(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """(S, heads or fewer, T, D) as contiguous (S * heads, T, D), heads repeated."""
+    if tensor.size(1) != heads:
+        tensor = tensor.repeat_interleave(heads // tensor.size(1), 1)
+    return tensor.reshape(-1, *tensor.shape[2:])
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of queries, the last one first, and their softmax weights (S * heads, block, end of the block)."""
+    width, size = query.shape[1:]
+    future = torch.full((width, width), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    for start in reversed(range(0, width, QUERY_BLOCK)):
+        block = slice(start, min(start + QUERY_BLOCK, width))
         scores = torch.baddbmm(
-            future[start:end, :end],
-            query[:, start:end],
-            key[:, :end].transpose(1, 2),
+            future[block, : block.stop],
+            query[:, block],
+            key[:, : block.stop].transpose(1, 2),
             alpha=scaling or size**-0.5,
         )
-        attended.append(torch.bmm(scores.softmax(-1), value[:, :end]))
-    return torch.cat(attended, 1).unflatten(0, (sequences, heads))
+        yield block, scores.softmax(-1)
+
+
+def _matmul_gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> list[torch.Tensor]:
+    """Gradients of query, key and value, shaped as these are, from that of `matmul_attention` (S, heads, T, D).
+
+    The softmax weights are computed again, a block at a time (Dao et al. 2022, appendix B.2).
+    """
+    shapes, (_, heads, width, size) = [tensor.shape for tensor in (query, key, value)], query.shape
+    gradient, query, key, value = (_batch(tensor, heads) for tensor in (gradient, query, key, value))
+    of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+    for block, weights in _weights(query, key, scaling):
+        seen = slice(block.stop)
+        of_weights = torch.bmm(gradient[:, block], value[:, seen].transpose(1, 2))
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_query[:, block] = torch.bmm(of_scores, key[:, seen])
+        for total, of_block, other in ((of_key, of_scores, query), (of_value, weights, gradient)):
+            summand = torch.bmm(of_block.transpose(1, 2), other[:, block])
+            if block.stop == width:  # the first one, which sees all keys
+                total.copy_(summand)
+            else:
+                total[:, seen] += summand
+    of_query *= scaling or size**-0.5
+    of_key *= scaling or size**-0.5
+    return [
+        tensor.view(*shape[:2], -1, *shape[2:]).sum(2) if shape[1] != heads else tensor.view(shape)
+        for tensor, shape in zip((of_query, of_key, of_value), shapes, strict=True)
+    ]
+
+
+class PackedMatmulAttention(torch.autograd.Function):
+    """`matmul_attention` of each group of a packed row; keeps nothing but (N, heads, D) queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, groups: list[Group], scaling: float | None) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.groups, ctx.scaling = groups, scaling
+        attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+        start = 0
+        for group in groups:
+            rows = slice(start, start := start + group.tokens)
+            rectangles = (_rectangle(tensor[rows], group) for tensor in (query, key, value))
+            _put_back(matmul_attention(*rectangles, scaling), group, attended[rows])
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
+        start = 0
+        for group in ctx.groups:
+            rows = slice(start, start := start + group.tokens)
+            rectangles = (_rectangle(tensor[rows], group) for tensor in (gradient, *inputs))
+            for total, found in zip(gradients, _matmul_gradients(*rectangles, ctx.scaling), strict=True):
+                _put_back(found, group, total[rows])
+        return *gradients, None, None
+
+
+def _put_back(rectangle: torch.Tensor, group: Group, tokens: torch.Tensor) -> None:
+    """The real tokens of (S, heads, T, D) into `tokens` (tokens, heads, D)."""
+    rectangle = rectangle.transpose(1, 2)
+    if group.places is None:
+        tokens.view(rectangle.shape).copy_(rectangle)
+    else:
+        torch.index_select(rectangle.flatten(0, 1), 0, group.places, out=tokens)
 
 
 def _has_flash_varlen(query: torch.Tensor, dropout: float) -> bool:

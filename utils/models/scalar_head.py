@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from utils.models.fused_layers import fuse_layers
 from utils.models.packed_attention import enable_packing, token_states
 
 
@@ -26,6 +27,7 @@ class ScalarHeadModel(nn.Module):
         head.weight = model.score.weight  # the same parameter, partitioned or not
         model.score = head
         enable_packing(model)
+        fuse_layers(model)
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
