@@ -63,16 +63,31 @@ void rms_norm_backward(const T* gradient, const T* x, const T* weight, const flo
   for (int64_t i = 0; i < size; i++) of_weight[i] = narrow<T>(sums[i]);
 }
 
-// The halves (a, b) of a head become (a cos - b sin, b cos + a sin); `back` is the transposed map.
-template <class T, bool back>
-void turn(const T* __restrict__ x, const T* __restrict__ cos, const T* __restrict__ sin, T* __restrict__ y,
-          int64_t half) {
-  for (int64_t i = 0; i < half; i++) {
-    const float a = widen(x[i]), b = widen(x[i + half]), first = widen(sin[i]), second = widen(sin[i + half]);
-    const float of_b = rounded<T>(back ? b * second : -b * first), of_a = rounded<T>(back ? -a * first : a * second);
-    y[i] = narrow<T>(rounded<T>(a * widen(cos[i])) + of_b);
-    y[i + half] = narrow<T>(rounded<T>(b * widen(cos[i + half])) + of_a);
+// The halves (a, b) of a head become (a cos - b sin, b cos + a sin); `back` is the transposed map. Vectors of numbers
+// i to i + some of each half.
+template <class T, bool back, bool whole>
+inline void turn_some(const T* x, const T* cos, const T* sin, T* y, int64_t half, int64_t i, int64_t some) {
+  const auto get = [&](const T* from) { return whole ? load(from) : load_some(from, some); };
+  const Floats a = get(x + i), b = get(x + half + i), first = get(sin + i), second = get(sin + half + i);
+  const Floats of_b = rounded<T>(back ? b * second : -b * first), of_a = rounded<T>(back ? -a * first : a * second);
+  const Floats low = rounded<T>(a * get(cos + i)) + of_b, high = rounded<T>(b * get(cos + half + i)) + of_a;
+  if (whole) {
+    store(y + i, low);
+    store(y + half + i, high);
+  } else {
+    store_some(y + i, low, some);
+    store_some(y + half + i, high, some);
   }
+}
+
+template <class T, bool back>
+void turn(const T* x, const T* cos, const T* sin, T* y, int64_t half) {
+  for (int64_t i = 0; i + LANES <= half; i += LANES) turn_some<T, back, true>(x, cos, sin, y, half, i, LANES);
+  if (half % LANES == 0) return;
+  if (half > LANES)  // the last numbers again rather than part of a vector: `y` is not the memory of `x`
+    turn_some<T, back, true>(x, cos, sin, y, half, half - LANES, LANES);
+  else
+    turn_some<T, back, false>(x, cos, sin, y, half, 0, half);
 }
 
 // outputs (n, heads, D) = x turned by cos and sin (n, D), or turned back.

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -54,19 +58,36 @@ inline Floats load(const float* from) {
   return result;
 }
 
+inline Floats widen(Halves halves) {
+#ifdef __AVX512BF16__
+  return (Floats)((Bits)_mm512_cvtepu16_epi32((__m256i)halves) << 16);  // one instruction, where GCC 12 makes four
+#else
+  return (Floats)(__builtin_convertvector(halves, Bits) << 16);
+#endif
+}
+
+// Rounds to nearest even. The processor's own instruction takes numbers below 1.2e-38 for zero.
+inline Halves narrow(Floats values) {
+#ifdef __AVX512BF16__
+  return (Halves)_mm512_cvtneps_pbh((__m512)values);
+#else
+  Bits bits = (Bits)values;
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  bits = values == values ? bits : Bits{} + 0x7fc0;
+  return __builtin_convertvector(bits, Halves);
+#endif
+}
+
 inline Floats load(const bfloat16* from) {
   Halves halves;
   std::memcpy(&halves, from, 32);
-  return (Floats)(__builtin_convertvector(halves, Bits) << 16);
+  return widen(halves);
 }
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, 64); }
 
 inline void store(bfloat16* to, Floats values) {
-  Bits bits = (Bits)values;
-  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  bits = values == values ? bits : Bits{} + 0x7fc0;
-  Halves halves = __builtin_convertvector(bits, Halves);
+  const Halves halves = narrow(values);
   std::memcpy(to, &halves, 32);
 }
 
@@ -96,9 +117,7 @@ inline Floats rounded<float>(Floats values) {
 
 template <>
 inline Floats rounded<bfloat16>(Floats values) {
-  bfloat16 stored[LANES];
-  store(stored, values);
-  return load(stored);
+  return widen(narrow(values));
 }
 
 inline float sum(Floats values) {
