@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from utils.models.packed_attention import Group, matmul_attention, uses_matmul
+from utils.models.fused_layers import unfuse_layers
+from utils.models.packed_attention import Group, PackedMatmulAttention, uses_matmul
 from utils.preflight.blocks import Blocks, blocks_of
 from utils.preflight.model_shape import ModelFlags, build_on_meta
 
@@ -69,6 +70,8 @@ def _saved_by(wrapped, sequences: int, width: int, device_type: str, uneven: boo
     wrapped.train()
     model = wrapped.model.base_model
     model.set_attn_implementation(COUNTED)
+    if device_type != "cpu":  # compiled layers, which the meta device takes for a CPU's, are transformers' own there
+        unfuse_layers(model)
     owned = {parameter.untyped_storage()._cdata for parameter in wrapped.parameters()}
     owned |= {buffer.untyped_storage()._cdata for buffer in wrapped.buffers()}
     count = sequences * width
@@ -120,13 +123,13 @@ def _unfused_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float
 def _attend(module, query, key, value, attention_mask, *, layout: _CountedLayout, dropout: float = 0.0, **kwargs):
     """`packed_attention.attend` as it saves tensors on the device of `layout`."""
     group = layout.group
-    query, key, value = (
-        tensor[0].transpose(0, 1).unflatten(0, (group.sequences, group.width)).transpose(1, 2)
-        for tensor in (query, key, value)
-    )
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if uses_matmul(group.width, query.dtype, layout.device_type, dropout):
-        out = matmul_attention(query, key, value, None)
-    elif dropout and layout.device_type == "cpu":  # no fused kernel there drops out
+        return PackedMatmulAttention.apply(query, key, value, [group], None)[None], None
+    query, key, value = (
+        tensor.unflatten(0, (group.sequences, group.width)).transpose(1, 2) for tensor in (query, key, value)
+    )
+    if dropout and layout.device_type == "cpu":  # no fused kernel there drops out
         out = _unfused_attention(query, key, value, dropout)
     else:
         out = _FusedAttention.apply(query, key, value)
