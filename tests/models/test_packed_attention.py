@@ -8,6 +8,7 @@ from tiny_models import SIZES, save_causal_lm, save_reward_model
 import utils.models.packed_attention as module
 from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.packed_attention import PACKED, pack
+from utils.preflight.activations import saved_storages
 from utils.zero import zero_config
 
 ZERO = zero_config(0, "fp32")
@@ -90,6 +91,35 @@ def test_attention_as_matrix_products_equals_the_fused_kernel(key_heads, scaling
     ):
         results.append((attended, *torch.autograd.grad(attended.square().sum(), (query, key, value))))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_packed_attention_has_the_gradients_of_the_fused_kernel(key_heads, scaling, monkeypatch):
+    """Three groups, one of them uneven, in several blocks; the other side computes each sequence alone."""
+    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
+    lengths = [11, 9, 4, 1]
+    layout = pack(torch.arange(11) < torch.tensor(lengths)[:, None])
+    assert [(group.tokens, group.places is None) for group in layout.groups] == [(20, False), (4, True), (1, True)]
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(25, heads, 8, generator=generator).requires_grad_() for heads in (4, key_heads, key_heads)]
+    weights = torch.randn(25, 4, 8, generator=generator)
+    found = module.PackedMatmulAttention.apply(*states, layout.groups, scaling)
+    expected = torch.cat([
+        torch.nn.functional.scaled_dot_product_attention(
+            *(part.transpose(0, 1) for part in parts), is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(0, 1)
+        for parts in zip(*(state.split(lengths) for state in states), strict=True)
+    ])  # fmt: skip
+    results = [[out, *torch.autograd.grad((out * weights).sum(), states)] for out in (found, expected)]
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_attention_by_matrix_products_keeps_its_inputs_alone():
+    layout = pack(torch.arange(200) < torch.tensor([[200], [150], [30]]))
+    states = [torch.randn(1, 2, 380, 8).bfloat16().requires_grad_() for _ in range(3)]
+    kept = saved_storages(lambda: module.attend(None, *states, None, layout=layout)[0])
+    assert sum(kept.values()) == 3 * 2 * 380 * 8 * 2
 
 
 def test_bf16_on_a_cpu_takes_the_matrix_products_for_short_sequences_only(monkeypatch):

@@ -5,7 +5,6 @@ the operations do not exist for a tensor (a GPU, fp16, no compiler), the forward
 device it is the one of a CPU: what it saves for the backward pass is all that counts there.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
