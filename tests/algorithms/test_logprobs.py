@@ -5,8 +5,18 @@ import torch
 
 import utils.algorithms.logprobs as module
 from utils.algorithms.logprobs import token_logprobs
+from utils.kernels.native import usable
 
 WORDS = 50
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def operations(request, monkeypatch):
+    """Every test runs on the compiled operations and on PyTorch's."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "usable", lambda tensor: False)
+    elif not usable(torch.zeros(1)):
+        pytest.skip("needs a C++ compiler")
 
 
 def problem(dtype=torch.float32, bias=False):
@@ -78,6 +88,35 @@ def test_uniform_logits_have_the_highest_entropy():
     expected = torch.full((3,), float(WORDS)).log()
     torch.testing.assert_close(entropy, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(logprobs, -expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_words_and_large_logits(dtype):
+    """203 words are whole vectors and a rest; the identity's logits are the hidden states themselves."""
+    logits = torch.randn(40, 203, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 40)[:, None]
+    logits = logits.to(dtype).requires_grad_()
+    targets = torch.arange(40) * 5 + 7
+    found = token_logprobs(logits, targets, torch.eye(203, dtype=dtype), temperature=0.5, with_entropy=True)
+    distribution = (logits.double() / 0.5).log_softmax(-1)
+    entropy = -(distribution.exp() * distribution).sum(-1)
+    expected = distribution[torch.arange(40), targets], entropy
+    torch.testing.assert_close(found, tuple(value.float() for value in expected), rtol=1e-5, atol=1e-5)
+    upstream = torch.linspace(-2, 1, 40)
+    gradients = [
+        torch.autograd.grad((upstream * logprob).sum() + 0.1 * entropy.sum(), logits)[0]
+        for logprob, entropy in (found, expected)
+    ]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_log_probabilities_do_not_depend_on_whether_the_entropy_is_asked_for():
+    """PPO scores without it and trains with it, and its first ratio is 1."""
+    hidden, weight = torch.randn(9, 16).bfloat16(), torch.randn(1003, 16).bfloat16()
+    with_entropy, without = (
+        token_logprobs(hidden, torch.arange(9), weight, with_entropy=entropy)[0] for entropy in (True, False)
+    )
+    assert torch.equal(with_entropy, without)
 
 
 def test_half_precision_logits_are_normalised_in_fp32():

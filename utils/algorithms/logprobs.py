@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.kernels import vocabulary as vocabulary_kernels
+from utils.kernels.native import usable
+
 CHUNK = 1 << 25  # logits of one matrix product: 64 MiB in 16 bits
 KEPT = 1 << 26  # logits kept for the backward pass; of more than that, chunks are computed a second time
 BLOCK = {"cpu": 1 << 18}  # logits in fp32 at once; on a CPU what its cache holds
@@ -63,6 +66,12 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = F.linear(hidden[chunk], weight, bias)
             if keeps:
                 ctx.logits[chunk.start] = logits
+            if usable(logits):
+                vocabulary_kernels.log_normalize(
+                    logits, targets[chunk], temperature, normalizer=normalizer[chunk], at_target=at_target[chunk],
+                    entropy=entropy[chunk] if with_entropy else None,
+                )  # fmt: skip
+                continue
             for block in _blocks(logits):
                 rows = slice(chunk.start + block.start, chunk.start + block.stop)
                 wide = logits[block].float()
@@ -90,7 +99,12 @@ class _TokenLogprobs(torch.autograd.Function):
         chunks = list(_parts(len(hidden), len(weight), CHUNK))
         for chunk in chunks:
             logits = kept.pop(chunk.start) if chunk.start in kept else F.linear(hidden[chunk], weight, bias)
-            for block in _blocks(logits):
+            if usable(logits):
+                vocabulary_kernels.log_normalize_backward(
+                    logits, targets[chunk], ctx.temperature, normalizer=normalizer[chunk], entropy=entropy[chunk],
+                    of_logprobs=of_logprobs[chunk], of_entropy=None if of_entropy is None else of_entropy[chunk],
+                )  # fmt: skip
+            for block in () if usable(logits) else _blocks(logits):
                 rows = slice(chunk.start + block.start, chunk.start + block.stop)
                 wide = logits[block].float().div_(ctx.temperature).sub_(normalizer[rows, None])
                 gradient = wide.exp()

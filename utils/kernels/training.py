@@ -5,28 +5,14 @@ fp32 between them. `usable` says whether they run on a tensor; on the meta devic
 save elsewhere. Notation as in `training.cpp`: n tokens, H hidden units, I units between gate and down, D of a head.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utils.kernels.native import operation
+from utils.kernels.calls import run
 
 PART = 32  # rows of one partial sum of the norm's weight gradient, as in training.cpp
-
-_operation = functools.cache(operation)
-
-
-def _run(name: str, like: Tensor, *arguments: Tensor | float | int | None) -> None:
-    """The operation `name` on contiguous tensors; nothing on the meta device."""
-    if like.is_meta:
-        return
-    kinds = {float: "f", int: "i"}
-    letters = "".join(kinds.get(type(argument), "p") for argument in arguments)
-    values = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
-    _operation(name, like.dtype, letters + "i")(*values, torch.get_num_threads())
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -35,7 +21,7 @@ class _RmsNorm(torch.autograd.Function):
         x = x.contiguous()
         size = x.size(-1)
         outputs, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        _run("rms_norm", x, x, weight, outputs, scales, scales.numel(), size, eps)
+        run("rms_norm", x, x, weight, outputs, scales, scales.numel(), size, eps)
         ctx.save_for_backward(x, weight, scales)
         return outputs
 
@@ -48,7 +34,7 @@ class _RmsNorm(torch.autograd.Function):
             of_weight = torch.zeros_like(weight)
             sums = x.new_zeros(-(-rows // PART), size, dtype=torch.float32)
         gradient = gradient.contiguous()
-        _run("rms_norm_backward", x, gradient, x, weight, scales, of_x, of_weight, sums, rows, size)
+        run("rms_norm_backward", x, gradient, x, weight, scales, of_x, of_weight, sums, rows, size)
         return of_x, of_weight, None
 
 
@@ -67,7 +53,7 @@ class _Rotary(torch.autograd.Function):
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     x = x.contiguous()
     outputs = torch.empty_like(x)
-    _run("rotary", x, x, cos, sin, outputs, *x.shape, int(back))
+    run("rotary", x, x, cos, sin, outputs, *x.shape, int(back))
     return outputs
 
 
@@ -105,14 +91,14 @@ class _SwigluLinear(torch.autograd.Function):
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     outputs = torch.empty_like(gate)
-    _run("swiglu", gate, gate, up, outputs, gate.numel() // gate.size(-1), gate.size(-1))
+    run("swiglu", gate, gate, up, outputs, gate.numel() // gate.size(-1), gate.size(-1))
     return outputs
 
 
 def _gated_backward(gradient: Tensor, gate: Tensor, up: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor]:
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     rows, size = gate.numel() // gate.size(-1), gate.size(-1)
-    _run("swiglu_backward", gate, gradient, gate, up, of_gate, of_up, product, rows, size)
+    run("swiglu_backward", gate, gradient, gate, up, of_gate, of_up, product, rows, size)
     return of_gate, of_up
 
 
