@@ -22,6 +22,7 @@ def log_normalize_backward(
 ) -> None:  # fmt: skip
     """Overwrite logits by their gradient, given those of the targets' log-probabilities and of the entropy, (n,) fp32."""
     run(
-        "log_normalize_backward", logits, logits, targets.contiguous(), normalizer, entropy, of_logprobs.contiguous(),
-        None if of_entropy is None else of_entropy.contiguous(), *logits.shape, float(temperature),
+        "log_normalize_backward", logits, logits, targets.contiguous(), normalizer, entropy,
+        of_logprobs.contiguous(), None if of_entropy is None else of_entropy.contiguous(),
+        *logits.shape, float(temperature),
     )  # fmt: skip
