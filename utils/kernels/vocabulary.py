@@ -20,7 +20,7 @@ def log_normalize_backward(
     logits: Tensor, targets: Tensor, temperature: float, *, normalizer: Tensor, entropy: Tensor, of_logprobs: Tensor,
     of_entropy: Tensor | None,
 ) -> None:  # fmt: skip
-    """Overwrite logits by their gradient, given those of the targets' log-probabilities and of the entropy, (n,) fp32."""
+    """Overwrite logits by their gradient, given those of the targets' log-probabilities and of the entropy, (n,)."""
     run(
         "log_normalize_backward", logits, logits, targets.contiguous(), normalizer, entropy,
         of_logprobs.contiguous(), None if of_entropy is None else of_entropy.contiguous(),
