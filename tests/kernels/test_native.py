@@ -48,7 +48,8 @@ def test_it_is_compiled_anew_for_other_sources_and_other_flags(folder, monkeypat
     native.library()
     source = tmp_path / "decode.cpp"
     source.write_text(native.SOURCES[0].read_text() + "// changed\n")
-    shutil.copy(native.HEADERS[0], tmp_path)
+    for header in native.HEADERS:
+        shutil.copy(header, tmp_path)
     monkeypatch.setattr(native, "SOURCES", [source])
     native.library.cache_clear()
     native.library()

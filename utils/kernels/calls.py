@@ -1,13 +1,9 @@
 """Calls of the compiled operations with tensors as their arguments."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from utils.kernels.native import operation
-
-_operation = functools.cache(operation)
 
 
 def run(name: str, like: Tensor, *arguments: Tensor | float | int | None) -> None:
@@ -17,4 +13,4 @@ def run(name: str, like: Tensor, *arguments: Tensor | float | int | None) -> Non
     kinds = {float: "f", int: "i"}
     letters = "".join(kinds.get(type(argument), "p") for argument in arguments)
     values = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
-    _operation(name, like.dtype, letters + "i")(*values, torch.get_num_threads())
+    operation(name, like.dtype, letters + "i")(*values, torch.get_num_threads())

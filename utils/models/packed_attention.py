@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from utils.algorithms.masking import position_ids
+from utils.kernels import attention as kernels
+from utils.kernels.native import usable
 
 PACKED = "packed"
 # Architectures whose layers see other tokens through the attention interface alone, and their place by position ids.
@@ -163,12 +165,9 @@ def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """Causal attention as matrix products; the fused kernel takes two to three times as long in bf16 on a CPU."""
-    sequences, heads, width, size = query.shape
+    sequences, heads = query.shape[:2]
     query, key, value = (_batch(tensor, heads) for tensor in (query, key, value))
-    attended = torch.empty_like(query)
-    for block, weights in _weights(query, key, scaling):
-        attended[:, block] = torch.bmm(weights, value[:, : block.stop])
-    return attended.unflatten(0, (sequences, heads))
+    return _attended(query, key, value, scaling or query.size(-1) ** -0.5).unflatten(0, (sequences, heads))
 
 
 def _batch(tensor: torch.Tensor, heads: int) -> torch.Tensor:
@@ -178,48 +177,51 @@ def _batch(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(-1, *tensor.shape[2:])
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of queries, the last one first, and their softmax weights (S * heads, block, end of the block)."""
-    width, size = query.shape[1:]
-    future = torch.full((width, width), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention (n, T, D) of queries to keys and values, all (n, T, D)."""
+    attended = torch.empty_like(query)
+    for block, weights in _weights(query, key, scaling):
+        attended[:, block] = torch.bmm(weights, value[:, : block.stop])
+    return attended
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, scaling: float) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of queries, the last one first, and their softmax weights (n, block, end of the block)."""
+    compiled, width = usable(query), query.size(1)
+    future = torch.full((1, 1) if compiled else (width, width), float("-inf"), dtype=query.dtype, device=query.device)
+    future.triu_(1)
     for start in reversed(range(0, width, QUERY_BLOCK)):
         block = slice(start, min(start + QUERY_BLOCK, width))
-        scores = torch.baddbmm(
-            future[block, : block.stop],
-            query[:, block],
-            key[:, : block.stop].transpose(1, 2),
-            alpha=scaling or size**-0.5,
-        )
-        yield block, scores.softmax(-1)
+        mask = future if compiled else future[block, : block.stop]
+        scores = torch.baddbmm(mask, query[:, block], key[:, : block.stop].transpose(1, 2), alpha=scaling)
+        if compiled:
+            kernels.causal_softmax_(scores, start)
+        yield block, scores if compiled else scores.softmax(-1)
 
 
-def _matmul_gradients(
-    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> list[torch.Tensor]:
-    """Gradients of query, key and value, shaped as these are, from that of `matmul_attention` (S, heads, T, D).
+def _gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value from that of `_attended`, all (n, T, D).
 
     The softmax weights are computed again, a block at a time (Dao et al. 2022, appendix B.2).
     """
-    shapes, (_, heads, width, size) = [tensor.shape for tensor in (query, key, value)], query.shape
-    gradient, query, key, value = (_batch(tensor, heads) for tensor in (gradient, query, key, value))
     of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
     for block, weights in _weights(query, key, scaling):
         seen = slice(block.stop)
-        of_weights = torch.bmm(gradient[:, block], value[:, seen].transpose(1, 2))
-        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_scores = torch.bmm(gradient[:, block], value[:, seen].transpose(1, 2))  # of the weights, so far
+        if usable(of_scores):
+            kernels.causal_softmax_backward_(of_scores, weights, block.start)
+        else:
+            of_scores = torch.ops.aten._softmax_backward_data(of_scores, weights, -1, weights.dtype)
         of_query[:, block] = torch.bmm(of_scores, key[:, seen])
         for total, of_block, other in ((of_key, of_scores, query), (of_value, weights, gradient)):
             summand = torch.bmm(of_block.transpose(1, 2), other[:, block])
-            if block.stop == width:  # the first one, which sees all keys
+            if block.stop == query.size(1):  # the first one, which sees all keys
                 total.copy_(summand)
             else:
                 total[:, seen] += summand
-    of_query *= scaling or size**-0.5
-    of_key *= scaling or size**-0.5
-    return [
-        tensor.view(*shape[:2], -1, *shape[2:]).sum(2) if shape[1] != heads else tensor.view(shape)
-        for tensor, shape in zip((of_query, of_key, of_value), shapes, strict=True)
-    ]
+    return of_query.mul_(scaling), of_key.mul_(scaling), of_value
 
 
 class PackedMatmulAttention(torch.autograd.Function):
@@ -228,13 +230,13 @@ class PackedMatmulAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, groups: list[Group], scaling: float | None) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.groups, ctx.scaling = groups, scaling
+        ctx.groups, ctx.scaling, ctx.heads = groups, scaling or query.size(-1) ** -0.5, query.size(1)
         attended = torch.empty_like(query, memory_format=torch.contiguous_format)
         start = 0
         for group in groups:
             rows = slice(start, start := start + group.tokens)
-            rectangles = (_rectangle(tensor[rows], group) for tensor in (query, key, value))
-            _put_back(matmul_attention(*rectangles, scaling), group, attended[rows])
+            rectangles = (_gathered(tensor[rows], group, ctx.heads) for tensor in (query, key, value))
+            _put_back(_attended(*rectangles, ctx.scaling), group, attended[rows], ctx.heads)
         return attended
 
     @staticmethod
@@ -245,19 +247,32 @@ class PackedMatmulAttention(torch.autograd.Function):
         start = 0
         for group in ctx.groups:
             rows = slice(start, start := start + group.tokens)
-            rectangles = (_rectangle(tensor[rows], group) for tensor in (gradient, *inputs))
-            for total, found in zip(gradients, _matmul_gradients(*rectangles, ctx.scaling), strict=True):
-                _put_back(found, group, total[rows])
+            rectangles = (_gathered(tensor[rows], group, ctx.heads) for tensor in (gradient, *inputs))
+            for total, found in zip(gradients, _gradients(*rectangles, ctx.scaling), strict=True):
+                _put_back(found, group, total[rows], ctx.heads)
         return *gradients, None, None
 
 
-def _put_back(rectangle: torch.Tensor, group: Group, tokens: torch.Tensor) -> None:
-    """The real tokens of (S, heads, T, D) into `tokens` (tokens, heads, D)."""
-    rectangle = rectangle.transpose(1, 2)
+def _gathered(tokens: torch.Tensor, group: Group, heads: int) -> torch.Tensor:
+    """(tokens, heads or fewer, D) of a group as (S * heads, T, D), heads repeated."""
+    if usable(tokens):
+        return kernels.gather_heads(
+            tokens, group.places, sequences=group.sequences, width=group.width, query_heads=heads
+        )
+    return _batch(_rectangle(tokens, group), heads)
+
+
+def _put_back(rectangle: torch.Tensor, group: Group, tokens: torch.Tensor, heads: int) -> None:
+    """The real tokens of (S * heads, T, D) into `tokens` (tokens, heads or fewer, D), repeated heads added up."""
+    if usable(tokens):
+        kernels.scatter_heads(rectangle, group.places, tokens, query_heads=heads)
+        return
+    parts = rectangle.unflatten(0, (group.sequences, tokens.size(1), -1))
+    rows = (parts.sum(2) if parts.size(2) > 1 else parts.squeeze(2)).transpose(1, 2)
     if group.places is None:
-        tokens.view(rectangle.shape).copy_(rectangle)
+        tokens.view(rows.shape).copy_(rows)
     else:
-        torch.index_select(rectangle.flatten(0, 1), 0, group.places, out=tokens)
+        torch.index_select(rows.flatten(0, 1), 0, group.places, out=tokens)
 
 
 def _has_flash_varlen(query: torch.Tensor, dropout: float) -> bool:
