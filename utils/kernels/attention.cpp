@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "vectors.h"
 
@@ -53,22 +54,30 @@ void scatter_heads(const T* rectangle, const int64_t* places, T* tokens, int64_t
 // Softmax of each row of scores (n, queries, keys), in place; query q sees the first `first` + q + 1 keys.
 template <class T>
 void causal_softmax(T* scores, int64_t count, int64_t queries, int64_t keys, int64_t first, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (count * queries * keys > PARALLEL_WORK)
-  for (int64_t row = 0; row < count * queries; row++) {
-    T* x = scores + row * keys;
-    const int64_t seen = first + row % queries + 1, whole = seen / LANES * LANES, rest = seen - whole;
-    Floats last = load_some(x + whole, rest);
-    for (int64_t lane = rest; lane < LANES; lane++) last[lane] = -INFINITY;
-    Floats most = last;
-    for (int64_t i = 0; i < whole; i += LANES) most = larger(load(x + i), most);
-    const float highest = largest(most);
-    last = exponential(last - highest);
-    Floats total = last;
-    for (int64_t i = 0; i < whole; i += LANES) total += exponential(load(x + i) - highest);
-    const float share = 1.0f / sum(total);
-    for (int64_t i = 0; i < whole; i += LANES) store(x + i, exponential(load(x + i) - highest) * share);
-    store_some(x + whole, last * share, rest);
-    std::fill(x + seen, x + keys, T{});
+#pragma omp parallel num_threads(threads) if (count * queries * keys > PARALLEL_WORK)
+  {
+    std::vector<float> shares(keys);
+#pragma omp for
+    for (int64_t row = 0; row < count * queries; row++) {
+      T* x = scores + row * keys;
+      const int64_t seen = first + row % queries + 1, whole = seen / LANES * LANES, rest = seen - whole;
+      Floats last = load_some(x + whole, rest);
+      for (int64_t lane = rest; lane < LANES; lane++) last[lane] = -INFINITY;
+      Floats most = last;
+      for (int64_t i = 0; i < whole; i += LANES) most = larger(load(x + i), most);
+      const float highest = largest(most);
+      last = exponential(last - highest);
+      Floats total = last;
+      for (int64_t i = 0; i < whole; i += LANES) {
+        const Floats value = exponential(load(x + i) - highest);
+        total += value;
+        store(shares.data() + i, value);
+      }
+      const float share = 1.0f / sum(total);
+      for (int64_t i = 0; i < whole; i += LANES) store(x + i, load(shares.data() + i) * share);
+      store_some(x + whole, last * share, rest);
+      std::fill(x + seen, x + keys, T{});
+    }
   }
 }
 
