@@ -7,6 +7,8 @@ import torch
 import transformers
 from tiny_models import SIZES
 
+from utils.kernels.native import usable
+from utils.models import fused_layers
 from utils.models.causal_lm import CausalLM
 from utils.models.loading import set_dropout
 from utils.models.lora import add_lora
@@ -93,3 +95,17 @@ def test_saved_activations_are_those_of_a_real_forward_pass(architecture, dtype,
     real = sum(size for storage, size in saved.items() if storage not in owned)
     # the meta device gives moments of a LayerNorm in bf16 32 bits, a CPU 16
     assert (counted.outside + counted.layer * 3).total == pytest.approx(real, rel=0.015)
+
+
+@pytest.mark.skipif(not usable(torch.zeros(1)), reason="needs a C++ compiler")
+def test_only_a_cpu_with_the_compiled_layers_is_counted_with_them(monkeypatch):
+    flags = ModelFlags(kind="causal_lm", dtype="bf16", dropout=0.0)
+
+    def bytes_of_a_layer(device_type: str) -> float:
+        config = SIZES["llama"](320)
+        return count_activations(config, flags, sequences=4, width=64, device_type=device_type).layer.total
+
+    compiled, on_gpu = bytes_of_a_layer("cpu"), bytes_of_a_layer("cuda")
+    monkeypatch.setattr(fused_layers, "library", lambda: None)
+    assert bytes_of_a_layer("cuda") == on_gpu
+    assert bytes_of_a_layer("cpu") > 1.5 * compiled
