@@ -5,6 +5,7 @@ import torch
 import transformers
 from tiny_models import SIZES, save_causal_lm, save_reward_model
 
+import utils.models.matmul_attention as matmul_module
 import utils.models.packed_attention as module
 from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.packed_attention import PACKED, pack
@@ -78,8 +79,8 @@ def test_scores_of_a_packed_batch_equal_those_of_each_row_alone(tiny_tokenizer, 
 def operations(request, monkeypatch):
     """A test runs on the compiled operations and on PyTorch's."""
     if request.param == "torch":
-        monkeypatch.setattr(module, "usable", lambda tensor: False)
-    elif not module.usable(torch.zeros(1)):
+        monkeypatch.setattr(matmul_module, "usable", lambda tensor: False)
+    elif not matmul_module.usable(torch.zeros(1)):
         pytest.skip("needs a C++ compiler")
 
 
@@ -87,14 +88,16 @@ def operations(request, monkeypatch):
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_attention_as_matrix_products_equals_the_fused_kernel(key_heads, scaling, monkeypatch):
-    monkeypatch.setattr(module, "QUERY_BLOCK", 17)  # 40 queries make two blocks and a rest
+    monkeypatch.setattr(matmul_module, "QUERY_BLOCK", 17)  # 40 queries make two blocks and a rest
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(3, heads, 40, 8, generator=generator) for heads in (4, key_heads, key_heads))
-    found = module.matmul_attention(query, key, value, scaling)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-    )
+    states = [torch.randn(3, heads, 40, 8, generator=generator).requires_grad_() for heads in (4, key_heads, key_heads)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True, scale=scaling, enable_gqa=True)
+    with torch.no_grad():
+        found = matmul_module.matmul_attention(*states, scaling)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    found = matmul_module.matmul_attention(*states, scaling)
+    results = [[out, *torch.autograd.grad(out.square().sum(), states)] for out in (found, expected)]
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("operations")
@@ -102,14 +105,14 @@ def test_attention_as_matrix_products_equals_the_fused_kernel(key_heads, scaling
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_packed_attention_has_the_gradients_of_the_fused_kernel(key_heads, scaling, monkeypatch):
     """Three groups, one of them uneven, in several blocks; the other side computes each sequence alone."""
-    monkeypatch.setattr(module, "QUERY_BLOCK", 17)
+    monkeypatch.setattr(matmul_module, "QUERY_BLOCK", 17)
     lengths = [41, 29, 4, 1]
     layout = pack(torch.arange(41) < torch.tensor(lengths)[:, None])
     assert [(group.tokens, group.places is None) for group in layout.groups] == [(70, False), (4, True), (1, True)]
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(75, heads, 8, generator=generator).requires_grad_() for heads in (4, key_heads, key_heads)]
     weights = torch.randn(75, 4, 8, generator=generator)
-    found = module.PackedMatmulAttention.apply(*states, layout.groups, scaling)
+    found = matmul_module.PackedMatmulAttention.apply(*states, layout.groups, scaling)
     expected = torch.cat([
         torch.nn.functional.scaled_dot_product_attention(
             *(part.transpose(0, 1) for part in parts), is_causal=True, scale=scaling, enable_gqa=True
@@ -118,6 +121,22 @@ def test_packed_attention_has_the_gradients_of_the_fused_kernel(key_heads, scali
     ])  # fmt: skip
     results = [[out, *torch.autograd.grad((out * weights).sum(), states)] for out in (found, expected)]
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("operations")
+def test_groups_beyond_the_width_of_matrix_products_take_the_fused_kernel(monkeypatch):
+    """Two groups, one on either side of the width, in bf16 against all in fp32."""
+    monkeypatch.setattr(matmul_module, "MATMUL_WIDTH", 20)
+    layout = pack(torch.arange(41) < torch.tensor([[41], [17], [12]]))
+    states = [torch.randn(1, 2, 70, 8).bfloat16() for _ in range(3)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [state.to(dtype).requires_grad_() for state in states]
+        attended, _ = module.attend(None, *inputs, None, layout=layout)
+        gradients = torch.autograd.grad(attended.float().square().sum(), inputs)
+        results.append([tensor.float() for tensor in (attended, *gradients)])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_packed_attention_by_matrix_products_keeps_its_inputs_alone():
@@ -129,14 +148,16 @@ def test_packed_attention_by_matrix_products_keeps_its_inputs_alone():
 
 def test_bf16_on_a_cpu_takes_the_matrix_products_for_short_sequences_only(monkeypatch):
     taken = []
-    monkeypatch.setattr(module.PackedMatmulAttention, "apply", lambda query, *others: taken.append(query) or query)
+    monkeypatch.setattr(
+        matmul_module.PackedMatmulAttention, "apply", lambda query, *others: taken.append(query) or query
+    )
     layout = pack(torch.ones(2, 6))
     states = torch.randn(1, 2, 12, 8)
     module.attend(None, states, states, states, None, layout=layout)
     assert not taken
     module.attend(None, *[states.bfloat16()] * 3, None, layout=layout)
     assert len(taken) == 1
-    monkeypatch.setattr(module, "MATMUL_WIDTH", 5)
+    monkeypatch.setattr(matmul_module, "MATMUL_WIDTH", 5)
     module.attend(None, *[states.bfloat16()] * 3, None, layout=layout)
     assert len(taken) == 1
 

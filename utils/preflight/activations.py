@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from utils.models.fused_layers import unfuse_layers
-from utils.models.packed_attention import Group, PackedMatmulAttention, uses_matmul
+from utils.models.matmul_attention import Group, PackedMatmulAttention, uses_matmul
 from utils.preflight.blocks import Blocks, blocks_of
 from utils.preflight.model_shape import ModelFlags, build_on_meta
 
