@@ -20,6 +20,7 @@ from utils.errors import DivergenceError, InputError
 
 # Classes of DeepSpeed's whose objects its checkpoint files hold; with them torch reads the files without running code.
 CHECKPOINT_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+REDUCE_PIECE = 1 << 25  # numbers of gradients that `_reduce_gradients` sends at a time
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -184,11 +185,22 @@ def initialize_engine(
     )
     with distributed.quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    engine._reduce_non_expert_gradients = functools.partial(_reduce_gradients, engine._reduce_non_expert_gradients)
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `optimizer_step` does, with advice
     if engine.zero_optimization_partition_weights():
         engine.module.register_forward_hook(functools.partial(_release_prefetched, engine))
     return engine
+
+
+def _reduce_gradients(reduce: Callable, gradients: list[torch.Tensor], *_: object) -> None:
+    """DeepSpeed's own reduction (of fp32 at stage 0, of bf16 at stage 1), a piece at a time, and none for one process.
+
+    As it comes, it copies all gradients into one flat tensor first, that to bf16, and back, alone or not: for bf16 half
+    as much memory again as the weights of the optimiser take, and gradients rounded to bf16 for nothing.
+    """
+    if distributed.world_size() > 1:
+        reduce([piece for gradient in gradients for piece in gradient.view(-1).split(REDUCE_PIECE)], REDUCE_PIECE)
 
 
 def _release_prefetched(engine: deepspeed.DeepSpeedEngine, *_: object) -> None:

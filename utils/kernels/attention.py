@@ -1,35 +1,39 @@
-"""The compiled operations between the matrix products of attention; `usable` says whether they run.
-
-Notation as in `attention.cpp`: S sequences, T width of their rectangle, Q query heads, h heads, D of a head.
-"""
+"""Causal attention inside each sequence of a packed row by a compiled operation; `usable` says whether it runs."""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from utils.kernels.calls import run
 
 
-def gather_heads(tokens: Tensor, places: Tensor | None, *, sequences: int, width: int, query_heads: int) -> Tensor:
-    """(tokens, h, D) as (S * Q, T, D), each head Q / h times: at `places` of the S * T among zeros, or in order."""
-    tokens = tokens.contiguous()
-    count, heads, size = tokens.shape
-    make = torch.empty if places is None else torch.zeros
-    rectangle = make(sequences * query_heads, width, size, dtype=tokens.dtype)
-    run("gather_heads", tokens, tokens, places, rectangle, count, width, heads, query_heads, size)
-    return rectangle
+class PackedAttention(torch.autograd.Function):
+    """Attention (N, Q, D) of queries (N, Q, D) to keys and values (N, K, D); keeps nothing but these three.
 
+    Args:
+        boundaries: (sequences + 1,) int32 on the CPU, where sequences start and end. Tokens behind the last one attend
+            to nothing: zeros.
+        scale: of the scores.
+    """
 
-def scatter_heads(rectangle: Tensor, places: Tensor | None, tokens: Tensor, *, query_heads: int) -> None:
-    """Fill `tokens` (tokens, h, D) from (S * Q, T, D): the way back, the copies of a head added up."""
-    count, heads, size = tokens.shape
-    run("scatter_heads", tokens, rectangle, places, tokens, count, rectangle.size(1), heads, query_heads, size)
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> Tensor:
+        query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        ctx.save_for_backward(query, key, value)
+        ctx.boundaries, ctx.scale = boundaries, scale
+        ctx.sizes = len(boundaries) - 1, query.size(1), key.size(1), query.size(2)
+        attended = torch.zeros_like(query)
+        run("attend_packed", query, query, key, value, boundaries, attended, *ctx.sizes, scale)
+        return attended
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        inputs = ctx.saved_tensors
+        gradients = [torch.zeros_like(tensor) for tensor in inputs]
+        run(
+            "attend_packed_backward", gradient, gradient.contiguous(), *inputs, ctx.boundaries, *gradients,
+            *ctx.sizes, ctx.scale,
+        )  # fmt: skip
+        return *gradients, None, None
 
-def causal_softmax_(scores: Tensor, first: int) -> None:
-    """Softmax of scores (n, queries, keys) in place, where query q sees the first `first` + q + 1 keys."""
-    run("causal_softmax", scores, scores, *scores.shape, first)
-
-
-def causal_softmax_backward_(gradient: Tensor, weights: Tensor, first: int) -> None:
-    """Turn the gradient of the weights (n, queries, keys) into that of the scores, in place."""
-    run("causal_softmax_backward", weights, gradient, weights, *weights.shape, first)

@@ -1,9 +1,11 @@
 """The causal language model that trains: a `transformers` model whose forward answers in log-probabilities."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from utils.algorithms.masking import position_ids
+from utils.kernels.shapes import rounded_rows
 from utils.models.fused_layers import fuse_layers
 from utils.models.packed_attention import enable_packing, token_states
 from utils.models.vocabulary_head import VocabularyHead
@@ -48,11 +50,12 @@ class CausalLM(nn.Module):
             return self._from_logits(input_ids, attention_mask, target_mask, temperature, with_entropy)
         states, layout = token_states(self.model.base_model, input_ids, attention_mask)
         predicted = target_mask.flatten()[layout.index].nonzero().squeeze(1)
-        places = layout.index[predicted]  # in the flattened batch
+        order = layout.index[predicted].argsort()  # of their places in the flattened batch
+        rows = F.pad(predicted, (0, rounded_rows(len(predicted), states.device) - len(predicted)), value=1)
+        targets = input_ids.flatten()[layout.index[rows]]
         logprobs, entropy = self.model.get_output_embeddings()(
-            states[predicted - 1], input_ids.flatten()[places], temperature=temperature, with_entropy=with_entropy
+            states[rows - 1], targets, temperature=temperature, with_entropy=with_entropy
         )
-        order = places.argsort()
         return logprobs[order], entropy[order] if with_entropy else None
 
     def _from_logits(self, input_ids, attention_mask, target_mask, temperature: float, with_entropy: bool):

@@ -18,12 +18,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from utils.algorithms.masking import position_ids
-from utils.models.matmul_attention import Group, PackedMatmulAttention, matmul_attention, uses_matmul
+from utils.kernels.attention import PackedAttention
+from utils.kernels.native import usable
+from utils.kernels.shapes import rounded_rows
 
 PACKED = "packed"
 # Architectures whose layers see other tokens through the attention interface alone, and their place by position ids.
 PACKABLE = ("llama", "opt", "gpt2", "gpt_neox", "phi")
 GROUP_SPREAD = 2  # sequences whose lengths differ by less than this factor are padded to each other for attention
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of similar lengths, side by side in the row. `places` are their tokens' in an (S, T) rectangle."""
+
+    tokens: int
+    sequences: int
+    width: int
+    places: torch.Tensor | None  # (tokens,) int64; None where the tokens fill the rectangle in order
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,10 @@ def attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, *,
     scaling: float | None = None, dropout: float = 0.0, layout: Layout | None = None, **kwargs,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention of (1, heads, N, D) queries, keys and values laid out as `layout` says; (1, N, heads, D)."""
+    """Attention of (1, heads, N, D) queries, keys and values laid out as `layout` says; (1, N, heads, D).
+
+    Tokens behind those of the layout get zeros.
+    """
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -111,18 +126,18 @@ def attend(
             scale=scaling, window_size=(-1, 0), enable_gqa=grouped_heads,
         )  # fmt: skip
         return attended[None], None
-    if uses_matmul(layout.longest, query.dtype, query.device.type, dropout):
-        return PackedMatmulAttention.apply(query, key, value, layout.groups, scaling)[None], None
-    sizes = [group.tokens for group in layout.groups]
+    if usable(query) and not dropout:
+        scale = scaling or query.size(-1) ** -0.5
+        return PackedAttention.apply(query, key, value, layout.boundaries, scale)[None], None
+    sizes, count = [group.tokens for group in layout.groups], len(query)
+    parts = [tensor[: sum(sizes)].split(sizes) for tensor in (query, key, value)]
     attended = []
-    for group, *parts in zip(layout.groups, *(t.split(sizes) for t in (query, key, value)), strict=True):
-        if uses_matmul(group.width, query.dtype, query.device.type, dropout):
-            attended.append(PackedMatmulAttention.apply(*parts, [group], scaling))
-            continue
-        rectangles = [_rectangle(part, group) for part in parts]
-        out = causal_attention(*rectangles, scaling=scaling, dropout=dropout)
+    for group, *rows in zip(layout.groups, *parts, strict=True):
+        out = causal_attention(*(_rectangle(part, group) for part in rows), scaling=scaling, dropout=dropout)
         out = out.transpose(1, 2).flatten(0, 1)
         attended.append(out if group.places is None else _Collect.apply(out, group.places))
+    if count > sum(sizes):
+        attended.append(query.new_zeros(count - sum(sizes), *query.shape[1:]))
     return (torch.cat(attended) if len(attended) > 1 else attended[0])[None], None
 
 
@@ -137,8 +152,6 @@ def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float | None = None, dropout: float = 0.0
 ) -> torch.Tensor:
     """Attention of (S, heads, T, D) queries to keys and values of as many or fewer heads, up to their own place."""
-    if uses_matmul(query.size(2), query.dtype, query.device.type, dropout):
-        return matmul_attention(query, key, value, scaling)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=query.size(1) != key.size(1)
     )
@@ -166,13 +179,16 @@ def token_states(
     """
     layout = pack(attention_mask)
     if model.config._attn_implementation == PACKED:
-        ids = input_ids.flatten()[layout.index][None]
+        count = len(layout.index)
+        spare = rounded_rows(count, input_ids.device) - count if model.dtype == torch.bfloat16 else 0
+        ids = F.pad(input_ids.flatten()[layout.index][None], (0, spare))
         # a mask with four dimensions is handed on as it is: transformers builds none of its own
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        positions = F.pad(layout.positions, (0, spare))
         states = model(
-            ids, attention_mask=no_mask, position_ids=layout.positions, use_cache=False, layout=layout
+            ids, attention_mask=no_mask, position_ids=positions, use_cache=False, layout=layout
         ).last_hidden_state[0]
-        return states, layout
+        return states[:count], layout
     states = model(
         input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
     ).last_hidden_state

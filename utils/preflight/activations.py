@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
+from utils.kernels.attention import PackedAttention
+from utils.kernels.native import DTYPES, library
 from utils.models.fused_layers import unfuse_layers
-from utils.models.matmul_attention import Group, PackedMatmulAttention, uses_matmul
+from utils.models.packed_attention import Group
 from utils.preflight.blocks import Blocks, blocks_of
 from utils.preflight.model_shape import ModelFlags, build_on_meta
 
@@ -124,8 +126,9 @@ def _attend(module, query, key, value, attention_mask, *, layout: _CountedLayout
     """`packed_attention.attend` as it saves tensors on the device of `layout`."""
     group = layout.group
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if uses_matmul(group.width, query.dtype, layout.device_type, dropout):
-        return PackedMatmulAttention.apply(query, key, value, [group], None)[None], None
+    if layout.device_type == "cpu" and not dropout and query.dtype in DTYPES and library() is not None:
+        boundaries = torch.zeros(group.sequences + 1, dtype=torch.int32)
+        return PackedAttention.apply(query, key, value, boundaries, 1.0)[None], None
     query, key, value = (
         tensor.unflatten(0, (group.sequences, group.width)).transpose(1, 2) for tensor in (query, key, value)
     )

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from utils import distributed
 from utils.kernels import decoding
 from utils.kernels.native import usable
+from utils.kernels.shapes import rounded_rows
 from utils.models.lora import ADAPTER, lora_layers
 from utils.models.packed_attention import causal_attention
 from utils.rlhf.decoder_weights import Copies, Layer, LayerReader, Projection, Shard, StreamedLayers, read_shards
@@ -293,17 +294,21 @@ class LlamaDecoder:
             attend: (number of a layer, its queries, keys and values (tokens, (Q + 2 K) D)) -> attended (tokens, Q D).
             last: of a prefill, whose logits are wanted; without it the tokens are those of a decode step.
         """
-        normed, added, few = torch.empty_like(hidden), None, last is None
+        few, count = last is None, len(hidden)
+        hidden = _filled_up(hidden)
+        attended = hidden.new_zeros(len(hidden), self.query_heads * self.head_size)
+        normed, added = torch.empty_like(hidden), None
         for index, layer in enumerate(self.layers):
             decoding.add_rms_norm(hidden, added, layer.input_norm, normed, self.norm_eps)
-            attended = attend(index, layer.qkv.joined_outputs(normed, few=few))
+            attended[:count] = attend(index, layer.qkv.joined_outputs(normed, few=few)[:count])
             added = self._summed(layer.output, attended, few=few)
             decoding.add_rms_norm(hidden, added, layer.mlp_norm, normed, self.norm_eps)
             added = self._summed(layer.down, decoding.gated(layer.gate_up.joined_outputs(normed, few=few)), few=few)
         if last is not None:
-            hidden, added, normed = hidden[last], added[last], normed[last]
+            count = len(last)
+            hidden, added, normed = (_filled_up(tensor[last]) for tensor in (hidden, added, normed))
         decoding.add_rms_norm(hidden, added, self.final_norm, normed, self.norm_eps)
-        return linear(normed, self.head, self.head_bias, few=few)
+        return linear(normed, self.head, self.head_bias, few=few)[:count]
 
     def _newest(self, positions: torch.Tensor, index: int, projected: torch.Tensor) -> torch.Tensor:
         """Attention of one token in each row to what layer `index` has in the cache."""
@@ -354,3 +359,8 @@ class LlamaDecoder:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.norm_eps), self.head, self.head_bias)
+
+
+def _filled_up(rows: torch.Tensor) -> torch.Tensor:
+    """(n, H) with zeros behind, to one of few numbers of rows."""
+    return F.pad(rows, (0, 0, 0, rounded_rows(len(rows), rows.device) - len(rows)))
