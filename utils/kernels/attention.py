@@ -36,4 +36,3 @@ class PackedAttention(torch.autograd.Function):
             *ctx.sizes, ctx.scale,
         )  # fmt: skip
         return *gradients, None, None
-
