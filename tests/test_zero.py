@@ -9,6 +9,7 @@ import transformers
 from processes import run_ranks
 from tiny_models import SIZES
 
+from utils import zero
 from utils.errors import DivergenceError, InputError
 
 STEPS = ((2, 1, 3, 2), 1e-2)  # micro-batches of each optimiser step, learning rate
@@ -162,3 +163,20 @@ def test_gradient_clipping_is_always_stated():
     assert zero_config(2, "bf16", max_grad_norm=0)["gradient_clipping"] == 0.0
     assert zero_config(0, "bf16")["zero_optimization"]["stage"] == 1
     assert zero_config(2, "bf16", trainable=False)["zero_optimization"]["stage"] == 0
+
+
+def test_gradients_are_reduced_in_place_in_pieces_and_not_at_all_by_one_process(monkeypatch):
+    gradients, seen = [torch.arange(10.0).view(2, 5), torch.arange(3.0)], []
+
+    def reduce(pieces, limit):
+        seen.append((limit, [piece.tolist() for piece in pieces]))
+        for piece in pieces:
+            piece += 1
+
+    monkeypatch.setattr(zero, "REDUCE_PIECE", 4)
+    zero._reduce_gradients(reduce, gradients, 500_000_000)
+    assert not seen
+    monkeypatch.setattr(zero.distributed, "world_size", lambda: 2)
+    zero._reduce_gradients(reduce, gradients, 500_000_000)
+    assert seen == [(4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2]])]
+    assert gradients[0].flatten().tolist() == list(range(1, 11)) and gradients[1].tolist() == [1, 2, 3]

@@ -68,15 +68,16 @@ def test_the_number_of_steps_is_that_of_the_real_run(world, step, changes):
 
 
 def test_a_run_that_does_not_fit_exits_with_4_and_says_what_to_change(world, tmp_path, monkeypatch, capsys, no_weights):
-    give_memory(monkeypatch, 2 * MIB)
+    give_memory(monkeypatch, 3 * MIB)
     script = load_step(1)
+    many = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1}
     with pytest.raises(SystemExit) as stop:
-        run(script.main, script.Config, flags(world, 1, tmp_path / "out", dry_run=True))
+        run(script.main, script.Config, flags(world, 1, tmp_path / "out", dry_run=True, **many))
     printed = capsys.readouterr()
     assert stop.value.code == 4
     lines = printed.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: predicted peak: ") and "does not fit in the" in lines[0]
-    assert "what to change" in printed.out and "--per_device_train_batch_size 2" in printed.out
+    assert "what to change" in printed.out and "--per_device_train_batch_size 8" in printed.out
     assert not (tmp_path / "out").exists()
 
 

@@ -9,10 +9,11 @@ Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, a
     master weights   -                 4 t / W
     Adam             8 t               8 t / W
     gradients        4 t               b t, then              -                      -
-                                       4 t (16-bit dtypes)
+                                       4 t (fp16)
     kept gradients   -                 4 t / W (16-bit)       4 t / W, till the step 4 t / W
-    reduction        4 t, flat         a bucket of t numbers, REDUCE_BUCKET at most and allocated as many on a GPU;
-                                       at stage 3 and at stage 2 in 16 bits as much again for the reduced numbers
+    reduction        a piece of 4      bf16: a piece of       a bucket of t numbers, REDUCE_BUCKET at most and allocated
+                     bytes a number    6 bytes a number       as many on a GPU, as at stage 1 in other dtypes; at stage 3
+                     of REDUCE_PIECE, if W > 1                and at stage 2 in 16 bits as much again, reduced
     at the step      -                 4 t / W in fp32, as a flat copy               4 t / W
 """
 
@@ -22,7 +23,7 @@ from utils.algorithms.logprobs import BLOCK, CHUNK, KEPT
 from utils.preflight.activations import Activations
 from utils.preflight.blocks import Blocks, block, blocks_of
 from utils.preflight.model_shape import ModelShape
-from utils.zero import TORCH_DTYPES, effective_stage
+from utils.zero import REDUCE_PIECE, TORCH_DTYPES, effective_stage
 
 REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size, which utils.zero leaves as it is
 LIVE_PARAMETERS = 30_000_000  # numbers: stage3_max_live_parameters of utils.zero
@@ -125,6 +126,13 @@ class Engine:
         """The weights that generation gathers at stage 3."""
         return self.of_parameters(self.item_size) if self.real_stage == 3 else Blocks()
 
+    def piece(self) -> Blocks:
+        """What `zero._reduce_gradients` copies of the gradients at a time, in fp32 and, of bf16's, rounded too."""
+        if self.world_size == 1:
+            return Blocks()
+        numbers = min(self.shape.trainable, REDUCE_PIECE)
+        return block(4 * numbers) + (block(2 * numbers) if self.real_stage else Blocks())
+
     def bucket(self) -> Blocks:
         """DeepSpeed's reduction buckets, which a CPU process touches only as far as they are filled."""
         if not self.real_stage:
@@ -162,12 +170,13 @@ class Engine:
         earlier = self.accumulated() if steps > 1 else Blocks()
         start = {"activations": activations + work, "gather buffers": self.gathered()} | head
         start["gradients"] = head.get("gradients", Blocks()) + earlier
-        if self.on_gpu:
-            start["gather buffers"] += self.bucket()
         stage = self.real_stage
-        size = 4 if stage == 1 or not stage else self.item_size
+        if self.on_gpu and not (stage == 1 and self.dtype == "bf16"):
+            start["gather buffers"] += self.bucket()
+        in_pieces = not stage or (stage == 1 and self.dtype == "bf16")
+        size = 4 if stage < 2 and self.dtype != "bf16" else self.item_size
         gradients = self.of_parameters(size, trained_only=True) if stage < 2 else self.reduced()
-        flat = self.bucket() if stage else block(4 * min(self.shape.trainable, REDUCE_BUCKET))
+        flat = self.piece() if in_pieces else self.bucket()
         end = {
             "activations": work,
             "gradients": gradients,
