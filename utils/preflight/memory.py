@@ -11,9 +11,9 @@ Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, a
     gradients        4 t               b t, then              -                      -
                                        4 t (fp16)
     kept gradients   -                 4 t / W (16-bit)       4 t / W, till the step 4 t / W
-    reduction        a piece of 4      bf16: a piece of       a bucket of t numbers, REDUCE_BUCKET at most and allocated
-                     bytes a number    6 bytes a number       as many on a GPU, as at stage 1 in other dtypes; at stage 3
-                     of REDUCE_PIECE, if W > 1                and at stage 2 in 16 bits as much again, reduced
+    reduction        REDUCE_PIECE      bf16: REDUCE_PIECE     a bucket of t numbers, REDUCE_BUCKET at most and as many
+                     of 4, if W > 1    of 6, if W > 1         on a GPU, as at stage 1 in other dtypes; at stage 3, and
+                                                              at stage 2 in 16 bits, as much again for the reduced
     at the step      -                 4 t / W in fp32, as a flat copy               4 t / W
 """
 
