@@ -5,7 +5,7 @@ Notation as in `decode.cpp`: n rows, H hidden units, D units of a head, Q query 
 
 import torch
 
-from utils.kernels.native import operation
+from utils.kernels.calls import run
 
 LANES = 16  # numbers of a vector, in `vectors.h`
 
@@ -15,10 +15,7 @@ def add_rms_norm(
 ) -> None:
     """residual (n, H) += added, in place; normed (n, H) = weight (H,) * residual / its root mean square."""
     rows, size = residual.shape
-    operation("add_rms_norm", residual.dtype, "ppppiifi")(
-        residual.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), normed.data_ptr(),
-        rows, size, eps, torch.get_num_threads(),
-    )  # fmt: skip
+    run("add_rms_norm", residual, residual, added, weight, normed, rows, size, eps)
 
 
 def attend(
@@ -35,9 +32,9 @@ def attend(
     """
     rows, (_, kv_heads, size, capacity) = len(projected), keys.shape
     attended = projected.new_empty(rows, query_heads * size)
-    operation("attend", projected.dtype, "pppppppiiiiifi")(
-        projected.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        attended.data_ptr(), rows, query_heads, kv_heads, size, capacity, scale, torch.get_num_threads(),
+    run(
+        "attend", projected, projected, cos, sin, positions, keys, values, attended, rows, query_heads, kv_heads,
+        size, capacity, scale,
     )  # fmt: skip
     return attended
 
@@ -54,9 +51,9 @@ def attend_prompts(
     """
     (rows, width, _), (_, kv_heads, size, capacity) = projected.shape, keys.shape
     attended = projected.new_empty(rows, width, query_heads * size)
-    operation("attend_prompts", projected.dtype, "ppppppiiiiiifi")(
-        projected.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), attended.data_ptr(),
-        rows, width, query_heads, kv_heads, size, capacity, scale, torch.get_num_threads(),
+    run(
+        "attend_prompts", projected, projected, cos, sin, keys, values, attended, rows, width, query_heads, kv_heads,
+        size, capacity, scale,
     )  # fmt: skip
     return attended
 
@@ -65,9 +62,7 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (n, I) of (n, 2 I) rows that hold both side by side."""
     rows, size = gate_up.size(0), gate_up.size(1) // 2
     outputs = gate_up.new_empty(rows, size)
-    operation("gated", gate_up.dtype, "ppiii")(
-        gate_up.data_ptr(), outputs.data_ptr(), rows, size, torch.get_num_threads()
-    )
+    run("gated", gate_up, gate_up, outputs, rows, size)
     return outputs
 
 
@@ -82,10 +77,7 @@ def small_product(inputs: torch.Tensor, panels: torch.Tensor, outputs: int, bias
     """(n, in) -> (n, outputs) by a matrix in `panels`, plus the bias (outputs,)."""
     rows, size = inputs.shape
     result = inputs.new_empty(rows, outputs)
-    operation("small_product", inputs.dtype, "ppppiiii")(
-        inputs.data_ptr(), panels.data_ptr(), None if bias is None else bias.data_ptr(), result.data_ptr(),
-        rows, size, outputs, torch.get_num_threads(),
-    )  # fmt: skip
+    run("small_product", inputs, inputs, panels, bias, result, rows, size, outputs)
     return result
 
 
@@ -103,10 +95,9 @@ def small_step(
     """
     (rows, hidden_size), (_, slots, kv_heads, size, capacity) = hidden.shape, keys.shape
     normed = torch.empty_like(hidden)
-    operation("small_step", hidden.dtype, "pppppppppiiiiiiiiiffi")(
-        layers.data_ptr(), final_norm.data_ptr(), hidden.data_ptr(), normed.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-        positions.data_ptr(), keys.data_ptr(), values.data_ptr(), len(layers), rows, hidden_size, mlp_size,
-        query_heads, kv_heads, size, slots, capacity, eps, scale, torch.get_num_threads(),
+    run(
+        "small_step", hidden, layers, final_norm, hidden, normed, cos, sin, positions, keys, values, len(layers),
+        rows, hidden_size, mlp_size, query_heads, kv_heads, size, slots, capacity, eps, scale,
     )  # fmt: skip
     return normed
 
@@ -121,8 +112,8 @@ def choose(
     """
     rows, words = logits.shape
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
-    operation("choose", logits.dtype, "pppppiiiiifi")(
-        logits.data_ptr(), keys.data_ptr(), counters.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(),
-        rows, words, greedy, min_new_tokens, eos_id, temperature, torch.get_num_threads(),
+    run(
+        "choose", logits, logits, keys, counters, tokens, logprobs, rows, words, int(greedy), min_new_tokens, eos_id,
+        float(temperature),
     )  # fmt: skip
     return tokens, logprobs
