@@ -224,3 +224,8 @@ def test_a_whole_small_model_is_what_its_layers_are(monkeypatch):
     monkeypatch.setattr(decoder_module.decoding, "small_step", None)
     assert torch.equal(decoder.step(tokens, positions, 48), at_once)
     assert all(torch.equal(part, other) for part, other in zip(decoder._cache, cache, strict=True))
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused(dtype):
+    with pytest.raises(ValueError, match="gated: a tensor is not contiguous"):
+        decoding.gated(torch.randn(8, 6).to(dtype).t())
