@@ -18,7 +18,7 @@ def run(name: str, like: Tensor, *arguments: Tensor | float | int | None) -> Non
     """
     if like.is_meta:
         return
-    if not all([argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor)]):
+    if not all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor)):
         raise ValueError(f"{name}: a tensor is not contiguous")
     letters = "".join([_LETTERS.get(type(argument), "p") for argument in arguments])
     values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
