@@ -104,17 +104,18 @@ class _TokenLogprobs(torch.autograd.Function):
                     logits, targets[chunk], ctx.temperature, normalizer=normalizer[chunk], entropy=entropy[chunk],
                     of_logprobs=of_logprobs[chunk], of_entropy=None if of_entropy is None else of_entropy[chunk],
                 )  # fmt: skip
-            for block in () if usable(logits) else _blocks(logits):
-                rows = slice(chunk.start + block.start, chunk.start + block.stop)
-                wide = logits[block].float().div_(ctx.temperature).sub_(normalizer[rows, None])
-                gradient = wide.exp()
-                if of_entropy is None:
-                    gradient *= -of_logprobs[rows, None]
-                else:
-                    wide += entropy[rows, None]
-                    gradient *= -(of_logprobs[rows, None] + of_entropy[rows, None] * wide)
-                gradient.scatter_add_(1, targets[rows, None], of_logprobs[rows, None])
-                logits[block] = gradient.div_(ctx.temperature)
+            else:
+                for block in _blocks(logits):
+                    rows = slice(chunk.start + block.start, chunk.start + block.stop)
+                    wide = logits[block].float().div_(ctx.temperature).sub_(normalizer[rows, None])
+                    gradient = wide.exp()
+                    if of_entropy is None:
+                        gradient *= -of_logprobs[rows, None]
+                    else:
+                        wide += entropy[rows, None]
+                        gradient *= -(of_logprobs[rows, None] + of_entropy[rows, None] * wide)
+                    gradient.scatter_add_(1, targets[rows, None], of_logprobs[rows, None])
+                    logits[block] = gradient.div_(ctx.temperature)
             if needs_hidden:
                 hidden_gradient[chunk] = logits @ weight
             if needs_weight:

@@ -1,4 +1,4 @@
-"""Several sequences end to end in one row: no layer computes padding, and attention stays inside each sequence.
+"""Several sequences end to end in one row: they are not padded to each other, and attention stays inside each.
 
     N   real tokens of a batch, longest sequence first      T   longest sequence of a group
     S   sequences                                           D   size of a head

@@ -21,7 +21,7 @@ from utils.rlhf.memory import USABLE
 from utils.rlhf.packed_matrix import can_pack
 from utils.zero import TORCH_DTYPES
 
-SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen
+SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen; compiled operations make none
 OPTIMIZER = ("fp32 master weights", "optimiser states")  # what `rlhf.memory.optimizer_on_host` moves
 
 
