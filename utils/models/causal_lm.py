@@ -17,8 +17,8 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class CausalLM(nn.Module):
     """Wraps a `transformers` causal LM; `forward` returns log-probabilities of the marked tokens only.
 
-    Rows are not padded to each other, and the vocabulary projection runs on the marked positions alone. Everything goes through
-    this `forward`, and so through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
+    Rows are not padded to each other, and the vocabulary projection runs on the marked positions alone. Everything
+    goes through this `forward`, and so through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
     """
 
     def __init__(self, model: nn.Module):
