@@ -7,11 +7,15 @@
 PyCharm's remote interpreter starts this file like any other script, so its "Debug" button stops at breakpoints: in this
 process without --num_gpus, and in the launcher's processes with it (PyCharm: "Attach to subprocess automatically").
 With --debug_host, the process of --debug_rank connects to a "Python Debug Server" that waits in PyCharm instead.
+
+A run configuration of DeepSpeed-Chat or alpaca-rlhf works as it is: a path that does not exist and ends in
+step1_*/main.py, step2_*/main.py or step3_*/main.py is taken for the step of that name here.
 """
 
 import argparse
 import importlib.util
 import os
+import re
 import runpy
 import socket
 import sys
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TRAINING = REPOSITORY / "training"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             "'Python Debug Server' shows, such as: pip install pydevd-pycharm~=252.23892"
         )
     if options.num_gpus is not None:
+        _refuse_wrong_flags(options, script)
         _launch(options, script)
     else:
         _run_here(options, script)
@@ -48,14 +54,37 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher puts it in front of everything
     parser.add_argument("script", help="script to run; relative to the working directory or to the repository")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own flags")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.num_gpus is not None and options.num_gpus < 1:
+        _stop(f"--num_gpus {options.num_gpus}: give 1 or more, or leave it out to run in this process")
+    return options
 
 
 def _find(name: str) -> Path:
     for path in (Path(name), REPOSITORY / name):
         if path.is_file():
             return path.resolve()
+    if (step := re.search(r"(?:^|/)(step\d+_\w+)/main\.py$", name)) and (ours := _step_named(step[1])):
+        print(f"{name} does not exist here; running {ours.relative_to(REPOSITORY)} instead", file=sys.stderr)
+        return ours
     _stop(f"no such script: {name} (looked in {Path.cwd()} and in {REPOSITORY})")
+
+
+def _step_named(folder: str) -> Path | None:
+    """Our script in the folder of that name, else the only one with the same number."""
+    number = folder.split("_")[0]
+    same_number = sorted(TRAINING.glob(f"{number}_*/main.py"))
+    same_name = [path for path in same_number if path.parent.name == folder]
+    return same_name[0] if same_name else same_number[0] if len(same_number) == 1 else None
+
+
+def _refuse_wrong_flags(options: argparse.Namespace, script: Path) -> None:
+    """Exit with one line for flags that the step does not take: the launcher would bury it under its own."""
+    from utils.arguments import parse_config
+    from utils.arguments.steps import CONFIGS
+
+    if script.parent.parent == TRAINING and script.parent.name in CONFIGS:
+        parse_config(CONFIGS[script.parent.name], options.arguments)
 
 
 def _prepare_environment() -> None:

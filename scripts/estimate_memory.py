@@ -15,25 +15,26 @@ code is 0 when the run fits, 4 when it does not, 2 for flags that cannot work.
 
 import argparse
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from utils.arguments import refuse_unavailable
-from utils.config import parse_config
-from utils.data import PackedRows, build_datasets
+from transformers import PreTrainedConfig
+
+from utils.arguments import SftConfig, StepConfig, parse_config, refuse_unavailable
+from utils.data import Corpus, build_datasets, pack_rows
+from utils.data.batches.sizes import Rows, measure_rows
 from utils.errors import DoesNotFit, InputError
-from utils.models.loading import load_config, load_matching_tokenizer
-from utils.preflight import Subject, print_report
+from utils.models.checks import load_config, load_matching_tokenizer
+from utils.preflight import Machine, Subject, print_report
 from utils.preflight.machine import cpu_machine, gpu_machine
-from utils.preflight.workload import Rows, measure_rows
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 STEPS = {
-    "step1": (1, "step1_supervised_finetuning", ["model"]),
-    "step2": (2, "step2_reward_model_finetuning", ["model"]),
-    "step3": (3, "step3_rlhf_finetuning", ["actor", "critic"]),
+    "step1": "step1_supervised_finetuning",
+    "step2": "step2_reward_model_finetuning",
+    "step3": "step3_rlhf_finetuning",
 }
 
 
@@ -46,44 +47,41 @@ def load_step(folder: str) -> ModuleType:
     return module
 
 
-def count_rows(config: Any, step: int, configs: dict[str, Any], given: int | None) -> tuple[int, Rows]:
+def read_models(config: StepConfig) -> dict[str, PreTrainedConfig]:
+    """The configurations of the models by role: one for all roles that start from the same path."""
+    roles, read = config.roles(), {}
+    for role in roles.values():
+        if role.path not in read:
+            read[role.path] = load_config(
+                role.path, role.path_flag, trust_remote_code=config.trust_remote_code, needs_weights=False
+            )
+    return {name: read[role.path] for name, role in roles.items()}
+
+
+def count_rows(config: StepConfig, models: dict[str, PreTrainedConfig], given: int | None) -> tuple[int, Rows]:
     """Tokens of the tokenizer and the training rows; where tokenizer or data cannot be read, 0 and what is `given`."""
-    first = config.actor_model_name_or_path if step == 3 else config.model_name_or_path
     try:
-        tokenizer = load_matching_tokenizer(config, first, list(configs.values()))
+        tokenizer = load_matching_tokenizer(config, models)
     except InputError as error:
         print(f"note: without the tokenizer rows are taken at their longest ({error})")
         return 0, Rows(given)
     if given is not None:
         return len(tokenizer), Rows(given)
-    lengths = {"max_prompt_len": config.max_prompt_seq_len} if step == 3 else {"max_seq_len": config.max_seq_len}
-    extra = {"sft_only_data_path": config.sft_only_data_path} if step == 1 else {}
     try:
-        rows, _ = build_datasets(
-            {1: "sft", 2: "preference", 3: "prompts"}[step],
-            data_path=config.data_path,
-            data_split=config.data_split,
-            tokenizer=tokenizer,
-            seed=config.seed,
-            cache_dir=config.data_output_path,
-            **lengths,
-            **extra,
-        )
+        rows, _ = build_datasets(Corpus.of(config), tokenizer)
     except InputError as error:
         print(f"note: without the data rows are taken at their longest ({error})")
         return len(tokenizer), Rows(None)
-    if step == 1 and config.packing:
-        rows = PackedRows(rows, rows.lengths(), config.max_seq_len)
-    size = config.per_device_training_batch_size if step == 3 else config.per_device_train_batch_size
-    capacity = config.max_answer_seq_len if step == 3 else config.max_seq_len
-    return len(tokenizer), measure_rows(rows, step, size * config.gradient_accumulation_steps, capacity)
+    if isinstance(config, SftConfig):
+        rows = pack_rows(rows, config, config.max_seq_len)
+    return len(tokenizer), measure_rows(rows, config.purpose, config.step_rows, config.answer_limit)
 
 
-def main(argv: list[str]) -> None:
-    """Parse, estimate, print.
+def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this script, and those of the step.
 
     Raises:
-        InputError: flags that cannot work. DoesNotFit: the run needs more than `--device_memory`.
+        InputError: a number that cannot be.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -96,25 +94,37 @@ def main(argv: list[str]) -> None:
     options, flags = parser.parse_known_args(argv)
     for name, least in (("world_size", 1), ("device_memory", 0), ("rows", 1)):
         value = getattr(options, name)
-        if value is not None and value < least:
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise InputError(f"--{name} must be a finite number, got {value}")
+        if value < least:
             raise InputError(f"--{name} must be at least {least}, got {value}")
-    step, folder, roles = STEPS[options.step]
-    config = parse_config(load_step(folder).Config, flags)
-    refuse_unavailable(config)
-    configs = {}
-    for role in roles:
-        name = "model_name_or_path" if role == "model" else f"{role}_model_name_or_path"
-        configs[role] = load_config(
-            getattr(config, name), f"--{name}", trust_remote_code=config.trust_remote_code, needs_weights=False
-        )
-    tokens, rows = count_rows(config, step, configs, options.rows)
+    return options, flags
+
+
+def make_machine(options: argparse.Namespace, rows: Rows) -> Machine:
+    """The machine that the flags describe."""
     memory = None if options.device_memory is None else options.device_memory * 2**30
     if options.device == "cuda":
-        machine = gpu_machine(options.world_size, memory)
-    else:
-        is_read = options.rows is None and rows.count is not None
-        machine = cpu_machine(options.world_size, memory, data_is_read=is_read)
-    print_report(config, Subject(step, configs, tokens, rows), machine)
+        return gpu_machine(options.world_size, memory)
+    is_read = options.rows is None and rows.count is not None
+    return cpu_machine(options.world_size, memory, data_is_read=is_read)
+
+
+def main(argv: list[str]) -> None:
+    """Parse, estimate, print.
+
+    Raises:
+        InputError: flags that cannot work. DoesNotFit: the run needs more than `--device_memory`.
+    """
+    options, flags = parse_options(argv)
+    step = load_step(STEPS[options.step])
+    config = parse_config(step.Config, flags)
+    refuse_unavailable(config)
+    models = read_models(config)
+    tokens, rows = count_rows(config, models, options.rows)
+    print_report(config, Subject(step.plan_of, models, tokens, rows), make_machine(options, rows))
 
 
 if __name__ == "__main__":

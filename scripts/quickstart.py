@@ -18,12 +18,12 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from utils.config import Arguments, flag, run
+from utils.arguments import Arguments, flag, run
 from utils.errors import InputError
 from utils.files import atomic_write_text
-from utils.launcher import environment_of_its_own
-from utils.metrics import METRICS_FILE, read_metrics
-from utils.session import SUMMARY_FILE
+from utils.output.metrics import METRICS_FILE, read_metrics
+from utils.parallel.launcher import environment_of_its_own
+from utils.runs.session import SUMMARY_FILE
 from utils.toy.evaluation import Examiner, load_policy
 from utils.toy.files import WorldFiles, write_world
 from utils.toy.picture import draw_picture

@@ -28,9 +28,13 @@ find_python() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; }
 
+has_torch_for_cpus() {
+  "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' 2>/dev/null
+}
+
 # What an installation of the file $1 depends on. The location counts: the project itself is installed in place.
 fingerprint() {
-  { cat requirements.txt "$1" pyproject.toml; echo "$PWD" "$torch"; "$environment/bin/python" --version; } | cksum
+  { cat "$1" pyproject.toml; echo "$PWD" "$torch"; "$environment/bin/python" --version; } | cksum
 }
 
 stamp() { echo "$environment/installed-$1.cksum"; }
@@ -56,9 +60,11 @@ if [ "$(cat "$(stamp "$requirements")" 2>/dev/null)" = "$(fingerprint "$requirem
 fi
 
 install=("$environment/bin/python" -m pip install --quiet --quiet --disable-pip-version-check)
-torch_pin=$(grep '^torch==' requirements.txt)
+torch_pin=$(grep -o 'torch==[0-9.]*' pyproject.toml)
 say "installing $torch_pin ($torch); the first time this takes minutes"
-if ! has_gpu && [ -n "${TORCH_INDEX_URL:-}" ]; then
+if has_gpu && has_torch_for_cpus; then # which satisfies the pin: made where there was no GPU, or copied from there
+  "${install[@]}" --force-reinstall "$torch_pin"
+elif ! has_gpu && [ -n "${TORCH_INDEX_URL:-}" ]; then
   # Only torch itself: what it needs comes from the usual index with the next command.
   "${install[@]}" --no-deps --index-url "$TORCH_INDEX_URL" "$torch_pin"
 else
@@ -67,7 +73,7 @@ fi
 say "installing the rest of $requirements"
 "${install[@]}" -r "$requirements"
 
-for file in requirements.txt "$requirements"; do # the others include requirements.txt
+for file in requirements.txt "$requirements"; do # the others include what is in requirements.txt
   fingerprint "$file" >"$(stamp "$file")"
 done
 say "done"

@@ -12,7 +12,7 @@ from utils.checkpoints.shards import open_shard
 
 def state_of(checkpoint: Path) -> dict:
     """Everything a checkpoint holds but the times."""
-    from utils import distributed
+    from utils.parallel import distributed
 
     content = json.loads((checkpoint / "state.json").read_text())
     content["state"].pop("seconds"), content["state"].pop("metrics_position")

@@ -53,12 +53,14 @@ def _run_rank(results, rank: int, world_size: int, port: int, function, argument
         CUDA_VISIBLE_DEVICES="",
     )
     try:
-        from utils import distributed
+        import torch
+
+        from utils.parallel import distributed
 
         distributed.init_distributed()
         value = function(*arguments)
         distributed.barrier()
-        distributed.shutdown()
+        torch.distributed.destroy_process_group()
         results.put((rank, value, None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

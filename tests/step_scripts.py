@@ -1,4 +1,4 @@
-"""The three steps' main.py files, loaded by path (they are scripts, not modules), and command lines for them."""
+"""The steps' main.py files, loaded by path (they are scripts, not modules), and their flags on the tiny world."""
 
 import functools
 import importlib.util
@@ -6,8 +6,9 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from utils.config import parse_config
+from utils.arguments import PpoConfig, RewardModelConfig, SftConfig, StepConfig, parse_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = {
@@ -15,6 +16,7 @@ STEPS = {
     2: REPOSITORY / "training" / "step2_reward_model_finetuning" / "main.py",
     3: REPOSITORY / "training" / "step3_rlhf_finetuning" / "main.py",
 }
+CONFIGS: dict[int, type[StepConfig]] = {1: SftConfig, 2: RewardModelConfig, 3: PpoConfig}
 
 
 @functools.cache
@@ -32,9 +34,10 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
-    """A command line of `step` on the tiny world."""
-    values = {"data_path": world["data"], "data_output_path": world["cache"], "dtype": "fp32", "data_split": "1,1,1"}
+def values_of(world, step: int, output: Path | None = None, **changes) -> dict[str, Any]:
+    """The values of the flags that a step on the tiny world is given."""
+    values: dict[str, Any] = {"data_path": [world["data"]], "data_output_path": world["cache"], "dtype": "fp32"}
+    values["data_split"] = "1,1,1"
     if step < 3:
         values |= {"model_name_or_path": world["model"], "max_seq_len": 64, "per_device_train_batch_size": 4}
         values |= {"learning_rate": 1e-3}
@@ -43,13 +46,23 @@ def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
         values |= {"per_device_generation_batch_size": 4, "per_device_training_batch_size": 2, "max_steps": 2}
         values |= {"max_prompt_seq_len": 32, "max_answer_seq_len": 8, "eval_prompts": 2, "num_warmup_steps": 0}
     if output is not None:
-        values["output_dir"] = output
-    values |= changes
-    return [
-        part
-        for name, value in values.items()
-        for part in ([f"--{name}"] if value is True else [f"--{name}", *str(value).split("|")])
-    ]
+        values["output_dir"] = str(output)
+    return values | changes
+
+
+def step_config(world, step: int, output: Path | None = None, **changes) -> StepConfig:
+    """The Config of a step on the tiny world."""
+    return CONFIGS[step](**values_of(world, step, output, **changes))
+
+
+def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
+    """The command line of a step on the tiny world; True is a switch, a list several words."""
+    words = []
+    for name, value in values_of(world, step, output, **changes).items():
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(word) for word in (value if isinstance(value, list) else [value])]
+    return words
 
 
 def run_step(step: int, argv: list[str]) -> dict[str, float]:

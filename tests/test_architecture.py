@@ -9,28 +9,31 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 UTILS = REPOSITORY / "utils"
 SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in (REPOSITORY / folder).rglob("*.py"))
 
-# What the modules under a name must not import: kernels <- algorithms <- data, models <- rlhf <- preflight <- training,
-# scripts. The modules directly in utils lie beneath the packages, except that every package may use the algorithms.
+# Each may import what stands before it, and nothing else of `utils`.
+ORDER = [
+    *("errors", "files", "hub", "arguments", "output", "kernels", "algorithms", "parallel", "data", "checkpoints"),
+    *("models", "runs", "generation", "rewards", "rlhf", "preflight", "toy"),
+]
+# What a package must not import although its place in the order, or a library's weight, would allow it.
 FORBIDDEN_IMPORTS = {
     "utils": ["training", "scripts", "tests"],
-    "utils.algorithms": [
-        *("utils.data", "utils.models", "utils.rlhf", "utils.preflight", "utils.toy"),
-        *("utils.config", "utils.arguments"),
-        *("utils.distributed", "utils.zero", "utils.metrics", "transformers", "datasets", "peft"),
-    ],
-    "utils.kernels": [
-        *("utils.algorithms", "utils.data", "utils.models", "utils.rlhf", "utils.preflight", "utils.toy"),
-        *("utils.config", "utils.arguments", "utils.distributed", "transformers"),
-    ],
-    "utils.data": ["utils.models", "utils.rlhf", "utils.preflight", "utils.toy"],
-    "utils.models": ["utils.data", "utils.rlhf", "utils.preflight", "utils.toy"],
-    "utils.rlhf": ["utils.preflight", "utils.toy"],
-    "utils.preflight": ["utils.toy"],
-    "utils.toy": ["utils.models", "utils.rlhf", "utils.preflight"],
-    "utils.arguments": ["torch", "utils.config", "utils.data", "utils.models", "utils.rlhf", "utils.preflight"],
+    "utils.arguments": ["torch", "transformers", "datasets", "peft", "numpy"],  # `--help` answers at once
+    "utils.kernels": ["utils.arguments", "utils.output", "transformers"],
+    "utils.algorithms": ["utils.arguments", "utils.output", "transformers", "datasets", "peft"],
+    "utils.data": ["utils.output", "peft"],
+    "utils.models": ["utils.data", "utils.checkpoints"],
+    "utils.toy": ["utils.models", "utils.generation", "utils.rewards", "utils.rlhf", "utils.preflight"],
     "training": ["training", "scripts", "tests"],
 }
-MAY_IMPORT_DEEPSPEED = ("utils.distributed", "utils.zero", "utils.models", "utils.rlhf", "scripts.debug_deepspeed")
+MAY_IMPORT_DEEPSPEED = ("utils.parallel", "scripts.debug_deepspeed")
+MOST_FILES_IN_A_FOLDER = 18
+LINES_OF_THE_STEPS = {
+    "step1_supervised_finetuning": 180,
+    "step2_reward_model_finetuning": 180,
+    "step3_rlhf_finetuning": 220,
+}
+# The verbs of step 3, in the order in which one iteration of its loop calls them.
+VERBS = ["respond", "plan_batches", "reward", "score_tokens", "estimate_advantages", "update"]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "functions"}
 FORBIDDEN_CALLS = {"eval", "exec", "breakpoint"}
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "shelve")
@@ -67,20 +70,19 @@ def by_name(path: Path) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=by_name)
 def test_imports_point_one_way(path):
     name = module_name(path)
+    modules = imported_modules(path)
     for package, forbidden in FORBIDDEN_IMPORTS.items():
         if within(name, package):
-            wrong = {module for module in imported_modules(path) if any(within(module, other) for other in forbidden)}
+            wrong = {module for module in modules if any(within(module, other) for other in forbidden)}
             assert not wrong, f"{package} must not import {sorted(wrong)}"
+    if within(name, "utils") and name != "utils":
+        later = ORDER[ORDER.index(name.split(".")[1]) + 1 :]
+        wrong = {module for module in modules if any(within(module, f"utils.{other}") for other in later)}
+        assert not wrong, f"{name} stands beneath {sorted(wrong)}"
 
 
-def test_modules_beneath_the_packages_do_not_import_them():
-    for path in UTILS.glob("*.py"):
-        wrong = {
-            module
-            for module in imported_modules(path)
-            if any(within(module, f"utils.{package}") for package in ("data", "models", "rlhf", "preflight", "toy"))
-        }
-        assert not wrong, f"{path.name} imports {sorted(wrong)}"
+def test_the_order_names_every_package():
+    assert {module_name(path).split(".")[1] for path in UTILS.rglob("*.py") if path.parent != UTILS} <= set(ORDER)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=by_name)
@@ -107,11 +109,31 @@ def test_module_names_say_what_they_hold():
     assert not names & FORBIDDEN_NAMES
 
 
-def test_files_stay_short():
-    limits = {"step1_supervised_finetuning": 200, "step2_reward_model_finetuning": 220, "step3_rlhf_finetuning": 260}
-    for folder, limit in limits.items():
+def test_folders_and_steps_stay_small():
+    for folder in {path.parent for path in SOURCES if UTILS in path.parents}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES_IN_A_FOLDER, folder
+    for folder, limit in LINES_OF_THE_STEPS.items():
         lines = (REPOSITORY / "training" / folder / "main.py").read_text(encoding="utf-8").splitlines()
         assert len(lines) <= limit, folder
+
+
+def test_the_loop_of_step_3_tells_the_algorithm():
+    """The six verbs are called in `main` itself, one after the other, at most three levels deep."""
+    tree = ast.parse((REPOSITORY / "training" / "step3_rlhf_finetuning" / "main.py").read_text(encoding="utf-8"))
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    calls = [
+        (node.lineno, node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func))
+        for node in ast.walk(main)
+        if isinstance(node, ast.Call)
+    ]
+    assert [name for _, name in sorted(calls) if name in VERBS] == VERBS
+    assert deepest(main) <= 3
+
+
+def deepest(node: ast.AST) -> int:
+    """Levels of loops, branches and `with` blocks within a function."""
+    nests = isinstance(node, ast.For | ast.While | ast.If | ast.With | ast.Try)
+    return nests + max((deepest(child) for child in ast.iter_child_nodes(node)), default=0)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=by_name)

@@ -10,17 +10,16 @@ import pytest
 import torch
 import transformers
 
-from utils.config import parse_config
+from utils.arguments import parse_config
 from utils.errors import InputError
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Load a benchmark or a module of theirs by name, as it is when it is run from its folder."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+def script():
+    """Load a module of the benchmarks by name."""
+    return lambda name: importlib.import_module(f"scripts.benchmarks.{name}")
 
 
 TOY = {
@@ -206,10 +205,10 @@ def test_memory_of_a_function_is_what_it_takes(script):
     assert machine.bandwidth(torch.device("cpu")) > 1e8
 
 
-def test_what_an_adapter_writes_can_be_read(script, tmp_path, monkeypatch):
+def test_what_an_adapter_writes_can_be_read(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
     monkeypatch.setattr(sys, "argv", ["adapter", "setting.json", str(tmp_path / "measured.json")])
-    steps = script("adapter").Steps()
+    steps = importlib.import_module("adapter").Steps()
     monkeypatch.setattr(sys, "argv", ["main.py"])  # as DeepSpeed-Chat's own command line
     for tokens in (3, 4):
         steps.count("tokens", tokens)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from step_scripts import write_rows
+from tiny_models import save_causal_lm, save_reward_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOOTSTRAP = REPOSITORY / "scripts" / "debug_deepspeed.py"
@@ -35,7 +37,7 @@ def probe(tmp_path: Path) -> Path:
     return folder / "probe.py"
 
 
-def debug(folder: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+def debug(folder: Path, *argv: str, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess:
     """Run the bootstrap with `folder` as working directory; the probe's reports arrive in it as well."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "PYTHONPATH")}
     return subprocess.run(
@@ -44,7 +46,7 @@ def debug(folder: Path, *argv: str, **environment: str) -> subprocess.CompletedP
         env=clean | {"REPORTS": str(folder), "DS_ACCELERATOR": "cpu"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
 
 
@@ -105,6 +107,9 @@ def test_debugger_connects_in_one_worker(probe, tmp_path):
     ("argv", "line"),
     [
         (["nowhere.py"], "error: no such script: nowhere.py (looked in "),
+        (["elsewhere/step9_unknown/main.py"], "error: no such script: elsewhere/step9_unknown/main.py (looked in "),
+        (["elsewhere/step1_finetuning/train.py"], "error: no such script: elsewhere/step1_finetuning/train.py"),
+        (["--num_gpus", "0", str(BOOTSTRAP)], "error: --num_gpus 0: give 1 or more, or leave it out to run in "),
         (["--debug_host", "h", str(BOOTSTRAP)], "error: --debug_host needs PyCharm's debugger in this interpreter"),
     ],
 )
@@ -114,3 +119,50 @@ def test_refusals(argv, line, tmp_path):
     assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
     if "--debug_host" in argv:
         assert "pip install pydevd-pycharm" in result.stderr
+
+
+# alpaca-rlhf's argument lists, as its users paste them into PyCharm.
+TRAINING_MODEL = "/tmp/pycharm_project_227/alpaca_rlhf/training_model"
+ALPACA_RLHF = {
+    "step1_supervised_finetuning": "--gradient_accumulation_steps 2 --lora_dim 128 --zero_stage 0 --deepspeed "
+    "--output_dir OUT",
+    "step2_reward_model_finetuning": "--num_padding_at_beginning 0 --gradient_accumulation_steps 2 --zero_stage 0 "
+    "--deepspeed --output_dir OUT",
+    "step3_rlhf_finetuning": "--actor_model_name_or_path A --critic_model_name_or_path C --actor_zero_stage 0 "
+    "--critic_zero_stage 0 --num_padding_at_beginning 0 --gradient_accumulation_steps 2 --deepspeed "
+    "--actor_lora_dim 128 --enable_hybrid_engine --actor_gradient_checkpointing --output_dir OUT",
+}
+
+
+def alpaca_rlhf(step: str) -> list[str]:
+    return ["--num_gpus", "1", f"{TRAINING_MODEL}/{step}/main.py", *ALPACA_RLHF[step].split()]
+
+
+def mapped(step: str) -> str:
+    return f"{TRAINING_MODEL}/{step}/main.py does not exist here; running training/{step}/main.py instead"
+
+
+@pytest.mark.parametrize("step", ["step1_supervised_finetuning", "step2_reward_model_finetuning"])
+def test_alpaca_rlhfs_steps_without_a_model_get_one_line(step, tmp_path):
+    result = debug(tmp_path, *alpaca_rlhf(step))
+    assert result.returncode == 2 and result.stdout == ""
+    line = "error: --model_name_or_path is required: folder or hub name of the model to start from"
+    assert result.stderr.splitlines() == [mapped(step), line]
+    assert not list(tmp_path.iterdir())
+
+
+def test_alpaca_rlhfs_step_3_runs(tmp_path, tiny_tokenizer):
+    """With models A and C, and the default data set, in the working directory."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 1024}
+    save_causal_lm(tmp_path / "A", tiny_tokenizer, **sizes)
+    save_reward_model(tmp_path / "C", tiny_tokenizer, **sizes)
+    (tmp_path / "Dahoas" / "rm-static").mkdir(parents=True)
+    rows = [
+        {"prompt": f" Human: name number {n} . Assistant:", "chosen": " one .", "rejected": " no ."} for n in range(100)
+    ]
+    write_rows(tmp_path / "Dahoas" / "rm-static" / "train.jsonl", rows)
+    result = debug(tmp_path, *alpaca_rlhf("step3_rlhf_finetuning"), timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert mapped("step3_rlhf_finetuning") in result.stderr.splitlines()
+    assert (tmp_path / "OUT" / "actor" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "OUT" / "summary.json").read_text())["iterations"] == 1

@@ -8,10 +8,12 @@ from step_scripts import flags, run_step
 from tiny_models import SIZES
 
 from utils.checkpoints import Checkpoints
+from utils.generation.batching import decode
+from utils.generation.decoder import LlamaDecoder, Loading
+from utils.generation.fallback import generate
+from utils.generation.responses import Ends
+from utils.generation.sampling import SamplingParams
 from utils.models.lora import add_lora
-from utils.rlhf.decoder import LlamaDecoder
-from utils.rlhf.generation import decode, generate
-from utils.rlhf.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -43,8 +45,8 @@ def test_the_decode_engine_equals_generate_on_the_device():
     sampling = SamplingParams(max_new_tokens=24, greedy=True)
     decoder = LlamaDecoder()
     decoder.load(model)
-    mine = decode(decoder, prompts, sampling, eos_id=2, pad_id=0, seed=0, slots=3)
-    theirs = generate(model, prompts, sampling, eos_id=2, pad_id=0, seed=0)
+    mine = decode(decoder, prompts, sampling, Ends(2, 0), seed=0, slots=3)
+    theirs = generate(model, prompts, sampling, Ends(2, 0), seed=0)
     assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.mask, theirs.mask)
 
 
@@ -82,9 +84,8 @@ def test_graphs_of_decode_steps_follow_what_moves_and_equal_eager_steps(dtype, l
         sampling = SamplingParams(max_new_tokens=limit, temperature=0.9, top_k=40, top_p=0.95, min_new_tokens=3)
         found = []
         for decoder in (graphed, eager):
-            decoder.load(model, lora=lora or "fused")
-            settings = {"eos_id": 2, "pad_id": 0, "seed": seed, "slots": slots, "buckets": True}
-            found.append(decode(decoder, prompts, sampling, **settings))
+            decoder.load(model, Loading(lora=lora or "fused"))
+            found.append(decode(decoder, prompts, sampling, Ends(2, 0), seed=seed, slots=slots, buckets=True))
             decoder.unload()
         assert_same_responses(*found, dtype)
         return len(graphed._graphs._graphs)

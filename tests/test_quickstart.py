@@ -12,7 +12,7 @@ import time
 import pytest
 from step_scripts import REPOSITORY, STEPS, load_step
 
-from utils.config import parse_config
+from utils.arguments.run import parse_config
 from utils.toy.files import WorldSizes, write_world
 
 

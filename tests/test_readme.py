@@ -10,8 +10,8 @@ from step_scripts import REPOSITORY, STEPS, load_step
 
 from utils.arguments import refuse_unavailable
 from utils.arguments.parser import build_parser, flag_actions
-from utils.config import parse_config
-from utils.data.sources import open_source, read_examples
+from utils.arguments.run import parse_config
+from utils.data.sources.reading import open_source, read_examples
 
 READMES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "training").glob("*/README.md")])
 TEXTS = {path: path.read_text(encoding="utf-8") for path in READMES}

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from step_scripts import REPOSITORY, STEPS, load_step
 
-from utils.arguments import meaningless_flags, refuse_unavailable
-from utils.config import parse_config
+from utils.arguments import parse_config, refuse_unavailable, remarks
 
 SHELL_SCRIPTS = sorted([*(REPOSITORY / "scripts").rglob("*.sh"), REPOSITORY / ".ci" / "run"])
 MODEL_SCRIPTS = sorted((REPOSITORY / "scripts").glob("*/step[123].sh"))
@@ -43,6 +42,9 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "check out"
     shutil.copytree(REPOSITORY / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / ".ci", folder / ".ci")
+    for script in STEPS.values():
+        (folder / script.relative_to(REPOSITORY)).parent.mkdir(parents=True)
+        shutil.copy(script, folder / script.relative_to(REPOSITORY))
     executable(tmp_path / "bin" / "deepspeed", RECORDER)
     return folder
 
@@ -78,14 +80,18 @@ def test_shell_syntax_and_strictness(script):
 
 def test_every_model_has_three_steps():
     folders = {script.parent for script in MODEL_SCRIPTS}
-    assert {"llama2-7b", "llama2-13b", "llama2-70b", "opt-1.3b"} <= {folder.name for folder in folders}
+    names = {folder.name for folder in folders}
+    assert {"llama2-7b", "llama2-7b-lora", "llama2-13b", "llama2-70b", "opt-1.3b"} <= names
+    assert {"opt-350m", "gpt2", "phi-1_5"} <= names
     assert len(MODEL_SCRIPTS) == 3 * len(folders)
-    # They print in one way: tests/checkpoints/test_stopping.py shows that it outlives a signal.
-    assert len({script.read_text(encoding="utf-8").splitlines()[-1] for script in MODEL_SCRIPTS}) == 1
+    presets = {path.parent.name for path in (REPOSITORY / "scripts" / "configs").glob("*/step[123].yaml")}
+    assert presets == names
+    # All start through train.sh: tests/checkpoints/test_stopping.py shows that what it prints outlives a signal.
+    assert all("/../train.sh" in script.read_text(encoding="utf-8").splitlines()[-1] for script in MODEL_SCRIPTS)
 
 
 @pytest.mark.parametrize("script", MODEL_SCRIPTS, ids=by_name)
-def test_model_scripts(script, checkout):
+def test_model_scripts(script, checkout, monkeypatch):
     """Flags of the launcher and of the step parse, change something, are available, and further flags win."""
     from deepspeed.launcher.runner import parse_args
 
@@ -98,9 +104,10 @@ def test_model_scripts(script, checkout):
     assert REPOSITORY / launch.user_script == STEPS[step]
     if "70b" in script.parent.name:
         assert launch.hostfile == "/etc/hosts list"
+    monkeypatch.chdir(checkout)
     config = parse_config(load_step(step).Config, launch.user_args)
     refuse_unavailable(config)
-    assert meaningless_flags(config) == []
+    assert remarks(config) == []
     assert (config.seed, config.data_path) == (7, ["a b.json"])
     assert config.output_dir == f"output/{script.parent.name}/step{step}"
     if step == 3:
@@ -113,6 +120,36 @@ def test_model_scripts_pass_failures_on(checkout):
     assert bash(checkout / "scripts" / "opt-1.3b" / "step1.sh", EXIT_CODE="3")[0].returncode == 3
     result, calls = bash(checkout / "scripts" / "llama2-70b" / "step1.sh", HOSTFILE="")
     assert result.returncode != 0 and "HOSTFILE" in result.stderr and len(calls) == 1
+
+
+def test_a_model_is_one_file_for_each_of_its_steps(checkout, monkeypatch):
+    """The file of the model wins over what all models share, and the command line over both."""
+    preset = checkout / "scripts" / "configs" / "my-model" / "step1.yaml"
+    preset.parent.mkdir()
+    preset.write_text("model_name_or_path: models/mine\nlora_dim: 8\nmax_seq_len: 99\n")
+    result, calls = bash(checkout / "scripts" / "train.sh", "--num_gpus", "2", "my-model", "step1", "--seed", "7")
+    assert result.returncode == 0, result.stderr
+    assert calls[0]["argv"][:3] == ["--num_gpus", "2", "training/step1_supervised_finetuning/main.py"]
+    monkeypatch.chdir(checkout)
+    config = parse_config(load_step(1).Config, calls[0]["argv"][3:])
+    assert (config.model_name_or_path, config.lora_dim, config.max_seq_len, config.seed) == ("models/mine", 8, 99, 7)
+    assert config.learning_rate == 1e-5 and config.output_dir == "output/my-model/step1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give a model and a step"),
+        (["gpt2"], "give a model and a step"),
+        (["no-such-model", "step1"], "there is no preset scripts/configs/no-such-model/step1.yaml"),
+        (["gpt2", "step9"], "there is no preset scripts/configs/gpt2/step9.yaml"),
+        (["--num_gpus"], "--num_gpus needs a value"),
+    ],
+)
+def test_what_train_refuses(checkout, argv, message):
+    result, calls = bash(checkout / "scripts" / "train.sh", *argv)
+    assert result.returncode == 2 and calls == []
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGURATIONS, ids=by_name)
@@ -138,6 +175,8 @@ elif [ "$1 $2" = "-m pip" ]; then
   shift 2; echo "pip $*" >>"$CALLS"; exit "${PIP_EXIT_CODE:-0}"
 elif [ "$1" = "--version" ]; then
   echo "Python 3.11.0"
+elif [ "$1" = "-c" ] && [[ $2 == *torch.version* ]]; then
+  exit "${TORCH_HAS_CUDA:-1}"
 elif [ "$1" = "-c" ]; then
   exit 0
 else
@@ -192,7 +231,8 @@ def test_setup_installs_once(setup):
 
 def test_setup_notices_changed_requirements(setup):
     setup.run()
-    (setup.checkout / "requirements.txt").write_text("torch==2.13.0\nnumpy\n")
+    pins = setup.checkout / "pyproject.toml"
+    pins.write_text(pins.read_text().replace("numpy==", "numpy==1"))
     assert len(setup.run()[2]) == 2
     assert setup.run()[2] == []
 
@@ -216,6 +256,18 @@ def test_setup_takes_torch_from_the_cpu_index_only_without_gpus(setup):
     code, output, calls = setup.run(**index)  # a GPU has appeared: install again
     assert code == 0 and "torch with CUDA" in output
     assert not any("index-url" in call for call in calls)
+
+
+def test_torch_for_cpus_does_not_stay_where_a_gpu_appears(setup):
+    """It satisfies the pin, so that pip would leave it, and every run would be on the CPU."""
+    setup.run()
+    setup.gpus("GPU 0: NVIDIA H200")
+    for has_cuda, options in (("0", ["--force-reinstall"]), ("1", [])):  # of the probe: 0 is a torch without CUDA
+        _, _, calls = setup.run(TORCH_HAS_CUDA=has_cuda)
+        assert calls[0].split("--disable-pip-version-check ")[1].split() == [*options, "torch==2.13.0"]
+        setup.gpus("")
+        setup.run()
+        setup.gpus("GPU 0: NVIDIA H200")
 
 
 def test_setup_refusals(setup):

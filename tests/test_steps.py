@@ -1,6 +1,5 @@
 """The three scripts end to end on tiny models: in process, through DeepSpeed's launcher, and with bad input."""
 
-import dataclasses
 import json
 import math
 import os
@@ -17,8 +16,9 @@ import transformers
 from step_scripts import REPOSITORY, STEPS, flags, load_step, run_step, write_rows
 from tiny_models import save_causal_lm, save_reward_model
 
-from utils.config import run
-from utils.metrics import read_metrics
+from utils.arguments import run
+from utils.output.metrics import read_metrics
+from utils.rlhf.roles import Roles
 
 
 def stopped(step: int, argv: list[str], capsys, code: int) -> list[str]:
@@ -61,15 +61,12 @@ def test_step1_learns_and_its_loss_is_that_of_a_plain_loop(world, tmp_path):
 def test_step1_loss_on_held_out_rows_equals_a_hand_written_loop(world, tiny_tokenizer):
     """Every held-out row by itself: cross-entropy over response tokens and EOS, averaged over all of them."""
     script = load_step(1)
-    from utils.config import parse_config
-    from utils.data import build_datasets
+    from utils.arguments import parse_config
+    from utils.data import Corpus, build_datasets
 
     config = parse_config(script.Config, flags(world, 1, max_steps=1, num_sample_generations=0))
     summary = script.main(config)
-    _, rows = build_datasets(
-        "sft", data_path=config.data_path, data_split=config.data_split, tokenizer=tiny_tokenizer,
-        max_seq_len=64, seed=config.seed, cache_dir=config.data_output_path,
-    )  # fmt: skip
+    _, rows = build_datasets(Corpus.of(config), tiny_tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(world["model"]).eval()
     total, count = 0.0, 0
     for index in range(len(rows)):
@@ -126,7 +123,7 @@ def test_zero3_saves_a_model_larger_than_what_deepspeed_gathers_ahead(
     world, tmp_path, tiny_tokenizer, step, monkeypatch
 ):
     """An evaluation leaves weights in flight, for a backward pass that does not come; saving gathers the same ones."""
-    import utils.models.training_engine as training_engine
+    import utils.models.engine as training_engine
 
     def small_limits(*arguments, **options):
         config = zero_config(*arguments, **options)
@@ -200,7 +197,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_model(world, tmp_path, monkeypa
     def fail(*_):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("utils.metrics.draw_curves", fail)
+    monkeypatch.setattr("utils.output.metrics.draw_curves", fail)
     changes = {} if step == 3 else {"num_train_epochs": 1}
     with pytest.raises(RuntimeError, match="no fonts"):
         run_step(step, flags(world, step, tmp_path, max_steps=1, **changes))
@@ -211,10 +208,8 @@ def test_a_picture_that_cannot_be_drawn_costs_no_model(world, tmp_path, monkeypa
 def test_a_kl_that_is_not_finite_leaves_its_price(world, tmp_path, monkeypatch):
     """`--on_nan skip` goes on after a rollout that cannot train."""
     script = load_step(3)
-    original = script.rollout
-    monkeypatch.setattr(
-        script, "rollout", lambda *args, **kwargs: dataclasses.replace(original(*args, **kwargs), kl=math.nan)
-    )
+    original = script.rollout_metrics
+    monkeypatch.setattr(script, "rollout_metrics", lambda *arguments: original(*arguments) | {"ppo/kl_k1": math.nan})
     run_step(3, flags(world, 3, tmp_path, kl_target=1.0, on_nan="skip", kl_ctl=0.3))
     assert {row["ppo/kl_ctl"] for row in read_metrics(tmp_path / "metrics.jsonl") if "ppo/kl_ctl" in row} == {0.3}
 
@@ -238,19 +233,18 @@ def test_other_architectures_take_the_same_path(world, tiny_tokenizer, tmp_path,
 @pytest.mark.parametrize("lora", [0, 4])
 def test_saved_actor_has_the_logprobs_of_the_engine(world, tmp_path, monkeypatch, stage, lora):
     """What `from_pretrained` gives is what trained, merged LoRA included; bf16 rounds a merge once more."""
-    script, captured = load_step(3), {}
+    captured, save = {}, Roles.save
 
-    class Spy(script.RlhfEngine):
-        def save(self, output_dir):
-            ids = torch.arange(3, 40)[None]
-            mask = torch.ones_like(ids, dtype=torch.bool)
-            targets = mask.clone()
-            targets[:, 0] = False
-            with torch.no_grad():
-                captured["logprobs"], captured["ids"] = self.actor(ids, mask, targets)[0], ids
-            super().save(output_dir)
+    def score_and_save(self, output_dir):
+        ids = torch.arange(3, 40)[None]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        targets = mask.clone()
+        targets[:, 0] = False
+        with torch.no_grad():
+            captured["logprobs"], captured["ids"] = self.actor.engine(ids, mask, targets)[0], ids
+        save(self, output_dir)
 
-    monkeypatch.setattr(script, "RlhfEngine", Spy)
+    monkeypatch.setattr(Roles, "save", score_and_save)
     rates = {"actor_learning_rate": 1e-3, "actor_lora_learning_rate": 1e-2, "gradient_accumulation_steps": 2}
     stages = {"actor_zero_stage": stage, "critic_zero_stage": stage, "actor_gradient_checkpointing": True}
     run_step(3, flags(world, 3, tmp_path, actor_lora_dim=lora, save_adapter=True, **rates, **stages))

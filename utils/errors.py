@@ -1,4 +1,4 @@
-"""The ways a run stops on purpose. `utils.config.run` turns them into one line on stderr and an exit code."""
+"""The ways a run stops on purpose. `utils.arguments.run.run` turns them into one line on stderr and an exit code."""
 
 
 class InputError(ValueError):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 
@@ -52,3 +53,14 @@ def offline() -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def looks_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
+    """Whether a name that is no existing path was meant as one: the hub's names have one slash at most, inside.
+
+    Args:
+        suffixes: endings of files that are looked for.
+    """
+    in_existing_folder = "/" in name and Path(name).expanduser().parent.is_dir()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return is_path or in_existing_folder or (bool(suffixes) and name.endswith(suffixes))

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import MEMORY
 
-from utils.config import Arguments, flag
+from scripts.benchmarks.report import MEMORY
+from utils.arguments import Arguments, flag
 from utils.errors import InputError
-from utils.launcher import environment_of_its_own
-from utils.metrics import METRICS_FILE, read_metrics
+from utils.output.metrics import METRICS_FILE, read_metrics
+from utils.parallel.launcher import environment_of_its_own
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADAPTERS = Path(__file__).resolve().parent / "peers"

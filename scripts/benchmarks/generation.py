@@ -1,10 +1,10 @@
 """Generation speed: the decode engine, `transformers`' generate and its continuous batching, on the same weights.
 
-    python scripts/benchmarks/generation.py                       # the 15 M model, answers of equal length
-    python scripts/benchmarks/generation.py --tail                # long-tailed lengths
-    python scripts/benchmarks/generation.py --model 60M --batch 32
-    python scripts/benchmarks/generation.py --lora 16             # LoRA merged into copies (ours), and beside
-    python scripts/benchmarks/generation.py --model 1B --batch 64 --prompt 256 --answer 256   # on a GPU
+    python -m scripts.benchmarks.generation                       # the 15 M model, answers of equal length
+    python -m scripts.benchmarks.generation --tail                # long-tailed lengths
+    python -m scripts.benchmarks.generation --model 60M --batch 32
+    python -m scripts.benchmarks.generation --lora 16             # LoRA merged into copies (ours), and beside
+    python -m scripts.benchmarks.generation --model 1B --batch 64 --prompt 256 --answer 256   # on a GPU
 
 Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
 drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and all stop at them: `generate` runs
@@ -27,17 +27,19 @@ from typing import Literal
 
 import torch
 import transformers
-from machine import bandwidth, matmul_rate, timed
-from report import Report, ReportArguments, median
 from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig
-from workload import Size, llama_config
 
-from utils import distributed
-from utils.config import flag, run
+from scripts.benchmarks.machine import bandwidth, matmul_rate, timed
+from scripts.benchmarks.report import Report, ReportArguments, median
+from scripts.benchmarks.workload import Size, llama_config
+from utils.arguments import flag, run
+from utils.generation.batching import decode
+from utils.generation.decoder import LlamaDecoder, Loading
+from utils.generation.fallback import generate
+from utils.generation.responses import Ends
+from utils.generation.sampling import SamplingParams
 from utils.models.lora import add_lora
-from utils.rlhf.decoder import LlamaDecoder
-from utils.rlhf.generation import decode, generate
-from utils.rlhf.sampling import SamplingParams
+from utils.parallel import distributed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAGE = 32  # tokens of a page of the continuous batching's cache
@@ -102,13 +104,12 @@ def contenders(
     plain_model = copy.deepcopy(model)  # continuous batching exchanges the attention of its model
 
     def ours(lora: Literal["fused", "unfused"]) -> None:
-        decoder.load(model, lora=lora)
+        decoder.load(model, Loading(lora=lora))
         decode(
             decoder,
             prompts,
             SamplingParams(max_new_tokens=config.answer),
-            eos_id=words,
-            pad_id=0,
+            Ends(words, 0),
             seed=0,
             slots=config.batch,
             limits=lengths,
@@ -118,7 +119,7 @@ def contenders(
         for start in range(0, len(prompts), config.batch):
             part = slice(start, start + config.batch)
             sampling = SamplingParams(max_new_tokens=max(lengths[part]))
-            generate(model, prompts[part], sampling, eos_id=words, pad_id=0, seed=0)
+            generate(model, prompts[part], sampling, Ends(words, 0), seed=0)
 
     def answered(manager: ContinuousBatchingManager, limits: list[int]) -> int:
         """New tokens of answers of the given lengths to the first prompts."""

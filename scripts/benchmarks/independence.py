@@ -1,8 +1,8 @@
 """Whether a response depends on the rows that decode beside it: how often, and how near a tie it was each time.
 
-    python scripts/benchmarks/independence.py                     # the 15 M model, bf16
-    python scripts/benchmarks/independence.py --dtype fp32        # every count should be 0 on a CPU
-    python scripts/benchmarks/independence.py --model_path /models/llama2-7b   # trained weights, on a GPU
+    python -m scripts.benchmarks.independence                     # the 15 M model, bf16
+    python -m scripts.benchmarks.independence --dtype fp32        # every count should be 0 on a CPU
+    python -m scripts.benchmarks.independence --model_path /models/llama2-7b   # trained weights, on a GPU
 
 A row's tokens follow from the seed, its prompt and the weights alone, except that sums of another shape may be rounded
 in another way, which turns a choice that was nearly a tie. Each row is decoded once in a full batch and again in other
@@ -21,15 +21,16 @@ from typing import Literal
 
 import torch
 import transformers
-from report import Report, ReportArguments
-from workload import Size, llama_config
 
-from utils import distributed
-from utils.config import flag, run
-from utils.rlhf.batching import decode
-from utils.rlhf.decoder import LlamaDecoder
-from utils.rlhf.sampling import SamplingParams, row_keys, uniform
-from utils.zero import TORCH_DTYPES
+from scripts.benchmarks.report import Report, ReportArguments
+from scripts.benchmarks.workload import Size, llama_config
+from utils.arguments import flag, run
+from utils.generation.batching import decode
+from utils.generation.decoder import LlamaDecoder
+from utils.generation.responses import Ends
+from utils.generation.sampling import SamplingParams, row_keys, uniform
+from utils.parallel import distributed
+from utils.parallel.zero import TORCH_DTYPES
 
 SEED = 0
 SHORTEST = 16  # tokens of a prompt
@@ -122,9 +123,8 @@ def main(config: Config) -> None:
     def answers(rows: Sequence[int], greedy: bool, slots: int, buckets: bool = False) -> dict[int, list[int]]:
         sampling = SamplingParams(max_new_tokens=config.answer, greedy=greedy)
         found = decode(
-            decoder, [prompts[row] for row in rows], sampling,
-            eos_id=words, pad_id=0, seed=SEED, slots=slots, buckets=buckets,
-        ).tokens.tolist()  # fmt: skip
+            decoder, [prompts[row] for row in rows], sampling, Ends(words, 0), seed=SEED, slots=slots, buckets=buckets
+        ).tokens.tolist()
         return dict(zip(rows, found))
 
     everyone = range(config.rows)

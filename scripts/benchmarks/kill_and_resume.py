@@ -1,7 +1,7 @@
 """Does a killed run end as if nothing had happened? Kills step 3 again and again, and resumes it each time.
 
-    python scripts/benchmarks/kill_and_resume.py                              # 25 kills, one process
-    python scripts/benchmarks/kill_and_resume.py --kills 5 --processes 2 --zero_stage 3
+    python -m scripts.benchmarks.kill_and_resume                              # 25 kills, one process
+    python -m scripts.benchmarks.kill_and_resume --kills 5 --processes 2 --zero_stage 3
 
 A tiny random world is made, PPO runs on it once without interruption, then once more under fire (SIGKILL): a third of
 the kills come while a checkpoint is being written, a third while the program starts or loads one, a third while it
@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.arguments import Arguments, flag, run
 from utils.checkpoints import folders
-from utils.config import Arguments, flag, run
 from utils.errors import InputError
-from utils.launcher import environment_of_its_own
-from utils.metrics import read_metrics
-from utils.tables import format_table
+from utils.output.metrics import read_metrics
+from utils.output.tables import format_table
+from utils.parallel.launcher import environment_of_its_own
 from utils.toy.files import WorldSizes, write_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens: time and memory of ours, of log_softmax, and of torch's chunked cross-entropy.
 
-    python scripts/benchmarks/logprobs.py
-    python scripts/benchmarks/logprobs.py --tokens 8192 --vocabulary 128256 --hidden 4096       # on a GPU
+    python -m scripts.benchmarks.logprobs
+    python -m scripts.benchmarks.logprobs --tokens 8192 --vocabulary 128256 --hidden 4096       # on a GPU
 
 All three take hidden states and the weight of the vocabulary projection. `log_softmax` makes the logits, turns them
 into fp32 and leaves the backward pass to autograd. Memory is what a pass takes beyond what is there before it.
@@ -14,12 +14,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from machine import peak_memory, timed
-from report import Report, ReportArguments, median
 
-from utils import distributed
+from scripts.benchmarks.machine import peak_memory, timed
+from scripts.benchmarks.report import Report, ReportArguments, median
 from utils.algorithms.logprobs import token_logprobs
-from utils.config import flag, run
+from utils.arguments import flag, run
+from utils.parallel import distributed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,7 +1,7 @@
 """Is the preflight right? Predicted against measured peak memory of real runs of the three steps, on this CPU.
 
-    python scripts/benchmarks/memory.py                     # all configurations, about ten minutes on two idle cores
-    python scripts/benchmarks/memory.py --only sft-bf16 ppo-lora
+    python -m scripts.benchmarks.memory                     # all configurations, about ten minutes on two idle cores
+    python -m scripts.benchmarks.memory --only sft-bf16 ppo-lora
 
 Every configuration is a step's main.py run twice in processes of its own: with `--dry_run`, whose prediction is read
 from its output, and for real, a few optimiser steps on random models and data. Measured is the greatest resident
@@ -25,10 +25,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from utils.config import Arguments, flag, run
+from utils.arguments import Arguments, flag, run
 from utils.errors import InputError
 from utils.files import atomic_write_text
-from utils.tables import format_table
+from utils.output.tables import format_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30

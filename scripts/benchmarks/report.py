@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import machine
-
-from utils.config import Arguments, flag
+from scripts.benchmarks import machine
+from utils.arguments import Arguments, flag
 from utils.files import atomic_write_text
-from utils.tables import format_table
+from utils.output.tables import format_table
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 HEADING = "# Results\n\nEach section was appended by one run of the script that it names.\n"

@@ -1,7 +1,7 @@
 """Do two checkouts compute the same bits? Runs the steps with both and compares final weights and metrics.
 
-    python scripts/benchmarks/same_bits.py --before ../before --data ../shared/data
-    python scripts/benchmarks/same_bits.py --before ../before --data ../shared/data --cases quickstart zero2
+    python -m scripts.benchmarks.same_bits --before ../before --data ../shared/data
+    python -m scripts.benchmarks.same_bits --before ../before --data ../shared/data --cases quickstart zero2
 
 Each case is a chain of step 1, step 2 and step 3 on the same rows, the models of one step going into the next, or the
 quickstart with seed 1. A small random LLaMA with LLaMA-2's tokenizer starts the chain. What must agree is every tensor
@@ -27,10 +27,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from utils.config import Arguments, flag, run
+from utils.arguments import Arguments, flag, run
 from utils.errors import InputError
 from utils.files import atomic_write_text
-from utils.launcher import environment_of_its_own
+from utils.parallel.launcher import environment_of_its_own
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = {
@@ -165,7 +165,7 @@ def run_case(checkout: Path, name: str, case: Case, data: Path, model: Path, fol
 def call(checkout: Path, command: list[str], log: Path, processes: int) -> None:
     variables = environment_of_its_own() | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     variables |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     python = [sys.executable, *(launcher if processes > 1 else [])]
     with open(log, "a", encoding="utf-8") as output:
         code = subprocess.run([*python, *command], cwd=checkout, env=variables, stdout=output, stderr=output).returncode
@@ -258,7 +258,9 @@ def main(config: Config) -> None:
             continue
         old, new = (result(checkout, name, case, config, model) for checkout in (before, after))
         lines = differences(old, new)
-        print(f"{name}: {f'{len(lines)} differences' if lines else f'the same, {len(new)} tensors and rows'}", flush=True)
+        print(
+            f"{name}: {f'{len(lines)} differences' if lines else f'the same, {len(new)} tensors and rows'}", flush=True
+        )
         for line in lines[:8]:
             print(f"  {line}", flush=True)
         failed += [name] * bool(lines)

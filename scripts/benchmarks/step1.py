@@ -1,6 +1,6 @@
 """Step 1: tokens per second and peak memory, ours against TRL's SFTTrainer and DeepSpeed-Chat.
 
-    python scripts/benchmarks/step1.py --data alpaca.json --tokenizer tokenizer.model \\
+    python -m scripts.benchmarks.step1 --data alpaca.json --tokenizer tokenizer.model \\
         --trl_python trl/bin/python \\
         --deepspeed_chat DeepSpeedExamples --deepspeed_chat_python deepspeed_chat/bin/python
 
@@ -13,7 +13,7 @@ import functools
 import statistics
 from dataclasses import dataclass
 
-from contenders import (
+from scripts.benchmarks.contenders import (
     Contender,
     ContenderArguments,
     DeepSpeedChatArguments,
@@ -24,10 +24,9 @@ from contenders import (
     our_rates,
     peer_rates,
 )
-from report import MEMORY, Report, ReportArguments, median
-from workload import WorkArguments, two_passes
-
-from utils.config import flag, run
+from scripts.benchmarks.report import MEMORY, Report, ReportArguments, median
+from scripts.benchmarks.workload import WorkArguments, two_passes
+from utils.arguments import flag, run
 
 NOTE = (
     "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones; TRL, as it comes, keeps fp32 weights and casts "

@@ -1,6 +1,6 @@
 """Step 2: pairs per second and peak memory, ours against TRL's RewardTrainer.
 
-    python scripts/benchmarks/step2.py --data pairs.jsonl --tokenizer tokenizer.model --trl_python trl/bin/python
+    python -m scripts.benchmarks.step2 --data pairs.jsonl --tokenizer tokenizer.model --trl_python trl/bin/python
 
 Both run as their users run them, a process each, on the same pairs, given as token ids: two passes, of which the second
 is timed.
@@ -10,7 +10,7 @@ import functools
 import statistics
 from dataclasses import dataclass
 
-from contenders import (
+from scripts.benchmarks.contenders import (
     Contender,
     ContenderArguments,
     Measures,
@@ -20,10 +20,9 @@ from contenders import (
     our_rates,
     peer_rates,
 )
-from report import MEMORY, Report, ReportArguments, median
-from workload import WorkArguments, two_passes
-
-from utils.config import flag, run
+from scripts.benchmarks.report import MEMORY, Report, ReportArguments, median
+from scripts.benchmarks.workload import WorkArguments, two_passes
+from utils.arguments import flag, run
 
 SPEED, TOKENS = "pairs/s", "tokens/s"
 

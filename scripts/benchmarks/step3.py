@@ -1,9 +1,9 @@
 """Step 3: seconds of a PPO iteration by phase and peak memory, ours against TRL's PPOTrainer and DeepSpeed-Chat.
 
-    python scripts/benchmarks/step3.py --data alpaca.json --tokenizer tokenizer.model \\
+    python -m scripts.benchmarks.step3 --data alpaca.json --tokenizer tokenizer.model \\
         --trl_ppo_python trl/bin/python \\
         --deepspeed_chat DeepSpeedExamples --deepspeed_chat_python deepspeed_chat/bin/python
-    python scripts/benchmarks/step3.py --mean_answer 32 --answer 128 --generation_batches 4     # long-tailed lengths
+    python -m scripts.benchmarks.step3 --mean_answer 32 --answer 128 --generation_batches 4     # long-tailed lengths
 
 Every contender is a process of its own, runs as its users run it, and is given the same prompts, as token ids. The
 first iteration is left out, the others are averaged. DeepSpeed-Chat generates greedily for LLaMA; with "sampling" in
@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contenders import (
+from scripts.benchmarks.contenders import (
     Contender,
     ContenderArguments,
     DeepSpeedChatArguments,
@@ -26,8 +26,8 @@ from contenders import (
     TrlArguments,
     measure,
 )
-from report import MEMORY, Report, ReportArguments, median
-from workload import (
+from scripts.benchmarks.report import MEMORY, Report, ReportArguments, median
+from scripts.benchmarks.workload import (
     SEED,
     SPLITS,
     WorkArguments,
@@ -37,8 +37,7 @@ from workload import (
     save_reward_model,
     tokenized_rows,
 )
-
-from utils.config import flag, run
+from utils.arguments import flag, run
 
 LEARNING_RATE = 1e-6
 NOTE = (

@@ -1,6 +1,6 @@
 """Does alignment work for every seed? Runs the quickstart once per seed and writes one table.
 
-python scripts/benchmarks/toy_seeds.py --seeds 1 2 3 --output_dir output/toy_seeds
+python -m scripts.benchmarks.toy_seeds --seeds 1 2 3 --output_dir output/toy_seeds
 """
 
 import json
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import Arguments, flag, run
+from utils.arguments import Arguments, flag, run
 from utils.errors import InputError
 from utils.files import atomic_write_text
-from utils.tables import format_table
+from utils.output.tables import format_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEADER = (

@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from utils.config import Arguments, flag
-from utils.data import build_datasets
-from utils.data.local_files import read_rows
+from utils.arguments import Arguments, flag
+from utils.data import Corpus, build_datasets
+from utils.data.sources.local_files import read_rows
 from utils.errors import InputError
 from utils.files import atomic_write_text
 from utils.models.tokenizer import load_tokenizer
@@ -174,16 +174,15 @@ def tokenized_rows(
         length: --max_seq_len, or for "prompts" --max_prompt_seq_len.
         cache: folder for tokenised data, not within `folder`.
     """
-    rows, _ = build_datasets(
-        purpose,
-        data_path=[str(folder)],
+    corpus = Corpus(
+        purpose=purpose,
+        paths=[str(folder)],
+        max_len=length,
         data_split=SPLITS[purpose],
-        tokenizer=tokenizer,
-        max_seq_len=length,
-        max_prompt_len=length,
         seed=SEED,
         cache_dir=str(cache),
     )
+    rows, _ = build_datasets(corpus, tokenizer)
     return [rows[index] for index in range(len(rows))]
 
 

@@ -1,29 +1,7 @@
 #!/usr/bin/env bash
 # Step 1 for LLaMA-2 7B with LoRA, on one GPU of 40 GB or more.
+# Its flags are in scripts/configs/llama2-7b-lora/step1.yaml.
 #
-#   bash scripts/llama2-7b-lora/step1.sh [further flags, which win over those below]
-#
-# Paths in flags are relative to the repository. The model goes to $OUTPUT, what the run prints is added to $OUTPUT.log.
+#   bash scripts/llama2-7b-lora/step1.sh [further flags, which win over the file's]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-OUTPUT=${OUTPUT:-output/llama2-7b-lora/step1}
-mkdir -p "$(dirname "$OUTPUT")"
-
-deepspeed --num_gpus 1 training/step1_supervised_finetuning/main.py \
-  --model_name_or_path meta-llama/Llama-2-7b-hf \
-  --data_path Dahoas/rm-static \
-  --data_split 2,4,4 \
-  --max_seq_len 512 \
-  --per_device_train_batch_size 4 \
-  --per_device_eval_batch_size 4 \
-  --gradient_accumulation_steps 8 \
-  --num_train_epochs 1 \
-  --num_warmup_steps 20 \
-  --lora_dim 64 \
-  --only_optimize_lora \
-  --lora_learning_rate 2e-4 \
-  --gradient_checkpointing \
-  --zero_stage 0 \
-  --output_dir "$OUTPUT" \
-  "$@" 2>&1 | (trap '' INT TERM; exec tee -a "$OUTPUT.log") # tee outlives Ctrl-C: a run that saves prints meanwhile
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../train.sh" --num_gpus 1 llama2-7b-lora step1 "$@"

@@ -1,27 +1,7 @@
 #!/usr/bin/env bash
 # Step 1 for OPT-1.3B: full fine-tuning on all GPUs of this machine (one of 40 GB, or four of 24 GB).
+# Its flags are in scripts/configs/opt-1.3b/step1.yaml.
 #
-#   bash scripts/opt-1.3b/step1.sh [further flags, which win over those below]
-#
-# Paths in flags are relative to the repository. The model goes to $OUTPUT, what the run prints is added to $OUTPUT.log.
+#   bash scripts/opt-1.3b/step1.sh [further flags, which win over the file's]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-OUTPUT=${OUTPUT:-output/opt-1.3b/step1}
-mkdir -p "$(dirname "$OUTPUT")"
-
-deepspeed training/step1_supervised_finetuning/main.py \
-  --model_name_or_path facebook/opt-1.3b \
-  --data_path Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise \
-    yitingxie/rlhf-reward-datasets \
-  --data_split 2,4,4 \
-  --max_seq_len 512 \
-  --per_device_train_batch_size 8 \
-  --per_device_eval_batch_size 8 \
-  --learning_rate 1e-5 \
-  --num_train_epochs 2 \
-  --num_warmup_steps 100 \
-  --gradient_checkpointing \
-  --zero_stage 2 \
-  --output_dir "$OUTPUT" \
-  "$@" 2>&1 | (trap '' INT TERM; exec tee -a "$OUTPUT.log") # tee outlives Ctrl-C: a run that saves prints meanwhile
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../train.sh" opt-1.3b step1 "$@"

@@ -9,8 +9,8 @@ import torch
 
 from utils.algorithms.advantages import gae, masked_moments, moments_to_mean_var, whiten
 from utils.algorithms.kl import kl_penalty, per_token_rewards
-from utils.algorithms.losses import policy_loss, value_loss
 from utils.algorithms.masking import masked_sum, response_mask
+from utils.algorithms.policy_losses import policy_loss, value_loss
 
 WORDS, WIDTH, EOS, GOOD = 6, 4, 0, 3
 BATCH, EPOCHS, ITERATIONS = 64, 4, 60

@@ -1,18 +1,27 @@
 """--keep_best: the model of the best evaluation, not of the last one."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 from step_scripts import flags, load_step, run_step
 
-from utils.checkpoints.best import is_best, store_score
-from utils.metrics import read_metrics
+from utils.output.metrics import read_metrics
+from utils.rlhf.roles import Roles
+from utils.runs.best import save_if_best
 
 
 def evaluations(folder, key: str) -> list[float]:
     """Of a run: those during and after training."""
     return [row[key] for row in read_metrics(folder / "metrics.jsonl") if key in row and row["step"] > 0]
+
+
+def make_folder(folder: str | Path) -> str:
+    """What saving a model leaves at least: the folder, in which the score is then written."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def test_step1_keeps_the_lowest_perplexity(world, tmp_path):
@@ -42,7 +51,7 @@ def test_step3_keeps_the_highest_score(world, tmp_path, monkeypatch):
     monkeypatch.setattr(load_step(3), "evaluate_prompts", lambda *_: {"eval/score_mean": next(scores)})
     saved = []
     monkeypatch.setattr(
-        load_step(3).RlhfEngine, "save", lambda self, folder: saved.append((self.actor.global_steps, str(folder)))
+        Roles, "save", lambda self, folder: saved.append((self.actor.engine.global_steps, make_folder(folder)))
     )
     run_step(3, flags(world, 3, tmp_path, keep_best=True, eval_interval=1, max_steps=3))
     best = str(tmp_path / "best")
@@ -72,8 +81,16 @@ def test_another_run_in_the_same_folder_has_a_best_model_of_its_own(world, tmp_p
 
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
-    assert not is_best(tmp_path, float("nan")) and not is_best(tmp_path, float("inf"))
-    assert is_best(tmp_path, -3.0)
-    store_score(tmp_path, -3.0)
-    assert not is_best(tmp_path, float("nan")) and not is_best(tmp_path, -3.0)
-    assert is_best(tmp_path, -2.5)
+    config = SimpleNamespace(keep_best=True, output_dir=str(tmp_path))
+
+    def is_best(score: float) -> bool:
+        saved = []
+        save_if_best(config, score, lambda folder: saved.append(make_folder(folder)))
+        return bool(saved)
+
+    assert not is_best(float("nan")) and not is_best(float("inf"))
+    assert is_best(-3.0)
+    assert not is_best(float("nan")) and not is_best(-3.0)
+    assert is_best(-2.5)
+    config.keep_best = False
+    assert not is_best(7.0)

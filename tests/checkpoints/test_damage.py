@@ -13,11 +13,11 @@ import torch
 from processes import run_ranks
 from step_scripts import flags, load_step, run_step
 
+from utils.arguments.run import run
 from utils.checkpoints import checkpoints, folders
 from utils.checkpoints.shards import open_shard
-from utils.config import run
 from utils.errors import InputError, RankError
-from utils.metrics import read_metrics
+from utils.output.metrics import read_metrics
 
 CHANGES = {"max_steps": 3, "save_interval": 1, "save_total_limit": 0, "num_sample_generations": 0}
 
@@ -278,6 +278,21 @@ def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(world, output,
     resume(world, output)
 
 
+@pytest.mark.parametrize("wanted", ["auto", "checkpoints/checkpoint-3"])
+def test_a_checkpoint_of_version_0_1_is_refused_by_name(world, output, capsys, monkeypatch, wanted):
+    monkeypatch.chdir(output)
+    newest = output / "checkpoints" / "checkpoint-3"
+    content = json.loads((newest / "state.json").read_text())
+    content["run"].pop("format")
+    state = content["state"]
+    state |= {"answers": state.pop("own")["answers"], "kl_ctl": None, "text_batches": 0}  # what that version kept
+    (newest / "state.json").write_text(json.dumps(content))
+    rewrite_manifest(newest)
+    line = refusal(world, output, capsys, resume_from_checkpoint=wanted)
+    assert "checkpoints/checkpoint-3 was written by version 0.1" in line and "--output_dir" in line
+    assert (str(newest) in line) == (wanted == "auto")
+
+
 def test_other_rows_are_refused(world, output, tmp_path, capsys):
     original = Path(world["data"]).read_text()
     try:
@@ -320,7 +335,7 @@ def test_auto_without_a_checkpoint_begins_and_says_so(world, tmp_path, capsys):
 
 def save_without_room(world: dict, output: str) -> str:
     """Two steps with a checkpoint each; before the second, rank 1 may not write files of more than some bytes."""
-    from utils import distributed
+    from utils.parallel import distributed
 
     changes = CHANGES | {"zero_stage": 2, "lr_scheduler_type": "constant"}
     run_step(1, flags(world, 1, output, **(changes | {"max_steps": 1})))
@@ -347,8 +362,8 @@ def test_a_full_disk_stops_every_rank_and_leaves_earlier_checkpoints(world, tmp_
 
 def share(folder: str) -> list[str]:
     """What is said of a folder that both ranks see, and of one that each has for itself."""
-    from utils import distributed
     from utils.checkpoints.search import check_shared
+    from utils.parallel import distributed
 
     messages = []
     for output in (Path(folder), Path(folder) / str(distributed.rank())):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from step_scripts import flags, run_step
 from tiny_models import SIZES
 
-from utils.checkpoints.elastic import check_sizes, divide_average
-from utils.checkpoints.run_state import RunState, read_state, write_state
+from utils.arguments import PpoConfig, SftConfig
+from utils.checkpoints.elastic import divide_average
+from utils.checkpoints.run_state import STATE_FORMAT, RunState, read_state, write_state
 from utils.errors import InputError
 
 IDS = torch.arange(3, 43).view(4, 10)
@@ -21,8 +22,8 @@ Layout = tuple[int, str, int]  # ZeRO stage, dtype, dimension of LoRA
 
 
 def make_engine(folder: str, layout: Layout):
-    from utils import distributed, zero
     from utils.models.lora import add_lora
+    from utils.parallel import distributed, zero
 
     distributed.init_distributed()
     stage, dtype, lora = layout
@@ -36,7 +37,7 @@ def make_engine(folder: str, layout: Layout):
 
 
 def train(engine, steps: int) -> None:
-    from utils.zero import optimizer_step
+    from utils.parallel.updates import optimizer_step
 
     for step in range(steps):
         batch = {"input_ids": IDS + step}
@@ -47,7 +48,7 @@ def full_state(engine) -> dict:
     """Weights that compute, master weights, moments, steps, rates and counters, through DeepSpeed's own interface."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from utils.zero import gathered
+    from utils.parallel.zero import gathered
 
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
@@ -81,8 +82,8 @@ def check_equal(found: dict, expected: dict, place: str) -> None:
 
 def save_layouts(folder: str, output: str, layouts: list[Layout], steps: list[int]) -> None:
     """Each after its number of `steps`."""
-    from utils import distributed
     from utils.checkpoints.engine_state import EngineWriter
+    from utils.parallel import distributed
 
     for number, layout in enumerate(layouts):
         engine = make_engine(folder, layout)
@@ -203,27 +204,39 @@ def test_averages_are_divided_anew():
     assert torch.equal(torch.cat(thirds), whole.flatten())
 
 
+def described(config: dict, world_size: int = 1) -> dict:
+    """A run as a checkpoint describes it."""
+    return {"format": STATE_FORMAT, "config": config, "data": [], "world_size": world_size, "libraries": {}}
+
+
 def test_rows_of_a_step_must_stay_the_same(tmp_path, capsys):
     config = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "zero_stage": 2}
-    run = {"config": config, "data": [], "world_size": 2, "libraries": {}}
+    run = described(config, 2)
     write_state(tmp_path, RunState(step=3), run)
-    assert read_state(tmp_path, run, {}) == (RunState(step=3), 2) and capsys.readouterr().out == ""
+    assert read_state(tmp_path, run, SftConfig) == (RunState(step=3), 2) and capsys.readouterr().out == ""
     with pytest.raises(
         InputError, match="batch_size 4 x --gradient_accumulation_steps 3 x 1 processes make 12 .* = 24"
     ):
-        read_state(tmp_path, run | {"world_size": 1}, {})
+        read_state(tmp_path, run | {"world_size": 1}, SftConfig)
     fitting = config | {"gradient_accumulation_steps": 6, "zero_stage": 3}
-    assert read_state(tmp_path, run | {"config": fitting, "world_size": 1}, {}) == (RunState(step=3), 2)
+    assert read_state(tmp_path, run | {"config": fitting, "world_size": 1}, SftConfig) == (RunState(step=3), 2)
     assert "of 2 processes continues with 1, --gradient_accumulation_steps 6, --zero_stage 3" in capsys.readouterr().out
 
 
-def test_rollouts_and_text_must_stay_the_same():
+def test_rollouts_and_text_must_stay_the_same(tmp_path):
     sizes = {"per_device_training_batch_size": 2, "gradient_accumulation_steps": 2}
     sizes |= {"per_device_generation_batch_size": 4, "generation_batches": 2}
-    check_sizes(sizes | {"per_device_generation_batch_size": 8, "generation_batches": 1}, 1, sizes, 1, "it")
+    text = {"unsupervised_dataset_name": "text.jsonl"}
+
+    def check(now: dict, then: dict) -> None:
+        write_state(tmp_path, RunState(step=3), described(then))
+        assert read_state(tmp_path, described(now), PpoConfig) == (RunState(step=3), 1)
+
+    check(sizes | {"per_device_generation_batch_size": 8, "generation_batches": 1}, sizes)
     with pytest.raises(InputError, match="--per_device_generation_batch_size 4 x --generation_batches 1 x 1 processes"):
-        check_sizes(sizes | {"generation_batches": 1}, 1, sizes, 1, "it")
+        check(sizes | {"generation_batches": 1}, sizes)
     regrouped = sizes | {"per_device_training_batch_size": 4, "gradient_accumulation_steps": 1}
-    check_sizes(regrouped, 1, sizes, 1, "it")
+    check(regrouped, sizes)
+    check(sizes | text, sizes | text)
     with pytest.raises(InputError, match="--per_device_training_batch_size 4 x 1 processes make 4 rows"):
-        check_sizes(regrouped | {"unsupervised_dataset_name": "text.jsonl"}, 1, sizes, 1, "it")
+        check(regrouped | text, sizes | text)

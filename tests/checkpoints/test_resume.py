@@ -9,7 +9,7 @@ from processes import run_ranks
 from safetensors.torch import load_file
 from step_scripts import flags, run_step, write_rows
 
-from utils.metrics import read_metrics
+from utils.output.metrics import read_metrics
 
 STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) lie between
 
@@ -37,7 +37,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
     """Run to the end; put back what was there after `STEPS_BEFORE`, as a kill leaves it; resume; compare."""
-    from utils import distributed
+    from utils.parallel import distributed
 
     whole, cut = Path(folder) / "whole", Path(folder) / "cut"
     expected = run_step(step, flags(world, step, whole, **changes))

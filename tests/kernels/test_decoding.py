@@ -7,8 +7,8 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from utils.generation.sampling import RowSampling, SamplingParams, choose_tokens, row_keys, uniform
 from utils.kernels import decoding, native
-from utils.rlhf.sampling import SamplingParams, choose_tokens, row_keys, uniform
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="this machine compiles no operations")
 
@@ -161,10 +161,10 @@ def test_tokens_are_those_that_pytorch_chooses(dtype, threads, monkeypatch, samp
     logits[:, 1] = 12  # the one that may be forbidden matters
     keys, counters = row_keys(1, [[row] for row in range(400)]), torch.arange(400) % 7
     kept = logits.clone()
-    tokens, logprobs = choose_tokens(logits, sampling, keys, counters, eos_id=1)
+    tokens, logprobs = choose_tokens(logits, RowSampling.of([sampling] * 400), keys, counters, eos_id=1)
     assert torch.equal(logits, kept)
     monkeypatch.setattr(native, "library", lambda: None)
-    expected, expected_logprobs = choose_tokens(logits, sampling, keys, counters, eos_id=1)
+    expected, expected_logprobs = choose_tokens(logits, RowSampling.of([sampling] * 400), keys, counters, eos_id=1)
     same = tokens == expected
     assert same.float().mean() > 0.99  # sums in another order decide otherwise where the number lies between two words
     torch.testing.assert_close(logprobs[same], expected_logprobs[same], atol=2e-5, rtol=2e-5)
@@ -180,8 +180,8 @@ def test_the_last_words_are_found_and_words_without_weight_never():
     logits[allowed] = 0.0
     rows = 6000
     tokens, logprobs = choose_tokens(
-        logits.repeat(rows, 1), SamplingParams(max_new_tokens=1), torch.zeros(rows, dtype=torch.int64),
-        torch.arange(rows), eos_id=0,
+        logits.repeat(rows, 1), RowSampling.of([SamplingParams(max_new_tokens=1)] * rows),
+        torch.zeros(rows, dtype=torch.int64), torch.arange(rows), eos_id=0,
     )  # fmt: skip
     counts = torch.bincount(tokens, minlength=words)
     assert counts.sum() == counts[allowed].sum() and (counts[allowed] - rows / 6).abs().max() < 150
@@ -197,14 +197,14 @@ def test_the_smallest_and_the_largest_number_choose_words_with_weight():
     logits = torch.full((2, 300), -math.inf)
     # a block whose sum, vector by vector in fp32, exceeds that of its words, so that the search runs off its end
     logits[:, 130:250:16], logits[:, 130] = math.log(8e-8), 0.0
-    tokens, _ = choose_tokens(logits, SamplingParams(max_new_tokens=1), keys, counters, eos_id=0)
+    tokens, _ = choose_tokens(logits, RowSampling.of([SamplingParams(max_new_tokens=1)] * 2), keys, counters, eos_id=0)
     assert tokens.tolist() == [130, 242]
 
 
 def test_a_whole_small_model_is_what_its_layers_are(monkeypatch):
     """`small_step` against the same operations called one by one, bit for bit."""
-    from utils.rlhf import decoder as decoder_module
-    from utils.rlhf.decoder import LlamaDecoder
+    from utils.generation.decoder import LlamaDecoder
+    from utils.generation.passes import small
 
     config = transformers.LlamaConfig(
         vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=6,
@@ -217,13 +217,13 @@ def test_a_whole_small_model_is_what_its_layers_are(monkeypatch):
     decoder.allocate(5, 40)
     tokens, positions = torch.tensor([5, 9, 100]), torch.tensor([0, 7, 39])
     at_once = decoder.step(tokens, positions, 48)
-    cache = [part.clone() for part in decoder._cache]
+    cache = [part.clone() for part in decoder.cache]
     decoder.release_cache()
     decoder.allocate(5, 40)
     monkeypatch.setattr(decoder, "_small", None)
-    monkeypatch.setattr(decoder_module.decoding, "small_step", None)
+    monkeypatch.setattr(small.decoding, "small_step", None)
     assert torch.equal(decoder.step(tokens, positions, 48), at_once)
-    assert all(torch.equal(part, other) for part, other in zip(decoder._cache, cache, strict=True))
+    assert all(torch.equal(part, other) for part, other in zip(decoder.cache, cache, strict=True))
 
 
 def test_a_tensor_that_is_not_contiguous_is_refused(dtype):

@@ -7,7 +7,7 @@ from tiny_models import SIZES, save_causal_lm
 
 import utils.algorithms.logprobs as logprobs_module
 from utils.models.loading import load_causal_lm
-from utils.zero import zero_config
+from utils.parallel.zero import zero_config
 
 ZERO = zero_config(0, "fp32")
 

@@ -7,10 +7,11 @@ import torch
 from tiny_models import save_causal_lm, save_reward_model
 
 from utils.errors import InputError
-from utils.models.checkpoint import merged_state_dict
-from utils.models.loading import load_causal_lm, load_config, load_scalar_model
+from utils.models.checks import load_config
+from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.lora import adapters_off, add_lora, check_lora, find_linear_layers, lora_layers
-from utils.zero import zero_config
+from utils.models.saving import merged_state_dict
+from utils.parallel.zero import zero_config
 
 ZERO = zero_config(0, "fp32")
 

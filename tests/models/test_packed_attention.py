@@ -11,8 +11,8 @@ from utils.kernels import native
 from utils.kernels.shapes import rounded_rows
 from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.packed_attention import PACKED, pack
+from utils.parallel.zero import zero_config
 from utils.preflight.activations import saved_storages
-from utils.zero import zero_config
 
 ZERO = zero_config(0, "fp32")
 

@@ -12,13 +12,13 @@ import pytest
 import transformers
 from step_scripts import REPOSITORY, flags, load_step, run_step
 
-from utils.config import parse_config, run
+from utils.arguments.run import parse_config, run
+from utils.data.batches.sizes import Rows
 from utils.errors import DoesNotFit, InputError
 from utils.preflight.advice import advise
 from utils.preflight.estimate import estimate
 from utils.preflight.phases import Machine
 from utils.preflight.roles import Subject
-from utils.preflight.workload import Rows
 
 MIB = 2**20
 
@@ -93,7 +93,7 @@ def advice_for(step: int, share: float, *, world_size: int = 1, device_type: str
     """Advice where a process has `share` of what it needs; with the config and what decides it."""
     names = ("actor_model_name_or_path", "critic_model_name_or_path") if step == 3 else ("model_name_or_path",)
     config = load_step(step).Config(**dict.fromkeys(names, "somewhere"), **changes)
-    subject = Subject(step, dict.fromkeys(("actor", "critic") if step == 3 else ("model",), LLAMA), 0, Rows(1000))
+    subject = Subject(load_step(step).plan_of, dict.fromkeys(config.roles(), LLAMA), 0, Rows(1000))
     machine = Machine(device_type=device_type, world_size=world_size, base=0, memory=None)
     now = estimate(config, subject, machine)
     machine = dataclasses.replace(machine, memory=share * now.peak)
@@ -156,7 +156,8 @@ def test_the_script_needs_config_files_alone(world, tmp_path, script, capsys, no
     script.main(["step3", "--world_size", "8", "--device_memory", "80", "--rows", "1024", *argv])
     printed = capsys.readouterr().out
     assert "predicted memory of each of 8 processes" in printed and "fits in the 80.00 GiB" in printed
-    assert "optimiser steps: 8 of the actor" in printed  # 1024 prompts in rollouts of 8 x 16
+    # 1024 prompts in rollouts of 8 x 16
+    assert "optimiser steps: 8 (actor 8, critic 8), on 1024 training rows" in printed
     with pytest.raises(DoesNotFit, match="does not fit in the 1.00 GiB"):
         script.main(["step3", "--world_size", "8", "--device_memory", "1", "--rows", "1024", *argv])
 
@@ -171,9 +172,38 @@ def test_the_script_counts_the_rows_of_the_data(world, script, capsys, no_weight
     assert "optimiser steps: not known" in capsys.readouterr().out
 
 
+def test_the_script_packs_rows_as_the_step_does(world, script, capsys, no_weights):
+    argv = flags(world, 1, packing=True, per_device_train_batch_size=2)
+    said = run_step(1, [*argv, "--dry_run"])
+    capsys.readouterr()
+    script.main(["step1", "--device", "cpu", *argv])
+    assert f"optimiser steps: {said['optimiser_steps']}, on" in capsys.readouterr().out
+
+
+def test_the_script_reads_each_model_of_step_3_once(world, tmp_path, script, no_weights):
+    actor, critic = bare_model(world["model"], tmp_path / "actor"), bare_model(world["reward"], tmp_path / "critic")
+    given = {"actor_model_name_or_path": actor, "critic_model_name_or_path": critic}
+    models = script.read_models(parse_config(load_step(3).Config, flags(world, 3, **given)))
+    assert list(models) == ["actor", "critic", "reference", "reward"]
+    assert models["actor"] is models["reference"] and models["critic"] is models["reward"]
+    own = given | {"reward_model_name_or_path": bare_model(world["reward"], tmp_path / "reward")}
+    models = script.read_models(parse_config(load_step(3).Config, flags(world, 3, **own)))
+    assert models["critic"] is not models["reward"]
+    with pytest.raises(InputError, match=r"^--reward_model_name_or_path \S+/nowhere: no such folder"):
+        own["reward_model_name_or_path"] = tmp_path / "nowhere"
+        script.read_models(parse_config(load_step(3).Config, flags(world, 3, **own)))
+
+
 def test_the_script_refuses_in_one_line(world, tmp_path, script):
-    with pytest.raises(InputError, match="--world_size must be at least 1"):
-        script.main(["step1", "--world_size", "0", "--model_name_or_path", world["model"]])
+    for name, value, message in (
+        ("world_size", "0", "must be at least 1, got 0"),
+        ("rows", "0", "must be at least 1, got 0"),
+        ("device_memory", "-1", "must be at least 0, got -1.0"),
+        ("device_memory", "nan", "must be a finite number, got nan"),
+        ("device_memory", "inf", "must be a finite number, got inf"),
+    ):
+        with pytest.raises(InputError, match=f"^--{name} {message}$"):
+            script.main(["step1", f"--{name}", value, "--model_name_or_path", world["model"]])
     command = [sys.executable, str(REPOSITORY / "scripts" / "estimate_memory.py"), "step1"]
     done = subprocess.run(
         [*command, "--model_name_or_path", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY

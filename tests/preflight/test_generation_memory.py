@@ -6,19 +6,19 @@ import pytest
 import transformers
 from step_scripts import load_step
 
+import utils.generation.decoder as decoder_module
 import utils.preflight.generation as generation_module
-import utils.rlhf.decoder as decoder_module
-from utils import distributed
-from utils.preflight.estimate import estimate, training_batch
+from utils.data.batches.sizes import Rows
+from utils.generation.decoder import LlamaDecoder
+from utils.generation.hybrid_engine import HybridEngine
+from utils.parallel import distributed, memory
+from utils.preflight.estimate import estimate
 from utils.preflight.generation import estimate_generation, gathered_for_answers, must_stream, needed_to_gather
 from utils.preflight.model_shape import build_on_meta
 from utils.preflight.phases import Machine, total_of
 from utils.preflight.report import gathering_line
-from utils.preflight.roles import Subject, trained_role
-from utils.preflight.workload import Rows
-from utils.rlhf import memory
-from utils.rlhf.decoder import LlamaDecoder
-from utils.rlhf.hybrid_engine import HybridEngine
+from utils.preflight.roles import Role, Subject, planned_roles
+from utils.preflight.workload import MicroBatch, training_batch
 
 LLAMA = transformers.LlamaConfig(
     vocab_size=32_000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
@@ -39,19 +39,29 @@ def step3_config(**changes):
     return load_step(3).Config(**dict.fromkeys(names, "somewhere"), **({"actor_zero_stage": 3} | changes))
 
 
+def subject_of(step: int, config, model=LLAMA) -> Subject:
+    return Subject(load_step(step).plan_of, dict.fromkeys(config.roles(), model), 0, Rows(1000))
+
+
 def estimated(memory: float | None = None, device_type: str = "cuda", **changes):
-    subject = Subject(3, {"actor": LLAMA, "critic": LLAMA}, 0, Rows(1000))
-    return estimate(step3_config(**changes), subject, machine(memory, device_type))
+    config = step3_config(**changes)
+    return estimate(config, subject_of(3, config), machine(memory, device_type))
 
 
 def generation(*arguments, **changes) -> dict[str, float]:
     return next(phase.items for phase in estimated(*arguments, **changes).phases if phase.name == "generation")
 
 
-def actor_role(config, device_type: str):
-    subject = Subject(3, {"actor": LLAMA, "critic": LLAMA}, 0, Rows(1000))
-    batch = training_batch(config, 3, subject.rows, max_tokens=0)
-    return trained_role(config, subject, machine(None, device_type), batch, role="actor", kind="causal_lm")
+def role_and_batch(step: int, config, name: str, on: Machine, model=LLAMA) -> tuple[Role, MicroBatch]:
+    """The role of that name, and the micro-batch that it is planned for."""
+    subject = subject_of(step, config, model)
+    plan = subject.plan(config, on)
+    batch = training_batch(plan, subject.rows, max_tokens=0)
+    return planned_roles(plan, subject, on, batch)[name], batch
+
+
+def actor_role(config, device_type: str) -> Role:
+    return role_and_batch(3, config, "actor", machine(None, device_type))[0]
 
 
 @pytest.mark.parametrize("joins", [True, False])  # False: as on a GPU
@@ -70,7 +80,7 @@ def test_the_decision_is_that_of_the_engine_down_to_the_byte(monkeypatch, change
     config, here = step3_config(**changes), distributed.device().type
     actor = actor_role(config, here)
     needed = needed_to_gather(config, actor, machine(None, here))
-    model = SimpleNamespace(model=build_on_meta(LLAMA, actor.flags).model)
+    model = SimpleNamespace(model=build_on_meta(LLAMA, actor.flags, config.dtype).model)
     engine = SimpleNamespace(
         _config=config, _partitioned=True, _warned=True, _actor=SimpleNamespace(module=model),
         decoder=LlamaDecoder() if config.enable_hybrid_engine else None,
@@ -119,9 +129,7 @@ def test_auto_gathers_what_fits_and_streams_what_does_not():
 
 def test_sample_answers_gather_all_weights_only_where_they_fit():
     config = load_step(1).Config(model_name_or_path="somewhere", zero_stage=3)
-    subject = Subject(1, {"model": transformers.LlamaConfig()}, 0, Rows(1000))
-    batch = training_batch(config, 1, subject.rows, max_tokens=0)
-    engine = trained_role(config, subject, machine(), batch, role="model", kind="causal_lm").engine
+    engine = role_and_batch(1, config, "model", machine(), transformers.LlamaConfig())[0].engine
     enough = total_of(engine.persistent()).total + engine.whole().total / memory.USABLE
     for free, gathers in ((None, engine.whole()), (enough + 10, engine.whole()), (enough - 10, engine.gathered())):
         assert gathered_for_answers(engine, machine(free), engine.persistent()) == gathers
@@ -184,8 +192,7 @@ def test_an_optimiser_that_is_not_on_the_device_does_not_move():
 
 def test_memory_freed_by_the_optimiser_counts_in_the_decision():
     config = step3_config()
-    actor = actor_role(config, "cuda")
-    batch = training_batch(config, 3, Rows(1000), max_tokens=0)
+    actor, batch = role_and_batch(3, config, "actor", machine())
     persistent = actor.engine.persistent()
     optimiser = 12 * ACTOR / 4
     enough = sum(blocks.total for blocks in persistent.values()) + 2 * (ACTOR + CACHE) / memory.USABLE

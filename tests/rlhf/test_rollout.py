@@ -1,16 +1,18 @@
 """A rollout against straightforward recomputation, one sequence at a time and without padding."""
 
-import math
+import json
 
 import pytest
 import torch
 import transformers
-from rlhf_setup import make_config, make_engine, make_prompts, save_models
+from rlhf_setup import make_config, make_prompts, make_setup, rollout, save_models
+from tiny_models import save_reward_model
 
-import utils.rlhf.rollout as rollout_module
+import utils.rlhf.metrics as metrics_module
+from utils.generation.micro_batches import assemble
+from utils.generation.responses import Responses
 from utils.models.scalar_head import ScalarHeadModel
-from utils.rlhf.generation import Generation
-from utils.rlhf.rollout import assemble, rollout
+from utils.rlhf.metrics import PhaseClock, speed_metrics
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +21,14 @@ def paths(tiny_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def setup(paths, tiny_tokenizer):
+def sampled(paths, tiny_tokenizer):
     config = make_config(paths, whiten_advantages=False, temperature=0.8, missing_eos_penalty=0.75, gamma=0.9)
-    engine = make_engine(config, tiny_tokenizer)
+    setup = make_setup(config, tiny_tokenizer)
     with torch.no_grad():  # the actor must differ from its reference for a KL to show
-        for parameter in engine.actor.module.parameters():
+        for parameter in setup.actor.module.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    batches = make_prompts(config, len(tiny_tokenizer))
-    return config, engine, batches, rollout(engine, batches, config, kl_ctl=0.1, seed=7)
+    prompts = make_prompts(config, len(tiny_tokenizer))
+    return setup, prompts, rollout(setup, prompts, seed=7)
 
 
 def sequence_of(experience, row):
@@ -37,13 +39,14 @@ def sequence_of(experience, row):
     return ids, len(ids) - length
 
 
-def test_every_field_equals_a_recomputation_without_padding(setup, paths):
-    config, engine, _, samples = setup
+def test_every_field_equals_a_recomputation_without_padding(sampled, paths):
+    setup, _, samples = sampled
+    config = setup.config
     reference = transformers.AutoModelForCausalLM.from_pretrained(paths["actor_model_name_or_path"]).eval()
     reward = ScalarHeadModel(
         transformers.AutoModelForSequenceClassification.from_pretrained(paths["critic_model_name_or_path"]).eval()
     )
-    actor = engine.actor.module.model.eval()
+    actor = setup.actor.module.model.eval()
     checked = 0
     for experience in samples.micro_batches:
         for row in range(len(experience.scores)):
@@ -76,11 +79,11 @@ def test_every_field_equals_a_recomputation_without_padding(setup, paths):
                 assert not getattr(experience, name)[row][~mask].any(), name
             checked += 1
     assert checked == 8
-    assert samples.kl > 0.01
+    assert samples.metrics["ppo/kl_k1"] > 0.01
 
 
-def test_metrics_are_those_of_the_rows(setup):
-    _, _, _, samples = setup
+def test_metrics_are_those_of_the_rows(sampled):
+    samples = sampled[-1]
     scores = torch.cat([e.scores for e in samples.micro_batches])
     kl = torch.cat([(e.logprobs - e.ref_logprobs).sum(1) for e in samples.micro_batches])
     lengths = torch.cat([e.response_mask.sum(1) for e in samples.micro_batches]).float()
@@ -90,27 +93,33 @@ def test_metrics_are_those_of_the_rows(setup):
     assert metrics["ppo/score_normalized"] == pytest.approx((scores.mean().item() - 0.25) / 0.5, rel=1e-5)
     assert metrics["ppo/kl_k1"] == pytest.approx(kl.mean().item(), rel=1e-4)
     assert metrics["ppo/length_mean"] == pytest.approx(lengths.mean().item())
-    assert samples.num_sequences == 8
+    assert metrics["ppo/sequences"] == 8
 
 
-def test_times_are_read_when_the_device_has_finished(setup, monkeypatch):
-    config, engine, batches, _ = setup
+def test_times_are_read_when_the_device_has_finished(sampled, monkeypatch):
+    _, prompts, samples = sampled
     waits = []
     with monkeypatch.context() as patch:
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         patch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
-        first = rollout_module.clock()
-        assert waits == [1] and rollout_module.clock() >= first
-    readings = iter([10.0, 12.0, 17.0])
-    monkeypatch.setattr(rollout_module, "clock", lambda: next(readings))
-    metrics = rollout(engine, batches, config, kl_ctl=0.1, seed=7).metrics
-    assert (metrics["time/generation"], metrics["time/scoring"]) == (2.0, 5.0)
-    assert metrics["throughput/generation_tokens_per_second"] == metrics["ppo/length_mean"] * len(batches) / 2
+        first = metrics_module._now()
+        assert waits == [1] and metrics_module._now() >= first
+    readings = iter([10.0, 12.0, 17.0, 20.0])
+    monkeypatch.setattr(metrics_module, "_now", lambda: next(readings))
+    clock = PhaseClock()
+    for phase in ("generation", "scoring", "training"):
+        clock.end_of(phase)
+    metrics = speed_metrics(clock, samples.metrics)
+    assert [metrics[f"time/{phase}"] for phase in ("generation", "scoring", "training")] == [2.0, 5.0, 3.0]
+    tokens = samples.metrics["ppo/length_mean"] * len(prompts)
+    assert metrics["throughput/generation_tokens_per_second"] == tokens / 2
+    assert metrics["throughput/samples_per_second"] == len(prompts) / 10
+    assert metrics["throughput/tokens_per_second"] == tokens / 10
 
 
-def test_the_same_seed_gives_the_same_rollout_and_another_seed_another(setup):
-    config, engine, batches, samples = setup
-    again, other = (rollout(engine, batches, config, kl_ctl=0.1, seed=seed) for seed in (7, 8))
+def test_the_same_seed_gives_the_same_rollout_and_another_seed_another(sampled):
+    setup, prompts, samples = sampled
+    again, other = (rollout(setup, prompts, seed=seed) for seed in (7, 8))
     assert all(
         torch.equal(a.sequences, b.sequences) for a, b in zip(samples.micro_batches, again.micro_batches, strict=True)
     )
@@ -120,19 +129,19 @@ def test_the_same_seed_gives_the_same_rollout_and_another_seed_another(setup):
     )
 
 
-def test_sampling_leaves_the_global_generator_alone(setup):
-    config, engine, batches, _ = setup
+def test_sampling_leaves_the_global_generator_alone(sampled):
+    setup, prompts, _ = sampled
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    rollout(engine, batches, config, kl_ctl=0.1, seed=1)
+    rollout(setup, prompts, seed=1)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_rollout(paths, tiny_tokenizer):
     config = make_config(paths)
-    engine = make_engine(config, tiny_tokenizer)
-    samples = rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
+    setup = make_setup(config, tiny_tokenizer)
+    samples = rollout(setup, make_prompts(config, len(tiny_tokenizer)), seed=7)
     values = torch.cat([e.advantages[e.response_mask] for e in samples.micro_batches])
     assert values.mean().abs() < 1e-5 and abs(values.var(unbiased=False).item() - 1) < 1e-4
     per_row = [e.advantages[0][e.response_mask[0]].mean().abs().item() for e in samples.micro_batches]
@@ -141,17 +150,20 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_rollout(pa
 
 def test_assembled_rows_are_trimmed_to_the_longest_of_them():
     prompts = [[5], [6, 7, 8]]
-    responses = Generation(
+    responses = Responses(
         tokens=torch.tensor([[9, 2], [2, 0]]),
         mask=torch.tensor([[True, True], [True, False]]),
         stopped=torch.tensor([0, 0]),
     )
-    sequences, attention, mask = assemble(prompts, responses, [0, 1], pad_id=0)
-    assert sequences.tolist() == [[0, 0, 5, 9, 2], [6, 7, 8, 2, 0]]
-    assert attention.tolist() == [[False, False, True, True, True], [True, True, True, True, False]]
-    assert mask.tolist() == [[True, True], [True, False]]
-    sequences, attention, mask = assemble(prompts, responses, [1], pad_id=0)
-    assert sequences.tolist() == [[6, 7, 8, 2]] and mask.tolist() == [[True]] and attention.all()
+    both = assemble(prompts, responses, [0, 1], pad_id=0)
+    assert both.sequences.tolist() == [[0, 0, 5, 9, 2], [6, 7, 8, 2, 0]]
+    assert both.attention_mask.tolist() == [[False, False, True, True, True], [True, True, True, True, False]]
+    assert both.response_mask.tolist() == [[True, True], [True, False]]
+    assert both.target_mask.tolist() == [[False, False, False, True, True], [False, False, False, True, False]]
+    assert both.rows == (0, 1) and both.last_columns.tolist() == [4, 3]
+    one = assemble(prompts, responses, [1], pad_id=0)
+    assert one.sequences.tolist() == [[6, 7, 8, 2]] and one.response_mask.tolist() == [[True]]
+    assert one.attention_mask.all() and one.rows == (1,)
 
 
 def test_the_engine_and_transformers_generate_give_the_same_experience_when_greedy(paths, tiny_tokenizer):
@@ -159,10 +171,10 @@ def test_the_engine_and_transformers_generate_give_the_same_experience_when_gree
     outcomes = []
     for enable in (True, False):
         config = make_config(paths, enable_hybrid_engine=enable, top_k=1)
-        engine = make_engine(config, tiny_tokenizer)
-        assert (engine.decoder is not None) == enable
+        setup = make_setup(config, tiny_tokenizer)
+        assert (setup.decoder is not None) == enable
         prompts = make_prompts(config, len(tiny_tokenizer))
-        outcomes.append(rollout(engine, prompts, config, kl_ctl=0.1, seed=3))
+        outcomes.append(rollout(setup, prompts, seed=3))
     for mine, theirs in zip(*(outcome.micro_batches for outcome in outcomes), strict=True):
         for name in ("sequences", "attention_mask", "response_mask", "logprobs", "values", "rewards", "advantages"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
@@ -170,25 +182,50 @@ def test_the_engine_and_transformers_generate_give_the_same_experience_when_gree
     assert "ppo/sampling_logprob_difference_max" not in outcomes[1].metrics
 
 
-def test_missing_score_scale_means_raw_scores(paths, tiny_tokenizer):
-    engine = make_engine(make_config(paths, normalize_scores=False), tiny_tokenizer)
-    assert (engine.score_mean, engine.score_std) == (0.0, 1.0)
-    engine = make_engine(make_config(paths), tiny_tokenizer)
-    assert math.isclose(engine.score_std, 0.5)
+def test_missing_score_scale_means_raw_scores(paths, tiny_tokenizer, tmp_path, capsys):
+    def scales(**changes) -> list[tuple[float, float]]:
+        setup = make_setup(make_config(paths | changes.pop("paths", {}), **changes), tiny_tokenizer)
+        source, critic = setup.reward.source, setup.roles.critic
+        return [(source.score_mean, source.score_std), (critic.mean, critic.std)]
+
+    assert scales(normalize_scores=False) == [(0.0, 1.0)] * 2
+    assert scales() == [(0.25, 0.5)] * 2 and "not normalised" not in capsys.readouterr().out
     for missing in (None, 0.0):  # a foreign reward model; one that saw a single held-out pair
-        engine.reward.module.model.config.score_std = missing
-        assert engine._score_scale() == (0.0, 1.0)
+        foreign = save_reward_model(tmp_path / str(missing), tiny_tokenizer)
+        stored = json.loads((foreign / "config.json").read_text())
+        (foreign / "config.json").write_text(json.dumps(stored | {"score_std": missing}))
+        assert scales(paths={"critic_model_name_or_path": str(foreign)}) == [(0.0, 1.0)] * 2
+        assert capsys.readouterr().out.count("scores are not normalised") == 1
+
+
+def test_a_reward_model_of_its_own_has_its_own_scale(paths, tiny_tokenizer, tmp_path):
+    own = save_reward_model(tmp_path / "own", tiny_tokenizer, seed=5)
+    stored = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(stored | {"score_mean": -1.0, "score_std": 2.0}))
+    config = make_config(paths, reward_model_name_or_path=str(own))
+    setup = make_setup(config, tiny_tokenizer)
+    assert (setup.reward.source.score_mean, setup.reward.source.score_std) == (-1.0, 2.0)
+    assert (setup.roles.critic.mean, setup.roles.critic.std) == (0.25, 0.5)
+    weights = {role: module.state_dict()["model.score.weight"] for role, module in setup.modules().items()
+               if role in ("critic", "reward")}  # fmt: skip
+    assert not torch.equal(weights["critic"], weights["reward"])
+    samples = rollout(setup, make_prompts(config, len(tiny_tokenizer)), seed=7)
+    for batch in samples.micro_batches:
+        with torch.no_grad():
+            expected = setup.reward.source.score(batch)
+        torch.testing.assert_close(batch.scores, expected)
+    assert samples.metrics["ppo/score_normalized"] == pytest.approx((samples.metrics["ppo/score_mean"] + 1) / 2)
 
 
 @pytest.mark.parametrize("release", [False, True])
 def test_release_inference_cache_gives_the_memory_back_between_rollouts(paths, tiny_tokenizer, release):
     config = make_config(paths, release_inference_cache=release)
-    engine = make_engine(config, tiny_tokenizer)
-    rollout(engine, make_prompts(config, len(tiny_tokenizer)), config, kl_ctl=0.1, seed=7)
-    assert (engine.decoder._cache is None) == release
+    setup = make_setup(config, tiny_tokenizer)
+    rollout(setup, make_prompts(config, len(tiny_tokenizer)), seed=7)
+    assert (setup.decoder.cache is None) == release
 
 
 def test_an_offloaded_reference_stays_whole_without_a_gpu(paths, tiny_tokenizer):
     """Offloading runs at ZeRO-3, which would only slow a CPU down."""
-    engine = make_engine(make_config(paths, offload_reference_model=True), tiny_tokenizer)
-    assert engine.ref.zero_optimization_stage() == (3 if torch.accelerator.is_available() else 0)
+    setup = make_setup(make_config(paths, offload_reference_model=True), tiny_tokenizer)
+    assert setup.roles.reference.engine.zero_optimization_stage() == (3 if torch.accelerator.is_available() else 0)

@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from transformers import AutoModelForCausalLM
 
-from utils.data import build_datasets, check_data_paths
+from utils.data import Corpus, build_datasets
 from utils.models.tokenizer import load_tokenizer
 from utils.toy.files import WorldSizes, write_world
 from utils.toy.tokenizer import VOCAB_SIZE
@@ -58,19 +58,17 @@ def test_the_tokenizer_loads_and_agrees_with_sentencepiece(world):
     [("pretraining", "sft", 128), ("sft", "sft", 128), ("preference", "preference", 128), ("prompts", "prompts", 64)],
 )
 def test_the_ordinary_loaders_read_every_row(world, folder, purpose, length, tmp_path):
-    path = [str(getattr(world, folder))]
-    check_data_paths(path, purpose=purpose, data_split="1,1,1")
-    limit = {"max_prompt_len" if purpose == "prompts" else "max_seq_len": length}
     phases = {"sft": "1,0,0", "preference": "0,1,0", "prompts": "0,0,1"}
-    train, held_out = build_datasets(
-        purpose,
-        data_path=path,
+    corpus = Corpus(
+        purpose=purpose,
+        paths=[str(getattr(world, folder))],
         data_split=phases[purpose],
-        tokenizer=load_tokenizer(str(world.random_model)),
+        max_len=length,
         seed=1,
         cache_dir=str(tmp_path),
-        **limit,
     )
+    corpus.check()
+    train, held_out = build_datasets(corpus, load_tokenizer(str(world.random_model)))
     training, asked_only_at_the_end = make_questions(7)
     prompts = (len(training), len(asked_only_at_the_end))
     expected = prompts if folder == "prompts" else (getattr(SIZES, folder), SIZES.held_out)

@@ -10,46 +10,40 @@ steps.
                     --model_name_or_path llama-2-7b --data_path data.jsonl --output_dir output/sft --zero_stage 3
 """
 
+from utils.arguments import SftConfig as Config
+from utils.arguments import parse_first, run
+
+if __name__ == "__main__":
+    CONFIG = parse_first(Config, __doc__)  # --help and typing errors are answered before the imports below
+
 import functools
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 
-from utils import distributed
-from utils.arguments import (
-    CheckpointArguments,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    OptimizationArguments,
-    OutputArguments,
-    SftArguments,
-    SystemArguments,
-    TokenizerArguments,
-)
 from utils.checkpoints import Checkpoints
-from utils.config import run
 from utils.data import (
-    PackedRows,
+    Corpus,
     accumulation_groups,
     build_dataloader,
     build_datasets,
-    check_data_paths,
     collate_sft,
     micro_batches,
-    sft_tokens,
+    pack_rows,
 )
-from utils.divergence import DivergenceGuard, check_finite
-from utils.models.checkpoint import save_if_best, save_model
-from utils.models.loading import check_length, check_model, load_causal_lm, load_matching_tokenizer
-from utils.models.lora import check_lora
-from utils.models.training_engine import build_engine
+from utils.data.batches.sizes import sequence_tokens
+from utils.generation.answers import greedy_answers
+from utils.models.checks import check_models, load_matching_tokenizer
+from utils.models.engine import build_engine
+from utils.models.saving import save_model
+from utils.parallel import distributed
+from utils.parallel.divergence import DivergenceGuard, check_finite
+from utils.parallel.updates import optimizer_step
 from utils.preflight import dry_run
-from utils.rlhf.evaluation import greedy_answers
-from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import optimizer_step
+from utils.runs.best import save_if_best
+from utils.runs.plan import Models, Plan, passes_over_rows
+from utils.runs.session import check_run, open_metrics, save_summary, start_run
 
 PANELS = {
     "loss per response token": ["train/loss", "eval/loss"],
@@ -59,19 +53,18 @@ PANELS = {
 }
 
 
-@dataclass(kw_only=True)
-class Config(
-    DataArguments,
-    ModelArguments,
-    OptimizationArguments,
-    SystemArguments,
-    LoraArguments,
-    SftArguments,
-    OutputArguments,
-    CheckpointArguments,
-    TokenizerArguments,
-):
-    """Flags of step 1."""
+def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
+    """What a run on so many training rows and processes is about to do."""
+    steps = passes_over_rows(config, rows, world_size)
+    return Plan(
+        title="step 1: SFT",
+        config=config,
+        models=models,
+        length=steps,
+        optimizer_steps={"model": steps},
+        evaluation_rows=config.per_device_eval_batch_size,
+        samples_answers=config.num_sample_generations > 0,
+    )
 
 
 @torch.no_grad()
@@ -94,67 +87,46 @@ def main(config: Config) -> dict[str, float]:
     """Run step 1 and return its summary."""
     # 1. Refuse what cannot work, then set up
     check_run(config)
-    model_config = check_model(config, "model_name_or_path")
-    check_length(model_config, config.max_seq_len, "--max_seq_len")
-    check_lora(model_config, config.lora_dim, config.lora_module_name)
-    check_data_paths(
-        config.data_path, purpose="sft", data_split=config.data_split, sft_only_data_path=config.sft_only_data_path
-    )
-    tokenizer = load_matching_tokenizer(config, config.model_name_or_path, [model_config])
+    models, corpus = check_models(config), Corpus.of(config)
+    corpus.check()
+    tokenizer = load_matching_tokenizer(config, models)
     start_run(config)
 
     # 2. Data
-    train_rows, eval_rows = build_datasets(
-        "sft",
-        data_path=config.data_path,
-        sft_only_data_path=config.sft_only_data_path,
-        data_split=config.data_split,
-        tokenizer=tokenizer,
-        max_seq_len=config.max_seq_len,
-        seed=config.seed,
-        cache_dir=config.data_output_path,
-        is_writer=distributed.local_rank() == 0,
-    )
+    train_rows, eval_rows = build_datasets(corpus, tokenizer)
     eval_rows = eval_rows.head(config.eval_samples)
     distributed.log(train_rows.description)
-    if config.packing:
-        train_rows = PackedRows(train_rows, train_rows.lengths(), config.max_seq_len)
-        distributed.log(f"--packing: {len(train_rows)} rows of {config.max_seq_len} tokens, {train_rows.fill:.0%} full")
+    train_rows = pack_rows(train_rows, config, config.max_seq_len)
     collate = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
-    train_loader = build_dataloader(train_rows, list, config.per_device_train_batch_size, shuffle=True, **ranks)
-    eval_loader = build_dataloader(eval_rows, collate, config.per_device_eval_batch_size, shuffle=False, **ranks)
-    steps_per_epoch = math.ceil(len(train_loader) / config.gradient_accumulation_steps)
-    total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
+    train_loader = build_dataloader(train_rows, list, config.micro_batch_rows, shuffle=True, seed=config.seed)
+    eval_size = config.per_device_eval_batch_size
+    eval_loader = build_dataloader(eval_rows, collate, eval_size, shuffle=False, seed=config.seed)
+
+    if config.dry_run:
+        return dry_run(plan_of, config, models, tokenizer, train_rows)
 
     # 3. Model
-    if config.dry_run:
-        return dry_run(config, 1, {"model": model_config}, tokenizer, train_rows)
-    checkpoints = Checkpoints(config, total_steps=total_steps, data_keys=[eval_rows.key])
-    engine = build_engine(
-        load_causal_lm,
-        tokenizer,
-        config,
-        micro_batch_size=config.per_device_train_batch_size,
-        total_steps=total_steps,
-        dropout=config.dropout,
-        lora_dropout=config.lora_dropout,
-    )
+    plan = plan_of(config, models, len(train_rows), distributed.world_size())
+    checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[eval_rows.key])
+    engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
+
+    def save(folder) -> None:
+        save_model(engine.module.model, tokenizer, folder, save_adapter=config.save_adapter)
 
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
     state = checkpoints.resume({"model": engine})
-    with open_metrics(config, "step 1: SFT", total_steps, state) as writer, checkpoints:
+    with open_metrics(plan, state) as writer, checkpoints:
         shown_rows = [eval_rows[index] for index in range(min(config.num_sample_generations, len(eval_rows)))]
         if state.step == 0:
-            state.answers = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
+            state.own["answers"] = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
             state.before = evaluate(engine, eval_loader)
             writer.log(0, state.before)
         step, started = state.step, time.perf_counter() - state.seconds
-        groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, total_steps)
+        groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, plan.length)
         for step, epoch, rows in groups:
             step_started = time.perf_counter()
-            parts = micro_batches(rows, config.max_tokens_per_batch, sft_tokens)
+            parts = micro_batches(rows, config.max_tokens_per_batch, sequence_tokens)
             batches = [distributed.to_device(collate(part)) for part in parts]
             tokens = distributed.all_reduce_scalar(sum(int(batch["target_mask"].sum()) for batch in batches))
 
@@ -175,25 +147,25 @@ def main(config: Config) -> dict[str, float]:
             writer.log(step, metrics, bar=["train/loss", "train/response_tokens_per_second"])
             if config.print_loss:
                 writer.print(f"step {step}: loss {loss:.4f}")
-            if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
+            if config.eval_interval and step % config.eval_interval == 0 and step < plan.length:
                 evaluated = evaluate(engine, eval_loader)
                 writer.log(step, evaluated)
-                save_if_best(config, -evaluated["eval/loss"], engine.module.model, tokenizer)
+                save_if_best(config, -evaluated["eval/loss"], save)
             checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
         after = evaluate(engine, eval_loader)
         writer.log(step, after)
         answers_after = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)
-        for (prompt, old), (_, new) in zip(state.answers, answers_after, strict=True):
+        for (prompt, old), (_, new) in zip(state.own["answers"], answers_after, strict=True):
             writer.print(f"\n{prompt.strip()}\n  before: {old.strip()}\n  after:  {new.strip()}")
         writer.compare("held-out rows", state.before, after)
 
         # 5. Save, then draw
         if config.output_dir:
-            save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-            save_if_best(config, -after["eval/loss"], engine.module.model, tokenizer)
-        writer.plot(PANELS)
-    return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
+            save(config.output_dir)
+            save_if_best(config, -after["eval/loss"], save)
+        writer.plot(PANELS, per=plan.unit)
+    return save_summary(plan, state, after, steps=step)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, CONFIG)

@@ -10,48 +10,42 @@ stored with the model: step 3 normalises its rewards with them.
                     --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward --zero_stage 3
 """
 
+from utils.arguments import RewardModelConfig as Config
+from utils.arguments import parse_first, run
+
+if __name__ == "__main__":
+    CONFIG = parse_first(Config, __doc__)  # --help and typing errors are answered before the imports below
+
 import functools
 import itertools
-import math
 import time
-from dataclasses import dataclass
 
 import torch
 
-from utils import distributed
-from utils.algorithms.losses import pairwise_loss, token_span_pairwise_loss
-from utils.algorithms.masking import last_index
-from utils.arguments import (
-    CheckpointArguments,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    OptimizationArguments,
-    OutputArguments,
-    RewardArguments,
-    SystemArguments,
-    TokenizerArguments,
-)
+from utils.algorithms.reward_losses import Pairs
+from utils.arguments.choices import PAIRWISE_LOSSES
 from utils.checkpoints import Checkpoints
-from utils.config import run
 from utils.data import (
+    Corpus,
     accumulation_groups,
     build_dataloader,
     build_datasets,
-    check_data_paths,
     collate_preference,
     micro_batches,
-    preference_tokens,
 )
-from utils.divergence import DivergenceGuard
-from utils.models.checkpoint import save_if_best, save_model, store_score_scale
-from utils.models.loading import check_length, check_model, load_matching_tokenizer, load_scalar_model
-from utils.models.lora import check_lora
+from utils.data.batches.sizes import pair_tokens
+from utils.models.checks import check_models, load_matching_tokenizer
+from utils.models.engine import build_engine
 from utils.models.pair_scores import PairScores
-from utils.models.training_engine import build_engine
+from utils.models.saving import save_model
+from utils.models.scalar_head import store_score_scale
+from utils.parallel import distributed
+from utils.parallel.divergence import DivergenceGuard
+from utils.parallel.updates import optimizer_step
 from utils.preflight import dry_run
-from utils.session import check_run, open_metrics, save_summary, start_run
-from utils.zero import optimizer_step
+from utils.runs.best import save_if_best
+from utils.runs.plan import Models, Plan, passes_over_rows
+from utils.runs.session import check_run, open_metrics, save_summary, start_run
 
 PANELS = {
     "loss per pair": ["train/loss", "eval/loss"],
@@ -61,49 +55,36 @@ PANELS = {
 }
 
 
-@dataclass(kw_only=True)
-class Config(
-    DataArguments,
-    ModelArguments,
-    OptimizationArguments,
-    SystemArguments,
-    LoraArguments,
-    RewardArguments,
-    OutputArguments,
-    CheckpointArguments,
-    TokenizerArguments,
-):
-    """Flags of step 2."""
-
-    learning_rate: float = 5e-5
+def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
+    """What a run on so many training pairs and processes is about to do."""
+    steps = passes_over_rows(config, rows, world_size)
+    return Plan(
+        title="step 2: reward model",
+        config=config,
+        models=models,
+        length=steps,
+        optimizer_steps={"model": steps},
+        evaluation_rows=config.per_device_eval_batch_size,
+    )
 
 
-def score_pairs(
-    engine, batch: dict[str, torch.Tensor], reward_loss: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score_pairs(engine, batch, loss_of) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses, chosen and rejected scores of B pairs, each (B,) fp32, from 2B rows with the chosen ones first.
 
     Pairs that only fill up a batch (`row_mask` false) are left out.
     """
-    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    values = engine(input_ids, attention_mask)
-    scores = values.gather(1, last_index(batch["response_mask"])[:, None]).squeeze(1)
-    chosen_scores, rejected_scores = scores.chunk(2)
-    if reward_loss == "last_token":
-        losses = pairwise_loss(chosen_scores, rejected_scores)
-    else:
-        losses = token_span_pairwise_loss(*values.chunk(2), *input_ids.chunk(2), *attention_mask.chunk(2))
-    real = batch["row_mask"]
-    return losses[real], chosen_scores[real], rejected_scores[real]
+    pairs = Pairs(values=engine(batch["input_ids"], batch["attention_mask"]), **batch)
+    chosen_scores, rejected_scores = pairs.scores
+    return loss_of(pairs)[pairs.row_mask], chosen_scores[pairs.row_mask], rejected_scores[pairs.row_mask]
 
 
 @torch.no_grad()
-def evaluate(engine, loader, config: Config, batches: int | None = None) -> dict[str, float]:
+def evaluate(engine, loader, loss_of, batches: int | None = None) -> dict[str, float]:
     """Loss, accuracy, margin, and mean and deviation of the scores over held-out pairs of all ranks."""
     engine.eval()
     scores = PairScores()
     for batch in itertools.islice(loader, batches):
-        scores.add(*score_pairs(engine, distributed.to_device(batch), config.reward_loss))
+        scores.add(*score_pairs(engine, distributed.to_device(batch), loss_of))
     engine.train()
     return scores.metrics()
 
@@ -112,65 +93,51 @@ def main(config: Config) -> dict[str, float]:
     """Run step 2 and return its summary."""
     # 1. Refuse what cannot work, then set up
     check_run(config)
-    model_config = check_model(config, "model_name_or_path")
-    check_length(model_config, config.max_seq_len, "--max_seq_len")
-    check_lora(model_config, config.lora_dim, config.lora_module_name)
-    check_data_paths(config.data_path, purpose="preference", data_split=config.data_split)
-    tokenizer = load_matching_tokenizer(config, config.model_name_or_path, [model_config])
+    models, corpus = check_models(config), Corpus.of(config)
+    corpus.check()
+    tokenizer = load_matching_tokenizer(config, models)
     start_run(config)
 
     # 2. Data
-    train_rows, eval_rows = build_datasets(
-        "preference",
-        data_path=config.data_path,
-        data_split=config.data_split,
-        tokenizer=tokenizer,
-        max_seq_len=config.max_seq_len,
-        seed=config.seed,
-        cache_dir=config.data_output_path,
-        is_writer=distributed.local_rank() == 0,
-    )
+    train_rows, eval_rows = build_datasets(corpus, tokenizer)
     eval_rows = eval_rows.head(config.eval_samples)
     distributed.log(train_rows.description)
     collate = functools.partial(collate_preference, pad_id=tokenizer.pad_token_id)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
-    train_loader = build_dataloader(train_rows, list, config.per_device_train_batch_size, shuffle=True, **ranks)
-    eval_loader = build_dataloader(eval_rows, collate, config.per_device_eval_batch_size, shuffle=False, **ranks)
-    steps_per_epoch = math.ceil(len(train_loader) / config.gradient_accumulation_steps)
-    total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
+    train_loader = build_dataloader(train_rows, list, config.micro_batch_rows, shuffle=True, seed=config.seed)
+    eval_size = config.per_device_eval_batch_size
+    eval_loader = build_dataloader(eval_rows, collate, eval_size, shuffle=False, seed=config.seed)
+
+    if config.dry_run:
+        return dry_run(plan_of, config, models, tokenizer, train_rows)
 
     # 3. Model
-    if config.dry_run:
-        return dry_run(config, 2, {"model": model_config}, tokenizer, train_rows)
-    checkpoints = Checkpoints(config, total_steps=total_steps, data_keys=[eval_rows.key])
-    engine = build_engine(
-        functools.partial(load_scalar_model, new_head=True),
-        tokenizer,
-        config,
-        micro_batch_size=config.per_device_train_batch_size,
-        total_steps=total_steps,
-        dropout=config.dropout,
-        lora_dropout=config.lora_dropout,
-    )
+    plan = plan_of(config, models, len(train_rows), distributed.world_size())
+    checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[eval_rows.key])
+    engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
+    loss_of = PAIRWISE_LOSSES[config.reward_loss].load()
+
+    def save(evaluated, folder) -> None:
+        store_score_scale(engine.module.model.config, evaluated["eval/chosen_mean"], evaluated["eval/chosen_std"])
+        save_model(engine.module.model, tokenizer, folder, save_adapter=config.save_adapter)
 
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
     state = checkpoints.resume({"model": engine})
-    with open_metrics(config, "step 2: reward model", total_steps, state) as writer, checkpoints:
+    with open_metrics(plan, state) as writer, checkpoints:
         if state.step == 0:
-            state.before = evaluate(engine, eval_loader, config)
+            state.before = evaluate(engine, eval_loader, loss_of)
             writer.log(0, state.before)
         step, started = state.step, time.perf_counter() - state.seconds
-        groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, total_steps)
+        groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, plan.length)
         for step, epoch, rows in groups:
             step_started = time.perf_counter()
-            parts = micro_batches(rows, config.max_tokens_per_batch, preference_tokens)
+            parts = micro_batches(rows, config.max_tokens_per_batch, pair_tokens)
             batches = [distributed.to_device(collate(part)) for part in parts]
             pairs = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in batches))
             margins = []
 
             def loss_function(batch, margins=margins, pairs=pairs):
-                losses, chosen, rejected = score_pairs(engine, batch, config.reward_loss)
+                losses, chosen, rejected = score_pairs(engine, batch, loss_of)
                 margins.append((chosen - rejected).detach())
                 return losses.sum() / pairs
 
@@ -189,24 +156,22 @@ def main(config: Config) -> dict[str, float]:
                 "train/pairs_per_second": pairs / (time.perf_counter() - step_started),
             }
             writer.log(step, metrics, bar=["train/loss", "train/accuracy", "train/pairs_per_second"])
-            if config.eval_interval and step % config.eval_interval == 0 and step < total_steps:
-                evaluated = evaluate(engine, eval_loader, config, None if config.keep_best else config.eval_iters)
+            if config.eval_interval and step % config.eval_interval == 0 and step < plan.length:
+                evaluated = evaluate(engine, eval_loader, loss_of, None if config.keep_best else config.eval_iters)
                 writer.log(step, evaluated)
-                store_score_scale(engine.module.model, evaluated)
-                save_if_best(config, evaluated["eval/accuracy"], engine.module.model, tokenizer)
+                save_if_best(config, evaluated["eval/accuracy"], functools.partial(save, evaluated))
             checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
-        after = evaluate(engine, eval_loader, config)
+        after = evaluate(engine, eval_loader, loss_of)
         writer.log(step, after)
         writer.compare("held-out pairs", state.before, after)
 
         # 5. Save, then draw
         if config.output_dir:
-            store_score_scale(engine.module.model, after)
-            save_model(engine.module.model, tokenizer, config.output_dir, save_adapter=config.save_adapter)
-            save_if_best(config, after["eval/accuracy"], engine.module.model, tokenizer)
-        writer.plot(PANELS)
-    return save_summary(config, state.before, after, steps=step, train_seconds=state.seconds)
+            save(after, config.output_dir)
+            save_if_best(config, after["eval/accuracy"], functools.partial(save, after))
+        writer.plot(PANELS, per=plan.unit)
+    return save_summary(plan, state, after, steps=step)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, CONFIG)

@@ -10,47 +10,40 @@ on its distance (KL) to the SFT model, and improves actor and critic with clippe
                     --actor_zero_stage 3 --critic_zero_stage 3
 """
 
-import functools
-import itertools
-import math
-import time
-from dataclasses import dataclass
+from utils.arguments import PpoConfig as Config
+from utils.arguments import parse_first, run
 
-from utils import distributed
-from utils.algorithms.kl import adaptive_kl_ctl
-from utils.arguments import (
-    CheckpointArguments,
-    OutputArguments,
-    PpoArguments,
-    PpoOptimizationArguments,
-    PromptArguments,
-    RlhfLoraArguments,
-    RlhfModelArguments,
-    RlhfSystemArguments,
-    RolloutArguments,
-    TokenizerArguments,
-)
+if __name__ == "__main__":
+    CONFIG = parse_first(Config, __doc__)  # --help and typing errors are answered before the imports below
+
+import time
+
 from utils.checkpoints import Checkpoints
-from utils.config import run
-from utils.data import (
-    build_dataloader,
-    build_datasets,
-    check_data_paths,
-    collate_sft,
-    endless,
-    micro_batches,
-    sft_tokens,
-)
-from utils.models.loading import check_length, check_model, check_scalar_model, load_matching_tokenizer
-from utils.models.lora import check_lora
-from utils.models.tokenizer import check_same_tokens
+from utils.data import Corpus, build_dataloader, build_datasets
+from utils.data.batches.dataloader import batches_per_epoch, numbered_batches
+from utils.generation.micro_batches import plan_batches
+from utils.generation.tensor_parallel import check_tensor_parallel
+from utils.models.checks import check_models, load_matching_tokenizer
+from utils.parallel import distributed
 from utils.preflight import dry_run
-from utils.rlhf.engine import RlhfEngine
-from utils.rlhf.evaluation import evaluate_prompts, show_answers
-from utils.rlhf.ppo import ExplosionAlarm, explained_variance_over_ranks, mean_metrics, ppo_minibatches, ppo_step
-from utils.rlhf.rollout import rollout
-from utils.rlhf.tensor_parallel import check_tensor_parallel
-from utils.session import check_run, open_metrics, save_summary, start_run
+from utils.rewards.shaping import build_reward
+from utils.rlhf.estimators import estimate_advantages, group_numbers
+from utils.rlhf.evaluation import evaluate_prompts, sampling_params, show_answers
+from utils.rlhf.layouts import build_roles
+from utils.rlhf.metrics import (
+    ExplosionAlarm,
+    PhaseClock,
+    next_kl_ctl,
+    rollout_metrics,
+    speed_metrics,
+    update_metrics,
+)
+from utils.rlhf.scoring import score_tokens
+from utils.rlhf.texts import TextBatches
+from utils.rlhf.updates import shuffled, update
+from utils.runs.best import save_if_best
+from utils.runs.plan import Models, Plan
+from utils.runs.session import check_run, open_metrics, save_summary, start_run
 
 PANELS = {
     "score of the reward model": ["ppo/score_mean", "eval/score_mean"],
@@ -65,179 +58,124 @@ PANELS = {
     "explained variance": ["ppo/explained_variance"],
     "seconds": ["time/generation", "time/scoring", "time/training"],
 }
+BAR = ["ppo/score_mean", "ppo/kl_k1", "ppo/value_loss", "throughput/tokens_per_second"]
 
 
-@dataclass(kw_only=True)
-class Config(
-    PromptArguments,
-    RlhfModelArguments,
-    RolloutArguments,
-    PpoOptimizationArguments,
-    PpoArguments,
-    RlhfSystemArguments,
-    RlhfLoraArguments,
-    OutputArguments,
-    CheckpointArguments,
-    TokenizerArguments,
-):
-    """Flags of step 3."""
+def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
+    """What a run on so many prompts and processes is about to do."""
+    rollouts = config.max_steps or None
+    if rollouts is None and rows is not None:
+        per_epoch = batches_per_epoch(rows, config.rollout_rows, world_size, drop_last=True)
+        rollouts = per_epoch * config.num_train_epochs
+    if config.enable_test_mode:
+        rollouts = config.test_stop_step if rollouts is None else min(rollouts, config.test_stop_step)
+    updates = config.ppo_epochs * (config.rollout_rows // config.step_rows)
+    warmup = {"actor": config.critic_warmup_steps, "critic": 0}
+    trained = [name for name, role in config.roles().items() if role.trains]
+    return Plan(
+        title="step 3: PPO",
+        config=config,
+        models=models,
+        unit="rollout",
+        length=rollouts,
+        optimizer_steps={
+            name: None if rollouts is None else max(rollouts - warmup[name], 0) * updates for name in trained
+        },
+        generates=True,
+        trains_on_texts=config.unsupervised_dataset_name is not None,
+        averaged="actor" if config.enable_ema else "",
+    )
 
 
 def main(config: Config) -> dict[str, float]:
     """Run step 3 and return its summary."""
     # 1. Refuse what cannot work, then set up
     check_run(config)
-    actor_config = check_model(config, "actor_model_name_or_path")
-    critic_config = check_scalar_model(config, "critic_model_name_or_path")
-    for model_config, role in ((actor_config, "actor"), (critic_config, "critic")):
-        check_length(
-            model_config,
-            config.max_prompt_seq_len + config.max_answer_seq_len,
-            "--max_prompt_seq_len + --max_answer_seq_len",
-        )
-        check_lora(model_config, getattr(config, f"{role}_lora_dim"), getattr(config, f"{role}_lora_module_name"))
-    check_tensor_parallel(actor_config, config.inference_tp_size)
-    check_data_paths(config.data_path, purpose="prompts", data_split=config.data_split)
-    text_source = config.unsupervised_dataset_name
-    if text_source:
-        check_data_paths([text_source], purpose="pretrain", config_name=config.unsupervised_dataset_config_name)
-    tokenizer = load_matching_tokenizer(config, config.actor_model_name_or_path, [actor_config, critic_config])
-    critic = config.critic_model_name_or_path
-    check_same_tokens(tokenizer, critic, f"--critic_model_name_or_path {critic}")
+    models, corpus, texts_corpus = check_models(config), Corpus.of(config), Corpus.of_texts(config)
+    check_tensor_parallel(models["actor"], config.inference_tp_size)
+    for data in filter(None, (corpus, texts_corpus)):
+        data.check()
+    tokenizer = load_matching_tokenizer(config, models)
     start_run(config)
 
     # 2. Data
-    source = {
-        "tokenizer": tokenizer,
-        "seed": config.seed,
-        "cache_dir": config.data_output_path,
-        "is_writer": distributed.local_rank() == 0,
-    }
-    prompt_rows, eval_rows = build_datasets(
-        "prompts",
-        data_path=config.data_path,
-        data_split=config.data_split,
-        max_prompt_len=config.max_prompt_seq_len,
-        **source,
-    )
+    prompt_rows, eval_rows = build_datasets(corpus, tokenizer)
     eval_rows = eval_rows.head(config.eval_prompts)
     distributed.log(prompt_rows.description)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "seed": config.seed}
-    rollout_size = config.per_device_generation_batch_size * config.generation_batches
-    rollout_flags = "--per_device_generation_batch_size or --generation_batches"
     prompt_loader = build_dataloader(
-        prompt_rows, list, rollout_size, shuffle=True, drop_last=True, size_flags=rollout_flags, **ranks
+        prompt_rows,
+        list,
+        config.rollout_rows,
+        shuffle=True,
+        seed=config.seed,
+        drop_last=True,
+        size_flags=config.rollout_flags,
     )
-    eval_loader = build_dataloader(eval_rows, list, rollout_size, shuffle=False, **ranks)
-    collate_text = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
-    text_loader, data_keys = None, [prompt_rows.key]
-    if text_source:
-        text_rows, _ = build_datasets(
-            "pretrain",
-            data_path=[text_source],
-            config_name=config.unsupervised_dataset_config_name,
-            max_seq_len=config.max_prompt_seq_len + config.max_answer_seq_len,
-            **source,
-        )
-        text_loader = build_dataloader(
-            text_rows,
-            list,
-            config.per_device_training_batch_size,
-            shuffle=True,
-            drop_last=True,
-            size_flags="--per_device_training_batch_size",
-            **ranks,
-        )
-        data_keys.append(text_rows.key)
-
-    iterations = config.max_steps or len(prompt_loader) * config.num_train_epochs
-    if config.enable_test_mode:
-        iterations = min(iterations, config.test_stop_step)
-    step_size = config.per_device_training_batch_size * config.gradient_accumulation_steps
-    steps_per_iteration = config.ppo_epochs * rollout_size // step_size
+    eval_loader = build_dataloader(eval_rows, list, config.rollout_rows, shuffle=False, seed=config.seed)
+    if config.dry_run:
+        return dry_run(plan_of, config, models, tokenizer, prompt_rows)
+    texts = TextBatches(config, tokenizer)
 
     # 3. Models
-    if config.dry_run:
-        return dry_run(config, 3, {"actor": actor_config, "critic": critic_config}, tokenizer, prompt_rows)
-    checkpoints = Checkpoints(config, total_steps=iterations, data_keys=data_keys)
-    engine = RlhfEngine(
-        config,
-        tokenizer,
-        actor_steps=max(iterations - config.critic_warmup_steps, 0) * steps_per_iteration,
-        critic_steps=iterations * steps_per_iteration,
-    )
+    plan = plan_of(config, models, len(prompt_rows), distributed.world_size())
+    checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[prompt_rows.key, *texts.keys])
+    roles, reward = build_roles(plan, tokenizer), build_reward(config, tokenizer)
 
     # 4. Train, from the beginning or from a checkpoint
-    engines = {"actor": engine.actor, "critic": engine.critic}
-    averages = engine.ema.shadow if engine.ema else ()
-    state = checkpoints.resume(engines, frozen=[engine.ref, engine.reward], averages=averages)
-    unsupervised_batches = endless(text_loader, state.text_batches) if text_loader else iter(())
-    with open_metrics(config, "step 3: PPO", iterations, state) as writer, checkpoints:
+    frozen = [*roles.frozen, reward.source.module]
+    state = checkpoints.resume(roles.trained, frozen=frozen, averages=roles.averages)
+    texts.start_at(state.own.get("text_batches", 0))
+    with open_metrics(plan, state) as writer, checkpoints:
         if state.step == 0:
-            state.before = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
+            state.before = evaluate_prompts(roles, reward, eval_loader, config)
             writer.log(0, state.before)
-            state.kl_ctl = config.kl_ctl
-        iteration, kl_ctl, started = state.step, state.kl_ctl, time.perf_counter() - state.seconds
+            state.own["kl_ctl"] = config.kl_ctl
+        iteration, kl_ctl, started = state.step, state.own["kl_ctl"], time.perf_counter() - state.seconds
         alarm = ExplosionAlarm()
-        rollouts_per_epoch = len(prompt_loader)
-        for epoch in range(iteration // rollouts_per_epoch, math.ceil(iterations / rollouts_per_epoch)):
-            prompt_loader.set_epoch(epoch, iteration % rollouts_per_epoch)
-            for prompt_batch in itertools.islice(prompt_loader, iterations - iteration):
-                iteration += 1
-                prompts = [row["prompt_ids"] for row in prompt_batch]
-                samples = rollout(engine, prompts, config, kl_ctl=kl_ctl, seed=config.seed + iteration)
-                metrics = samples.metrics | {
-                    "ppo/kl_ctl": kl_ctl,
-                    "ppo/explained_variance": explained_variance_over_ranks(samples.micro_batches),
-                }
-                training_started, steps = time.perf_counter(), []
-                for ppo_epoch in range(config.ppo_epochs):
-                    order_seed = config.seed + iteration * config.ppo_epochs + ppo_epoch
-                    for minibatch in ppo_minibatches(samples.minibatches, seed=order_seed):
-                        texts = list(itertools.islice(unsupervised_batches, config.gradient_accumulation_steps))
-                        state.text_batches += len(texts)
-                        parts = micro_batches(texts, config.max_tokens_per_batch, sft_tokens)
-                        steps.append(
-                            ppo_step(
-                                engine,
-                                minibatch,
-                                config,
-                                what=f"iteration {iteration}",
-                                train_actor=iteration > config.critic_warmup_steps,
-                                unsupervised=[distributed.to_device(collate_text(part)) for part in parts],
-                            )
-                        )
-                metrics["ppo/skipped_steps"] = engine.actor.skipped_steps + engine.critic.skipped_steps
-                metrics |= mean_metrics(steps) | {"time/training": time.perf_counter() - training_started}
-                seconds = sum(metrics[f"time/{phase}"] for phase in ("generation", "scoring", "training"))
-                metrics["throughput/samples_per_second"] = samples.num_sequences / seconds
-                metrics["throughput/tokens_per_second"] = samples.num_sequences * metrics["ppo/length_mean"] / seconds
-                bar = ["ppo/score_mean", "ppo/kl_k1", "ppo/value_loss", "throughput/tokens_per_second"]
-                writer.log(iteration, metrics, bar=bar)
-                alarm.check(iteration, metrics)
-                if config.print_answers and iteration % config.print_answers_interval == 0:
-                    writer.print(show_answers(samples.micro_batches[0], tokenizer))
-                if config.kl_target is not None and math.isfinite(samples.kl):  # not so with --on_nan skip
-                    kl_ctl = adaptive_kl_ctl(
-                        kl_ctl, samples.kl, config.kl_target, config.kl_horizon, samples.num_sequences
-                    )
-                if config.eval_interval and iteration % config.eval_interval == 0 and iteration < iterations:
-                    evaluated = evaluate_prompts(engine, eval_loader, config)
-                    writer.log(iteration, evaluated)
-                    engine.save_if_best(evaluated)
-                state.kl_ctl = kl_ctl
-                checkpoints.step_done(state, writer, step=iteration, seconds=time.perf_counter() - started)
-        after = evaluate_prompts(engine, eval_loader, config) if config.eval_prompts else {}
+        for iteration, rows in numbered_batches(prompt_loader, state.step, plan.length):
+            clock, prompts = PhaseClock(), [row["prompt_ids"] for row in rows]
+            responses = roles.respond(prompts, sampling_params(config), seed=config.seed + iteration)
+            clock.end_of("generation")
+
+            batches = plan_batches(prompts, responses, config, pad_id=tokenizer.pad_token_id)
+            scores = reward(rows, responses)
+            samples = score_tokens(roles, batches, config)
+            rollout = estimate_advantages(samples, scores, group_numbers(rows), config, kl_ctl=kl_ctl)
+            metrics = rollout_metrics(rollout, reward, responses) | {"ppo/kl_ctl": kl_ctl}
+            clock.end_of("scoring")
+
+            steps, what, trains_actor = [], f"iteration {iteration}", iteration > config.critic_warmup_steps
+            order = config.seed + iteration * config.ppo_epochs
+            for minibatch in shuffled(rollout, epochs=config.ppo_epochs, seed=order):
+                text = texts.next_step()
+                steps.append(update(roles, minibatch, config, what=what, train_actor=trains_actor, texts=text))
+            clock.end_of("training")
+
+            metrics |= update_metrics(steps) | speed_metrics(clock, metrics)
+            metrics["ppo/skipped_steps"] = sum(engine.skipped_steps for engine in roles.trained.values())
+            writer.log(iteration, metrics, bar=BAR)
+            alarm.check(iteration, metrics)
+            if config.print_answers and iteration % config.print_answers_interval == 0:
+                writer.print(show_answers(rollout[0][0], tokenizer))
+            kl_ctl = next_kl_ctl(kl_ctl, metrics, config)
+            if config.eval_interval and iteration % config.eval_interval == 0 and iteration < plan.length:
+                evaluated = evaluate_prompts(roles, reward, eval_loader, config)
+                writer.log(iteration, evaluated)
+                save_if_best(config, evaluated["eval/score_mean"], roles.save)
+            state.own |= {"kl_ctl": kl_ctl, "text_batches": texts.used}
+            checkpoints.step_done(state, writer, step=iteration, seconds=time.perf_counter() - started)
+        after = evaluate_prompts(roles, reward, eval_loader, config)
         writer.log(iteration, after)
         writer.compare("greedy answers to held-out prompts", state.before, after)
 
         # 5. Save, then draw
         if config.output_dir:
-            engine.save(config.output_dir)
-            engine.save_if_best(after)
-        writer.plot(PANELS, per="rollout")
-    return save_summary(config, state.before, after, iterations=iteration, train_seconds=state.seconds)
+            roles.save(config.output_dir)
+            if after:
+                save_if_best(config, after["eval/score_mean"], roles.save)
+        writer.plot(PANELS, per=plan.unit)
+    return save_summary(plan, state, after, iterations=iteration)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, CONFIG)

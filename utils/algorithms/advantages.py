@@ -5,8 +5,38 @@ add, and everyone then normalises with the same numbers. Normalising per sequenc
 between good and bad answers.
 """
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardedTokens:
+    """A whole rollout of this rank, N responses of up to R tokens: what an estimator makes advantages of.
+
+    An estimator is a function of this and of the flags, and a row of `ADVANTAGE_ESTIMATORS` in
+    `utils.arguments.choices`. It returns advantages and returns, both (N, R) fp32 and zero outside the mask.
+    """
+
+    rewards: Tensor  # (N, R) per token: the price of KL, and the score at the last token
+    values: Tensor | None  # (N, R) of the state in which the token was chosen; None without a critic
+    mask: Tensor  # (N, R) bool, true on the tokens of the response
+    scores: Tensor  # (N,) of the whole response, shaped, without the price of KL
+    groups: Tensor  # (N,) int64, equal for responses to the same prompt
+
+
+class Discounts(Protocol):
+    """The flags that `generalized_advantages` reads."""
+
+    gamma: float
+    lam: float
+
+
+def generalized_advantages(rollout: RewardedTokens, flags: Discounts) -> tuple[Tensor, Tensor]:
+    """`gae` of the rollout."""
+    return gae(rollout.rewards, rollout.values, rollout.mask, flags.gamma, flags.lam)
 
 
 @torch.no_grad()

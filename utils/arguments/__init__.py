@@ -1,47 +1,24 @@
-"""The flags of every step, in blocks that a step's `Config` inherits from."""
+"""The flags of every step: what a flag is, blocks of them by subject, and from a command line to a Config.
 
-from utils.arguments.availability import meaningless_flags, refuse_unavailable
+Nothing here imports torch, so that a command line is read and refused at once.
+"""
+
 from utils.arguments.base import Arguments, flag
-from utils.arguments.rlhf import (
-    PpoArguments,
-    PpoOptimizationArguments,
-    PromptArguments,
-    RlhfLoraArguments,
-    RlhfModelArguments,
-    RlhfSystemArguments,
-    RolloutArguments,
-)
-from utils.arguments.shared import CheckpointArguments, OutputArguments, TokenizerArguments
-from utils.arguments.supervised import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    OptimizationArguments,
-    RewardArguments,
-    SftArguments,
-    SystemArguments,
-)
+from utils.arguments.rules import refuse_unavailable, remarks
+from utils.arguments.run import parse_config, parse_first, run, save_config
+from utils.arguments.steps import PpoConfig, RewardModelConfig, SftConfig, StepConfig
 
 __all__ = [
     "Arguments",
-    "CheckpointArguments",
-    "DataArguments",
-    "LoraArguments",
-    "ModelArguments",
-    "OptimizationArguments",
-    "OutputArguments",
-    "PpoArguments",
-    "PpoOptimizationArguments",
-    "PromptArguments",
-    "RewardArguments",
-    "RlhfLoraArguments",
-    "RlhfModelArguments",
-    "RlhfSystemArguments",
-    "RolloutArguments",
-    "SftArguments",
-    "SystemArguments",
-    "TokenizerArguments",
+    "PpoConfig",
+    "RewardModelConfig",
+    "SftConfig",
+    "StepConfig",
     "flag",
-    "meaningless_flags",
+    "parse_config",
+    "parse_first",
     "refuse_unavailable",
+    "remarks",
+    "run",
+    "save_config",
 ]

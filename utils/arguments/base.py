@@ -1,17 +1,37 @@
-"""What a flag is: a dataclass field with a help text, a range and, at times, a second name.
+"""What a flag is: a dataclass field with a help text, a range, and what else is known about it.
 
-Blocks of flags subclass `Arguments`; a step's `Config` inherits from the blocks that it needs. Making an instance, from
-a command line or in Python, checks every value, so that a `Config` that exists is a `Config` that makes sense.
+Blocks of flags subclass `Arguments`; a step's Config inherits from the blocks that it needs. Making an instance, from a
+command line or in Python, checks every value, so that a Config that exists is a Config that makes sense.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from transformers.hf_argparser import HfArg
-
 from utils.errors import InputError
+
+# What a resumed run may do with a flag of the run that wrote the checkpoint:
+#   same      it must have the same value
+#   free      it changes nothing that a step computes, or only how many steps there are
+#   regroup   it only deals the same rows or weights out to processes in another way: equal in state, not in bits
+Resume = Literal["same", "free", "regroup"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """What is known about a flag beside its name, type and default; see `flag`."""
+
+    help: str = ""
+    aliases: tuple[str, ...] = ()
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    resume: Resume = "same"
+    rows_with: tuple[str, ...] | None = None
+    idle: str = ""
+    idle_unless: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    unavailable: str = ""
 
 
 def flag(
@@ -23,18 +43,45 @@ def flag(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    choices: Sequence[str] = (),
+    resume: Resume = "same",
+    rows_with: Sequence[str] | None = None,
+    idle: str = "",
+    idle_unless: str | Sequence[str] = (),
+    needs_gpu: bool = False,
+    unavailable: str = "",
 ) -> Any:
     """A dataclass field that is also a command-line flag. Without `default` the flag is required.
 
-    `at_least` and `at_most` include the limit, `above` and `below` do not. `aliases` are further flag names, without
-    dashes. A list as `default` is copied for every instance.
+    Args:
+        default: a list is copied for every instance.
+        aliases: further names of the flag, without dashes.
+        at_least, above, at_most, below: limits of a number; the first and the third include the limit.
+        choices: names from a table, for a field whose type does not say them.
+        resume: what a resumed run may do with it.
+        rows_with: for a number of rows: the flags whose product with it and with the number of processes is the rows
+            of a step, which a resumed run keeps.
+        idle: why it never changes anything; given all the same, it is remarked upon.
+        idle_unless: other flags without which it changes nothing, any of them.
+        needs_gpu: it changes nothing without one.
+        unavailable: what to do instead of giving it; it is refused.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}}
-    options = {"aliases": [f"--{alias}" for alias in aliases], "help": help, "metadata": metadata}
+    known = Flag(
+        help=help,
+        aliases=tuple(aliases),
+        limits={name: limit for name, limit in limits.items() if limit is not None},
+        choices=tuple(choices),
+        resume=resume,
+        rows_with=None if rows_with is None else tuple(rows_with),
+        idle=idle,
+        idle_unless=(idle_unless,) if isinstance(idle_unless, str) else tuple(idle_unless),
+        needs_gpu=needs_gpu,
+        unavailable=unavailable,
+    )
     if isinstance(default, list):
-        return HfArg(default_factory=lambda: list(default), **options)
-    return HfArg(default=default, **options)
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"flag": known})
+    return dataclasses.field(default=default, metadata={"flag": known})
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,35 +94,55 @@ class Arguments:
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _check_type(field.name, types[field.name], value)
-            _check_limits(field.name, field_metadata(type(self), field.name).get("limits", {}), value)
+            known, value = known_flag(type(self), field.name), getattr(self, field.name)
+            _check_type(field.name, types[field.name], known.choices, value)
+            _check_limits(field.name, known.limits, value)
         for block in reversed(type(self).__mro__):
             if check := vars(block).get("check"):
                 check(self)
 
 
-def field_metadata(config_class: type, name: str) -> dict[str, Any]:
-    """Help, aliases and limits of a field, also where a subclass redeclared it with a bare default."""
+def known_flag(config_class: type, name: str) -> Flag:
+    """What is known about a field, also where a subclass redeclared it with a bare default."""
     for block in config_class.__mro__:
         field = vars(block).get("__dataclass_fields__", {}).get(name)
-        if field is not None and field.metadata:
-            return dict(field.metadata)
-    return {}
+        if field is not None and "flag" in field.metadata:
+            return field.metadata["flag"]
+    return Flag()
 
 
-def _check_type(name: str, expected: Any, value: Any) -> None:
+def known_flags(config_class: type) -> dict[str, Flag]:
+    """`known_flag` of every field, in order."""
+    return {field.name: known_flag(config_class, field.name) for field in dataclasses.fields(config_class)}
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def flag_defaults(config_class: type) -> dict[str, Any]:
+    """The value of each flag that has one when it is not given."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config_class)
+        if not is_required(field)
+    }
+
+
+def _check_type(name: str, expected: Any, choices: Sequence[str], value: Any) -> None:
     """Refuse what would fail late or pass in silence: a wrong choice, one text where a list belongs, NaN."""
-    if get_origin(expected) is Literal and value not in get_args(expected):
-        choices = ", ".join(str(choice) for choice in get_args(expected))
-        raise InputError(f"--{name}: unknown choice {value!r}; choose from {choices}")
+    if get_origin(expected) is Literal:
+        choices = get_args(expected)
+    if choices and value not in choices:
+        named = ", ".join(str(choice) for choice in choices)
+        raise InputError(f"--{name}: unknown choice {value!r}; choose from {named}")
     if get_origin(expected) is list and not isinstance(value, list):
         raise InputError(f"--{name} takes a list, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name} must be a finite number, got {value}")
 
 
-def _check_limits(name: str, limits: dict[str, float], value: Any) -> None:
+def _check_limits(name: str, limits: Mapping[str, float], value: Any) -> None:
     if value is None:
         return
     tests = {

@@ -11,14 +11,14 @@ damage and strangers' files, not against other weights under a fitting manifest:
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils import distributed
+from utils.arguments.steps import StepConfig
 from utils.checkpoints.elastic import divide_average
 from utils.checkpoints.engine_state import EngineWriter, frozen_weight_sums, load_engine
 from utils.checkpoints.folders import (
@@ -36,8 +36,10 @@ from utils.checkpoints.run_state import RunState, describe_run, write_state
 from utils.checkpoints.search import check_shared, find_checkpoint
 from utils.checkpoints.signals import StopSignals
 from utils.errors import InputError, RankError, RunStopped
-from utils.metrics import METRICS_FILE, MetricsWriter
-from utils.zero import check_weights
+from utils.output.metrics import METRICS_FILE, MetricsWriter
+from utils.parallel import distributed
+from utils.parallel.divergence import check_weights
+from utils.parallel.zero import Engine
 
 
 class Checkpoints:
@@ -46,8 +48,7 @@ class Checkpoints:
     A new one has found what the run continues from, or refused it, before any model is loaded.
 
     Args:
-        config: a step's Config with its `CheckpointArguments`. Without --save_interval nothing is saved and signals
-            keep their ordinary meaning.
+        config: without --save_interval nothing is saved and signals keep their ordinary meaning.
         total_steps: length of the run, in the unit of --save_interval.
         data_keys: of the rows that the run trains on (`TokenDataset.key`).
 
@@ -55,7 +56,7 @@ class Checkpoints:
         InputError: the checkpoint is damaged, or of a run with other flags or data; --output_dir is not shared.
     """
 
-    def __init__(self, config, *, total_steps: int, data_keys: Sequence[str]) -> None:
+    def __init__(self, config: StepConfig, *, total_steps: int, data_keys: Sequence[str]) -> None:
         self._config, self._total_steps = config, total_steps
         self._run = describe_run(config, list(data_keys))
         self._root = Path(config.output_dir) / "checkpoints" if config.output_dir else None
@@ -75,7 +76,7 @@ class Checkpoints:
 
     def resume(
         self,
-        engines: dict,
+        engines: Mapping[str, Engine],
         *,
         frozen: Sequence[torch.nn.Module | None] = (),
         averages: Sequence[torch.Tensor] = (),

@@ -7,24 +7,13 @@ stream of random numbers.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
-from utils import distributed
 from utils.checkpoints.shards import MOMENTS, ParameterState, Shards
 from utils.errors import InputError
-from utils.zero import is_partitioned, parameter_groups
-
-# Flags that may differ as long as their products with the number of processes do not: then the n-th step has the same
-# rows, however they are dealt out.
-SIZES = (
-    ("per_device_train_batch_size", "gradient_accumulation_steps"),
-    ("per_device_training_batch_size", "gradient_accumulation_steps"),
-    ("per_device_generation_batch_size", "generation_batches"),
-)
-STAGES = ("zero_stage", "actor_zero_stage", "critic_zero_stage")
-MAY_DIFFER_TOGETHER = frozenset({*STAGES, *(name for names in SIZES for name in names)})
+from utils.parallel import distributed
+from utils.parallel.zero import Engine, is_partitioned, parameter_groups
 
 
 @dataclasses.dataclass
@@ -37,32 +26,8 @@ class Piece:
     length: int
 
 
-def check_sizes(config: dict[str, Any], processes: int, then: dict[str, Any], processes_then: int, source: str) -> None:
-    """Refuse a run whose steps would not have the rows of those of the run that wrote the checkpoint.
-
-    Args:
-        config: the flags now, `then` those of the run of `source`.
-    Raises:
-        InputError: names the flags and both products.
-    """
-    groups = [names for names in SIZES if names[0] in config]
-    if config.get("unsupervised_dataset_name"):  # its epochs are made of whole batches
-        groups.append(("per_device_training_batch_size",))
-    for names in groups:
-        now, before = processes, processes_then
-        for name in names:
-            now, before = now * config[name], before * then[name]
-        if now != before:
-            factors = " x ".join(f"--{name} {config[name]}" for name in names)
-            were = " x ".join(str(then[name]) for name in names)
-            raise InputError(
-                f"{factors} x {processes} processes make {now} rows, but {source} comes from a run with {were} x "
-                f"{processes_then} = {before}: choose values with the same product, so that every row comes once"
-            )
-
-
 @torch.no_grad()
-def rebuild_engine(engine, shards: Shards) -> None:
+def rebuild_engine(engine: Engine, shards: Shards) -> None:
     """Bring a freshly built engine to the state in `shards`, of any ZeRO stage and number of processes.
 
     Raises:
@@ -104,12 +69,12 @@ def divide_average(parts: Sequence[torch.Tensor], own: torch.Tensor, rank: int) 
     own.flatten()[: share.numel()].copy_(share)
 
 
-def _pieces(engine) -> dict[int, Piece]:
+def _pieces(engine: Engine) -> dict[int, Piece]:
     """This rank's piece of each trainable parameter that it has one of, by the parameter's id."""
     return {id(parameter): piece for parameter, piece in _each_piece(engine)}
 
 
-def _each_piece(engine) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
+def _each_piece(engine: Engine) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     if stage == 0:
@@ -148,7 +113,7 @@ def _write(piece: Piece, state: ParameterState, base: torch.optim.Optimizer) -> 
     own["step"] = state.step.clone().to(piece.flat.device) if torch.is_tensor(state.step) else state.step
 
 
-def _publish_weights(engine, own: dict[int, Piece]) -> None:
+def _publish_weights(engine: Engine, own: dict[int, Piece]) -> None:
     """Let the weights that compute be those that `_write` has written, on every rank."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):

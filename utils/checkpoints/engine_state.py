@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from utils import distributed
 from utils.checkpoints.elastic import rebuild_engine
 from utils.checkpoints.shards import Shards, open_shard
 from utils.errors import InputError
-from utils.zero import is_partitioned
+from utils.parallel import distributed
+from utils.parallel.zero import Engine, is_partitioned
 
 
 class EngineWriter:
@@ -25,7 +25,7 @@ class EngineWriter:
         self.files: list[Path] = []
         self.error: OSError | RuntimeError | None = None
 
-    def save(self, engine, name: str) -> None:
+    def save(self, engine: Engine, name: str) -> None:
         """Write weights that train, optimiser, schedule and loss scale of `engine` to `folder/name`; on every rank.
 
         Frozen weights are those of the model that the run started from, and are not stored.
@@ -48,7 +48,7 @@ class EngineWriter:
             del shards.save, engine._copy_recovery_script
 
 
-def load_engine(engine, folder: Path, name: str) -> None:
+def load_engine(engine: Engine, folder: Path, name: str) -> None:
     """Bring a freshly built engine to the state that `EngineWriter.save` stored. The files must have been checked.
 
     The same number of processes and ZeRO stage get back what each of them wrote; others divide it anew.

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of a run besides tensors, and which flags may differ when it is resumed."""
+"""What a checkpoint knows of a run besides tensors, and what a run that continues it may do otherwise."""
 
 import dataclasses
 import importlib.metadata
@@ -6,19 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils import distributed
-from utils.checkpoints.elastic import MAY_DIFFER_TOGETHER, check_sizes
+from utils.arguments.base import Flag, flag_defaults, known_flags
+from utils.arguments.steps import StepConfig
 from utils.errors import InputError
+from utils.parallel import distributed
 
 STATE_FILE = "state.json"
-# Flags that do not change what a step computes, or only how many there are.
-MAY_DIFFER = frozenset({
-    *("output_dir", "data_output_path", "tensorboard_path", "enable_tensorboard", "verbose", "logging_interval"),
-    *("save_interval", "save_total_limit", "resume_from_checkpoint", "keep_best", "save_adapter", "on_nan"),
-    *("max_steps", "num_train_epochs", "enable_test_mode", "test_stop_step", "eval_interval"),
-    *("stall_timeout", "print_loss", "print_answers", "print_answers_interval", "release_inference_cache"),
-    *("local_rank", "deepspeed", "compute_fp32_loss", "preprocessing_num_workers", "num_padding_at_beginning"),
-})  # fmt: skip
+STATE_FORMAT = 2  # of this file; a checkpoint without a number is of version 0.1
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
 
@@ -30,15 +24,15 @@ class RunState:
     seconds: float = 0.0  # of training
     metrics_position: int = 0  # bytes of metrics.jsonl that belong to these steps
     before: dict[str, float] = dataclasses.field(default_factory=dict)  # the evaluation before training
-    answers: list[list[str]] = dataclasses.field(default_factory=list)  # prompts and answers before training
-    kl_ctl: float | None = None  # of the next rollout
-    text_batches: int = 0  # batches of unsupervised text used so far
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a step keeps besides: JSON values
 
 
-def describe_run(config: Any, data_keys: list[str]) -> dict[str, Any]:
+def describe_run(config: StepConfig, data_keys: list[str]) -> dict[str, Any]:
     """What a resumed run is compared with: flags, data, number of processes, versions of the libraries."""
+    known = known_flags(type(config))
     return {
-        "config": {name: value for name, value in vars(config).items() if name not in MAY_DIFFER},
+        "format": STATE_FORMAT,
+        "config": {name: value for name, value in vars(config).items() if known[name].resume != "free"},
         "data": data_keys,
         "world_size": distributed.world_size(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -52,36 +46,34 @@ def write_state(folder: Path, state: RunState, run: dict[str, Any]) -> Path:
     return path
 
 
-def flag_defaults(config_class: type) -> dict[str, Any]:
-    """The value of each flag that has one when it is not given."""
-    defaults = {}
-    for field in dataclasses.fields(config_class):
-        if field.default_factory is not dataclasses.MISSING:
-            defaults[field.name] = field.default_factory()
-        elif field.default is not dataclasses.MISSING:
-            defaults[field.name] = field.default
-    return defaults
-
-
-def read_state(folder: Path, run: dict[str, Any], defaults: dict[str, Any]) -> tuple[RunState, int]:
+def read_state(folder: Path, run: dict[str, Any], config_class: type[StepConfig]) -> tuple[RunState, int]:
     """The state in `folder`, a checkpoint of a run that `run` may continue, and that run's number of processes.
 
     Args:
-        defaults: of flags; where the run was of a version that did not have one, it ran as with its default.
+        config_class: of the flags in `run`. Where the checkpoint's run was of a version that did not have one of them,
+            it ran as with its default.
 
     Raises:
-        InputError: it may not: names the first flag that differs, the data, or the rows of a step.
+        InputError: it may not: names the first flag that differs, the data, the rows of a step, or the version.
     """
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     saved = content["run"]
+    if saved.get("format") != STATE_FORMAT:
+        raise InputError(
+            f"{folder} was written by version 0.1 of this project, which told prepared rows apart by its own source "
+            "code, so that nobody can say whether they are the same: finish that run with that version, or start anew "
+            "with another --output_dir"
+        )
+    flags, defaults = known_flags(config_class), flag_defaults(config_class)
     now, then = run["config"], {name: defaults[name] for name in run["config"] if name in defaults} | saved["config"]
+    regrouped = sorted(name for name in now if flags[name].resume == "regroup")
     for name in sorted(now.keys() | then.keys()):
-        if now.get(name) != then.get(name) and name not in MAY_DIFFER_TOGETHER:
+        if now.get(name) != then.get(name) and name not in regrouped:
             raise InputError(
                 f"--{name} is {now.get(name)}, but {folder} comes from a run with {then.get(name)}: give the same "
                 "value, or start anew with another --output_dir"
             )
-    check_sizes(now, run["world_size"], then, saved["world_size"], str(folder))
+    _check_rows(flags, now, run["world_size"], then, saved["world_size"], str(folder))
     if saved["data"] != run["data"]:
         raise InputError(
             f"--data_path: the rows are not those that the run of {folder} was trained on (the files, or how they are "
@@ -93,13 +85,40 @@ def read_state(folder: Path, run: dict[str, Any], defaults: dict[str, Any]) -> t
                 f"{folder} was written with {name} {saved['libraries'].get(name)}, this is {version}: the run "
                 "continues, but its numbers may differ in their last digits"
             )
-    changed = {name: now[name] for name in sorted(MAY_DIFFER_TOGETHER & now.keys()) if now[name] != then.get(name)}
+    changed = {name: now[name] for name in regrouped if now[name] != then.get(name)}
     if changed or saved["world_size"] != run["world_size"]:
-        flags = "".join(f", --{name} {value}" for name, value in changed.items())
+        named = "".join(f", --{name} {value}" for name, value in changed.items())
         distributed.log(
-            f"the run of {saved['world_size']} processes continues with {run['world_size']}{flags}: equal in state "
+            f"the run of {saved['world_size']} processes continues with {run['world_size']}{named}: equal in state "
             "though not in bits"
         )
-    known = {field.name for field in dataclasses.fields(RunState)}  # other versions of this package had others
-    state = RunState(**{name: value for name, value in content["state"].items() if name in known})
-    return state, saved["world_size"]
+    return RunState(**content["state"]), saved["world_size"]
+
+
+def _check_rows(
+    flags: dict[str, Flag],
+    now: dict[str, Any],
+    processes: int,
+    then: dict[str, Any],
+    processes_then: int,
+    source: str,
+) -> None:
+    """Refuse a run whose steps would not have the rows of those of the run that wrote `source`.
+
+    Flags may differ as long as their products with the number of processes do not: then the n-th step has the same
+    rows, however they are dealt out.
+    """
+    groups = [(name, *known.rows_with) for name, known in flags.items() if known.rows_with is not None]
+    if now.get("unsupervised_dataset_name"):  # its epochs are made of whole batches
+        groups.append(("per_device_training_batch_size",))
+    for names in groups:
+        rows, before = processes, processes_then
+        for name in names:
+            rows, before = rows * now[name], before * then[name]
+        if rows != before:
+            factors = " x ".join(f"--{name} {now[name]}" for name in names)
+            were = " x ".join(str(then[name]) for name in names)
+            raise InputError(
+                f"{factors} x {processes} processes make {rows} rows, but {source} comes from a run with {were} x "
+                f"{processes_then} = {before}: choose values with the same product, so that every row comes once"
+            )

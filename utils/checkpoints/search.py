@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from utils import distributed
+from utils.arguments.steps import StepConfig
 from utils.checkpoints.folders import checkpoint_path, checkpoint_steps, read_manifest, wrong_checksum
-from utils.checkpoints.run_state import RunState, flag_defaults, read_state
+from utils.checkpoints.run_state import RunState, read_state
 from utils.errors import InputError
+from utils.parallel import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Found:
     processes: int
 
 
-def find_checkpoint(config: Any, run: dict[str, Any], total_steps: int) -> Found | None:
+def find_checkpoint(config: StepConfig, run: dict[str, Any], total_steps: int) -> Found | None:
     """The checkpoint that --resume_from_checkpoint asks for, the same on every rank; None where a run begins.
 
     Args:
-        config: with `CheckpointArguments`; `run` describes it (`describe_run`).
+        run: describes the run with the flags of `config` (`describe_run`).
         total_steps: length of the run.
 
     Raises:
@@ -42,7 +43,7 @@ def find_checkpoint(config: Any, run: dict[str, Any], total_steps: int) -> Found
     if folder is None:
         distributed.log(f"no checkpoint in {root}: starting from the beginning")
         return None
-    state, processes = read_state(folder, run, flag_defaults(type(config)))
+    state, processes = read_state(folder, run, type(config))
     if state.step > total_steps:
         raise InputError(
             f"{folder} is of step {state.step}, but --max_steps or --num_train_epochs end the run after "

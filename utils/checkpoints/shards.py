@@ -13,7 +13,7 @@ from pickle import UnpicklingError
 import torch
 
 from utils.errors import InputError, RankError
-from utils.zero import CHECKPOINT_CLASSES
+from utils.parallel.zero import CHECKPOINT_CLASSES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

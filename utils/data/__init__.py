@@ -1,14 +1,14 @@
 """Data: from files and hub data sets to batches of token ids with exact prompt and response spans."""
 
-from utils.data.collate import collate_preference, collate_sft, preference_tokens, sft_tokens
-from utils.data.dataloader import RankDataLoader, accumulation_groups, build_dataloader, endless
-from utils.data.dataset import TokenDataset, build_datasets
-from utils.data.dialogue import render_prompt, render_response
-from utils.data.example import Example
-from utils.data.packing import PackedRows, micro_batches
-from utils.data.sources import check_data_paths
+from utils.data.batches.collate import collate_preference, collate_sft
+from utils.data.batches.dataloader import RankDataLoader, accumulation_groups, build_dataloader, endless
+from utils.data.batches.packing import PackedRows, micro_batches, pack_rows
+from utils.data.formats.example import Example
+from utils.data.rows.dataset import TokenDataset, build_datasets
+from utils.data.sources.corpus import Corpus
 
 __all__ = [
+    "Corpus",
     "Example",
     "PackedRows",
     "RankDataLoader",
@@ -16,13 +16,9 @@ __all__ = [
     "accumulation_groups",
     "build_dataloader",
     "build_datasets",
-    "check_data_paths",
     "collate_preference",
     "collate_sft",
     "endless",
     "micro_batches",
-    "preference_tokens",
-    "render_prompt",
-    "render_response",
-    "sft_tokens",
+    "pack_rows",
 ]

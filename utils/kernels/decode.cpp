@@ -227,23 +227,24 @@ Floats some_logits(const T* logits, int64_t first, int64_t words, int64_t forbid
   return values * inverse_temperature;
 }
 
-// One token per row by inverting the cumulative distribution at a number of the row's own random stream, or the most
-// likely one, and its log-probability; as `choose_tokens` in sampling.py without top-k and top-p.
+// One token per row by inverting the cumulative distribution at a number of the row's own random stream, or with
+// temperature 0 the most likely one, and its log-probability; as `choose_tokens` in sampling.py without top-k and top-p.
 //
-//   logits   (n, words)    keys, counters   (n,)    tokens, logprobs   (n,)
+//   logits   (n, words)    keys, counters, temperatures, minimums   (n,)    tokens, logprobs   (n,)
 template <class T>
-void choose(const T* logits, const int64_t* keys, const int64_t* counters, int64_t* tokens, float* logprobs,
-            int64_t rows, int64_t words, int64_t greedy, int64_t min_new_tokens, int64_t eos, double temperature,
+void choose(const T* logits, const int64_t* keys, const int64_t* counters, const double* temperatures,
+            const int64_t* minimums, int64_t* tokens, float* logprobs, int64_t rows, int64_t words, int64_t eos,
             int64_t threads) {
   const int64_t blocks = (words + BLOCK - 1) / BLOCK;
-  const float inverse = greedy ? 1.0f : float(1.0 / temperature);
 #pragma omp parallel num_threads(threads) if (rows * words > PARALLEL_WORK)
   {
     std::vector<double> sums(blocks);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
       const T* x = logits + row * words;
-      const int64_t forbidden = counters[row] < min_new_tokens ? eos : -1;
+      const bool greedy = temperatures[row] == 0;
+      const float inverse = greedy ? 1.0f : float(1.0 / temperatures[row]);
+      const int64_t forbidden = counters[row] < minimums[row] ? eos : -1;
       Floats highest_of = Floats{} - INFINITY;
       for (int64_t i = 0; i < words; i += LANES)
         highest_of = larger(some_logits(x, i, words, forbidden, inverse), highest_of);
@@ -297,7 +298,7 @@ struct Layer {
 };
 
 // All layers of a model whose matrices are small and have no bias, for one new token in each row: where each operation
-// is done sooner than it can be asked for from Python. Leaves what the head reads in `normed`, and uses `hidden` up.
+// is done sooner than it can be asked for from Python. Leaves what the head reads in `normed`, and overwrites `hidden`.
 //
 //   hidden, normed   (n, H)       keys, values   (layers, slots, K, D, capacity) and (layers, slots, K, capacity, D)
 template <class T>
@@ -359,10 +360,10 @@ void small_step(const Layer<T>* layers, const T* final_norm, T* hidden, T* norme
     small_step(layers, final_norm, hidden, normed, cos, sin, positions, keys, values, count, rows, hidden_size,       \
                mlp_size, query_heads, kv_heads, size, slots, capacity, eps, scale, threads);                          \
   }                                                                                                                    \
-  void choose_##SUFFIX(const T* logits, const int64_t* keys, const int64_t* counters, int64_t* tokens,                \
-                       float* logprobs, int64_t rows, int64_t words, int64_t greedy, int64_t min_new_tokens,          \
-                       int64_t eos, double temperature, int64_t threads) {                                            \
-    choose(logits, keys, counters, tokens, logprobs, rows, words, greedy, min_new_tokens, eos, temperature, threads); \
+  void choose_##SUFFIX(const T* logits, const int64_t* keys, const int64_t* counters, const double* temperatures,      \
+                       const int64_t* minimums, int64_t* tokens, float* logprobs, int64_t rows, int64_t words,         \
+                       int64_t eos, int64_t threads) {                                                                 \
+    choose(logits, keys, counters, temperatures, minimums, tokens, logprobs, rows, words, eos, threads);               \
   }
 
 extern "C" {

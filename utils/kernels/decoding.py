@@ -86,7 +86,9 @@ def small_step(
     positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, query_heads: int, mlp_size: int, eps: float,
     scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """All layers of a small model for one new token in each row; (n, H) normed states for the head. Uses `hidden` up.
+    """All layers of a small model for one new token in each row; (n, H) normed states for the head.
+
+    `hidden` is overwritten.
 
     Args:
         layers: (layers, 6) int64 addresses of input norm, qkv, output, MLP norm, gate and up, down: matrices in panels.
@@ -103,17 +105,20 @@ def small_step(
 
 
 def choose(
-    logits: torch.Tensor, keys: torch.Tensor, counters: torch.Tensor, *, greedy: bool, temperature: float,
-    min_new_tokens: int, eos_id: int,
+    logits: torch.Tensor, keys: torch.Tensor, counters: torch.Tensor, temperatures: torch.Tensor,
+    minimums: torch.Tensor, *, eos_id: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`utils.rlhf.sampling.choose_tokens` without top-k and top-p: (n,) int64 tokens and their fp32 log-probabilities.
+    """`generation.sampling.choose_tokens` without top-k and top-p: (n,) int64 tokens and their fp32 log-probabilities.
 
     The logits (n, V) are read, but never copied: the probabilities exist sixteen at a time.
+
+    Args:
+        temperatures: (n,) float64, 0 for the most likely word.
+        minimums: (n,) int64, below which a counter forbids the end.
     """
     rows, words = logits.shape
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
     run(
-        "choose", logits, logits, keys, counters, tokens, logprobs, rows, words, int(greedy), min_new_tokens, eos_id,
-        float(temperature),
+        "choose", logits, logits, keys, counters, temperatures, minimums, tokens, logprobs, rows, words, eos_id,
     )  # fmt: skip
     return tokens, logprobs

@@ -1,14 +1,10 @@
-"""Models from a folder (or a hub name): checked before anything is loaded, whole or already split by ZeRO-3."""
+"""Models from a folder (or a hub name), whole or already split by ZeRO-3, with exactly the weights of the file."""
 
-import contextlib
-import json
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -17,120 +13,12 @@ from transformers import (
 )
 
 from utils.errors import InputError
-from utils.hub import is_reachable, offline
 from utils.models.causal_lm import CausalLM
+from utils.models.checks import load_config
 from utils.models.scalar_head import ScalarHeadModel
-from utils.models.tokenizer import has_tokenizer, load_tokenizer
-from utils.models.weight_files import check_weight_files
-from utils.zero import TORCH_DTYPES, gathered, sharded_loading
+from utils.parallel.zero import TORCH_DTYPES, gathered, sharded_loading
 
 HEAD_WEIGHT = "score.weight"
-
-
-def load_config(
-    path: str, flag: str, *, trust_remote_code: bool = False, needs_weights: bool = True
-) -> PreTrainedConfig:
-    """The `config.json` of a model, read without its weights.
-
-    Raises:
-        InputError: naming `flag`: no such folder, no config or no whole weights in it, or a hub name that cannot be
-            reached.
-    """
-    folder = Path(path)
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"{flag} {path}: no config.json there; give the folder of a step's output or of a Hugging Face model"
-            )
-        if needs_weights:
-            check_weight_files(folder, f"{flag} {path}")
-    elif _looks_local(path):
-        raise InputError(f"{flag} {path}: no such folder")
-    reachable = folder.exists() or is_reachable()
-    try:
-        with contextlib.nullcontext() if reachable else offline():
-            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if folder.exists():
-            raise InputError(f"{flag} {path}: config.json cannot be used ({reason})") from error
-        raise InputError(
-            f"{flag} {path}: neither a local folder nor a model that the hub gives ({reason}); "
-            "download it on a connected machine and pass the folder"
-        ) from error
-
-
-def _looks_local(path: str) -> bool:
-    """Whether a path that is not there was meant as one: the hub's names have at most one slash, inside."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def check_model(config, name: str) -> PreTrainedConfig:
-    """Config of the language model that the flag `name` of `config` gives, after a look at its weights and tokenizer.
-
-    Raises:
-        InputError: naming the flag and what is missing, or that it is a reward model, which cannot write.
-    """
-    model_config = _check_folder(config, name)
-    if _has_scalar_head(model_config):
-        raise InputError(
-            f"--{name} {getattr(config, name)}: a reward model ({model_config.architectures[0]}); give a language "
-            "model, such as step 1's output folder"
-        )
-    return model_config
-
-
-def _has_scalar_head(model_config: PreTrainedConfig) -> bool:
-    return (model_config.architectures or [""])[0].endswith("ForSequenceClassification")
-
-
-def _check_folder(config, name: str) -> PreTrainedConfig:
-    path = getattr(config, name)
-    model_config = load_config(path, f"--{name}", trust_remote_code=config.trust_remote_code)
-    tokenizer = config.tokenizer_name_or_path or path
-    if not Path(tokenizer).exists() and _looks_local(tokenizer):
-        raise InputError(f"--tokenizer_name_or_path {tokenizer}: no such file or folder")
-    if Path(tokenizer).exists() and not has_tokenizer(tokenizer):
-        raise InputError(f"--{name} {path}: no tokenizer in {tokenizer}; add its files or set --tokenizer_name_or_path")
-    return model_config
-
-
-def load_matching_tokenizer(config, model_path: str, model_configs: list[PreTrainedConfig]) -> PreTrainedTokenizerBase:
-    """The tokenizer that the flags of `config` ask for, the model's own unless they name another.
-
-    Raises:
-        InputError: it has ids that one of the models has no embedding for (`--add_eot_token` may add one row).
-    """
-    path = config.tokenizer_name_or_path or model_path
-    tokenizer = load_tokenizer(
-        path, add_eot_token=config.add_eot_token, eot_token=config.eot_token, trust_remote_code=config.trust_remote_code
-    )
-    for model_config in model_configs:
-        excess = len(tokenizer) - model_config.vocab_size
-        if excess > int(config.add_eot_token):
-            raise InputError(
-                f"{path}: the tokenizer has {len(tokenizer)} tokens but a model embeds {model_config.vocab_size}; "
-                "use the tokenizer that the model was trained with (--tokenizer_name_or_path)"
-            )
-    return tokenizer
-
-
-def check_length(config: PreTrainedConfig, length: int, flags: str) -> None:
-    """Raise InputError when sequences of `length` tokens have more positions than the model was built for."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InputError(f"{flags} {length}: the model has {positions} positions; lower it to {positions} or less")
-
-
-def check_scalar_model(config, name: str) -> PreTrainedConfig:
-    """`check_model` for a flag that must give a model with a scalar head, as step 2 writes it."""
-    model_config = _check_folder(config, name)
-    if not _has_scalar_head(model_config) or model_config.num_labels != 1:
-        architecture = (model_config.architectures or ["no architecture"])[0]
-        raise InputError(
-            f"--{name} {getattr(config, name)}: not a reward model ({architecture}); give step 2's output folder"
-        )
-    return model_config
 
 
 def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
@@ -188,16 +76,18 @@ def load_causal_lm(
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    flag: str = "--model_name_or_path",
 ) -> CausalLM:
     """A causal language model with exactly the weights of `path`, wrapped.
 
     Args:
         zero_config: from `zero.zero_config`; at stage 3 every rank receives only its part of the weights.
+        flag: that gave `path`, for messages.
 
     Raises:
         InputError: weights are missing from the file or left over in it.
     """
-    config = load_config(path, "--model_name_or_path", trust_remote_code=trust_remote_code)
+    config = load_config(path, flag, trust_remote_code=trust_remote_code)
     set_dropout(config, dropout)
     model, missing, unexpected = _from_pretrained(
         AutoModelForCausalLM, path, config, zero_config, dtype, trust_remote_code
@@ -220,6 +110,7 @@ def load_scalar_model(
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    flag: str = "--model_name_or_path",
 ) -> ScalarHeadModel:
     """A model with a scalar head, wrapped.
 
@@ -231,7 +122,7 @@ def load_scalar_model(
     Raises:
         InputError: weights are missing from the file or left over in it.
     """
-    config = load_config(path, "--model_name_or_path", trust_remote_code=trust_remote_code)
+    config = load_config(path, flag, trust_remote_code=trust_remote_code)
     set_dropout(config, dropout)
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.errors import InputError
 
 ADAPTER = "default"
+LoraGeneration = Literal["fused", "unfused"]  # in generation: merged into copies of matrices, or computed beside them
 
 
 def find_linear_layers(model: nn.Module, patterns: str = "") -> list[str]:

@@ -2,9 +2,9 @@
 
 import torch
 
-from utils import distributed
 from utils.algorithms.advantages import masked_moments, moments_to_mean_var
-from utils.divergence import check_finite
+from utils.parallel import distributed
+from utils.parallel.divergence import check_finite
 
 
 class PairScores:

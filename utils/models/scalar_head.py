@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from utils.models.fused_layers import fuse_layers
 from utils.models.packed_attention import enable_packing, token_states
@@ -12,6 +13,17 @@ class ScalarHead(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+def store_score_scale(model_config: PreTrainedConfig, mean: float, std: float) -> None:
+    """Put mean and deviation of the scores of good answers where `save_model` will write them: into config.json."""
+    model_config.score_mean, model_config.score_std = mean, std
+
+
+def score_scale(model_config: PreTrainedConfig) -> tuple[float, float] | None:
+    """What `store_score_scale` has stored; None without it, or where a single pair gave a deviation of 0."""
+    mean, deviation = getattr(model_config, "score_mean", None), getattr(model_config, "score_std", None)
+    return None if mean is None or not deviation else (float(mean), float(deviation))
 
 
 class ScalarHeadModel(nn.Module):

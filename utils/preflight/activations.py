@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
+from utils.arguments.roles import RoleFlags
 from utils.kernels.attention import PackedAttention
 from utils.kernels.native import DTYPES, library
 from utils.models.fused_layers import unfuse_layers
 from utils.models.packed_attention import Group
 from utils.preflight.blocks import Blocks, blocks_of
-from utils.preflight.model_shape import ModelFlags, build_on_meta
+from utils.preflight.model_shape import build_on_meta
 
 COUNTED = "counted"
 
@@ -47,7 +48,8 @@ class _FusedAttention(torch.autograd.Function):
 
 def count_activations(
     config: PreTrainedConfig,
-    flags: ModelFlags,
+    role: RoleFlags,
+    dtype: str,
     *,
     sequences: int,
     width: int,
@@ -61,7 +63,7 @@ def count_activations(
         device_type: "cpu" or "cuda": they compute attention in different ways.
     """
     one, two = (
-        _saved_by(build_on_meta(config, flags, layers=layers), sequences, width, device_type, uneven)
+        _saved_by(build_on_meta(config, role, dtype, layers=layers), sequences, width, device_type, uneven)
         for layers in (1, 2)
     )
     layer = two - one

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from utils.arguments import refuse_unavailable
+from utils.arguments.roles import RoleFlags
+from utils.arguments.rules import refuse_unavailable
+from utils.arguments.steps import PpoConfig, StepConfig
 from utils.errors import InputError
 from utils.preflight.estimate import estimate
 from utils.preflight.phases import Estimate, Machine
@@ -37,7 +39,7 @@ class Advice:
     after: Estimate
 
 
-def advise(config: Any, subject: Subject, machine: Machine, now: Estimate) -> list[Advice]:
+def advise(config: StepConfig, subject: Subject, machine: Machine, now: Estimate) -> list[Advice]:
     """Changes that lower the peak, each by itself, and then several together if none is enough.
 
     Those are taken in the order of `candidates`, from what changes speed only to what changes what is learnt.
@@ -54,7 +56,7 @@ def advise(config: Any, subject: Subject, machine: Machine, now: Estimate) -> li
     return [*helpful, together] if together else helpful
 
 
-def _together(config: Any, subject: Subject, machine: Machine, now: Estimate) -> Advice | None:
+def _together(config: StepConfig, subject: Subject, machine: Machine, now: Estimate) -> Advice | None:
     """The best change on each topic, one topic after the other, until the peak fits; None where one change is all."""
     taken: list[Change] = []
     after = now
@@ -73,7 +75,7 @@ def _together(config: Any, subject: Subject, machine: Machine, now: Estimate) ->
     return Advice(" ".join(change.flags for change in taken), "all of it", after)
 
 
-def _estimate(config: Any, change: Change, subject: Subject, machine: Machine) -> Estimate | None:
+def _estimate(config: StepConfig, change: Change, subject: Subject, machine: Machine) -> Estimate | None:
     """The estimate after `change`, or None where the flags refuse it."""
     try:
         changed = dataclasses.replace(config, **change.values)
@@ -83,47 +85,30 @@ def _estimate(config: Any, change: Change, subject: Subject, machine: Machine) -
         return None
 
 
-def candidates(config: Any, machine: Machine) -> Iterator[Change]:
+def candidates(config: StepConfig, machine: Machine) -> Iterator[Change]:
     """Changes that might help, the cheapest first."""
-    rlhf = hasattr(config, "actor_model_name_or_path")
-    roles = ("actor_", "critic_") if rlhf else ("",)
-    if rlhf and not config.release_inference_cache and config.enable_hybrid_engine:
-        yield _set("cache", "allocates the cache anew for each rollout", release_inference_cache=True)
-    if rlhf and not config.unpin_actor_parameters and config.enable_hybrid_engine:
-        yield _set("copies", "copies the weights anew for each rollout", unpin_actor_parameters=True)
-    yield from _smaller_batches(config, rlhf)
-    unchecked = [
-        f"{role}gradient_checkpointing" for role in roles if not getattr(config, f"{role}gradient_checkpointing")
-    ]
+    trained = [role for role in config.roles().values() if role.trains]
+    if isinstance(config, PpoConfig) and config.enable_hybrid_engine:
+        if not config.release_inference_cache:
+            yield _set("cache", "allocates the cache anew for each rollout", release_inference_cache=True)
+        if not config.unpin_actor_parameters:
+            yield _set("copies", "copies the weights anew for each rollout", unpin_actor_parameters=True)
+    yield from _smaller_batches(config)
+    unchecked = [f"{role.prefix}gradient_checkpointing" for role in trained if not role.gradient_checkpointing]
     if unchecked:
         yield _set("checkpointing", "about a third more time for training", **dict.fromkeys(unchecked, True))
     if machine.world_size > 1:
         for stage in (1, 2, 3):
-            lower = [f"{role}zero_stage" for role in roles if getattr(config, f"{role}zero_stage") < stage]
+            lower = [f"{role.prefix}zero_stage" for role in trained if role.zero_stage < stage]
             if lower:
                 price = "more communication" if stage == 3 else "nearly nothing"
                 yield _set("stage", price, **dict.fromkeys(lower, stage))
     if machine.on_gpu:
-        if rlhf:
-            for name in ("offload_reference_model", "offload_reward_model"):
-                if not getattr(config, name):
-                    yield _set(name, "slower scoring", **{name: True})
-        if not config.offload:
-            yield _set("offload", "slower optimiser steps, and host memory", offload=True)
-            if rlhf and not config.offload_optimizer_during_generation:
-                price = "moves the optimiser's state for each rollout, and host memory"
-                yield _set("optimiser", price, offload_optimizer_during_generation=True)
+        yield from _offloading(config)
     if config.dtype == "fp32" and machine.on_gpu:
         yield _set("dtype", "16-bit activations", dtype="bf16")
-    without = [f"{role}lora_dim" for role in roles if not getattr(config, f"{role}lora_dim")]
-    if without or not config.only_optimize_lora:
-        yield _set(
-            "lora",
-            "trains adapters only; wants a higher learning rate",
-            only_optimize_lora=True,
-            **dict.fromkeys(without, LORA_DIM),
-        )
-    if rlhf and config.per_device_generation_batch_size > 1 and config.per_device_generation_batch_size % 2 == 0:
+    yield from _adapters(config, trained)
+    if isinstance(config, PpoConfig) and config.per_device_generation_batch_size % 2 == 0:
         yield _set(
             "generation",
             "slower generation",
@@ -132,19 +117,36 @@ def candidates(config: Any, machine: Machine) -> Iterator[Change]:
         )
 
 
-def _smaller_batches(config: Any, rlhf: bool) -> Iterator[Change]:
+def _offloading(config: StepConfig) -> Iterator[Change]:
+    """What could wait in the memory of a GPU's host."""
+    for name in ("offload_reference_model", "offload_reward_model"):
+        if getattr(config, name, None) is False:
+            yield _set(name, "slower scoring", **{name: True})
+    if config.offload:
+        return
+    yield _set("offload", "slower optimiser steps, and host memory", offload=True)
+    if isinstance(config, PpoConfig) and not config.offload_optimizer_during_generation:
+        price = "moves the optimiser's state for each rollout, and host memory"
+        yield _set("optimiser", price, offload_optimizer_during_generation=True)
+
+
+def _adapters(config: StepConfig, trained: list[RoleFlags]) -> Iterator[Change]:
+    without = [f"{role.prefix}lora_dim" for role in trained if not role.lora_dim]
+    if without or not config.only_optimize_lora:
+        price = "trains adapters only; wants a higher learning rate"
+        yield _set("lora", price, only_optimize_lora=True, **dict.fromkeys(without, LORA_DIM))
+
+
+def _smaller_batches(config: StepConfig) -> Iterator[Change]:
     """The same rows per optimiser step in more micro-batches, which changes neither the data order nor the result."""
-    name = "per_device_training_batch_size" if rlhf else "per_device_train_batch_size"
-    size, steps = getattr(config, name), config.gradient_accumulation_steps
-    length = config.max_prompt_seq_len + config.max_answer_seq_len if rlhf else config.max_seq_len
-    row = length * (2 if hasattr(config, "reward_loss") else 1)
-    divisors = [divisor for divisor in (2, 4, 8, 16) if size % divisor == 0]
-    for divisor in divisors:
-        values = {name: size // divisor, "gradient_accumulation_steps": steps * divisor}
+    size, steps = config.micro_batch_rows, config.gradient_accumulation_steps
+    row, _ = config.longest_row()
+    for divisor in (divisor for divisor in (2, 4, 8, 16) if size % divisor == 0):
+        values = {config.micro_batch_flag: size // divisor, "gradient_accumulation_steps": steps * divisor}
         yield _set("micro-batch", "smaller matrix products", **values)
     if not config.max_tokens_per_batch or config.max_tokens_per_batch > row:
         yield _set("micro-batch", "smaller matrix products", max_tokens_per_batch=row)
-    if not rlhf and config.per_device_eval_batch_size > 1:
+    if getattr(config, "per_device_eval_batch_size", 1) > 1:
         yield _set("evaluation", "slower evaluation", per_device_eval_batch_size=1)
 
 

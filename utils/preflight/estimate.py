@@ -1,134 +1,100 @@
-"""Memory of a whole step on one process, phase by phase, and its largest moment."""
+"""Memory of a whole run on one process, phase by phase, and its largest moment."""
 
-from typing import Any
-
+from utils.arguments.steps import StepConfig
 from utils.preflight.blocks import Blocks, block
-from utils.preflight.generation import estimate_generation, gathered_for_answers
+from utils.preflight.generation import GenerationMemory, estimate_generation, gathered_for_answers
 from utils.preflight.memory import Engine
-from utils.preflight.model_shape import Kind
 from utils.preflight.phases import Estimate, Items, Machine, Moment, joined, largest_moments, total_of
-from utils.preflight.roles import Subject, frozen_twin, trained_role
+from utils.preflight.roles import Role, Subject, planned_roles
 from utils.preflight.saving import disk_use, host_bytes, saved_model, saving_moments
-from utils.preflight.workload import MicroBatch, Rows, longest_row, micro_batch
+from utils.preflight.workload import evaluation_batch, training_batch
+from utils.runs.plan import Plan
 
 
-def estimate(config: Any, subject: Subject, machine: Machine) -> Estimate:
-    """The phases of a step with the flags of its `config`.
+def estimate(config: StepConfig, subject: Subject, machine: Machine) -> Estimate:
+    """The phases of a run with the flags of `config`.
 
     Raises:
         InputError: the flags do not fit the model, as `check_lora` says it.
     """
-    phases_of = _estimate_rlhf if subject.step == 3 else _estimate_supervised
-    return phases_of(config, subject, machine)
+    plan = subject.plan(config, machine)
+    batch = training_batch(plan, subject.rows, max_tokens=config.max_tokens_per_batch)
+    roles = planned_roles(plan, subject, machine, batch)
+    trained = {name: role for name, role in roles.items() if role.flags.trains}
+    first, *others = trained.values()
+    standing = _standing(plan, roles)
+    persistent = joined(first.engine.persistent(), standing)
 
-
-def training_batch(config: Any, step: int, rows: Rows, *, max_tokens: int) -> MicroBatch:
-    """The heaviest micro-batch that the flags and the data allow, in one of `max_tokens` tokens if above 0."""
-    if step == 3:
-        length = config.max_prompt_seq_len + config.max_answer_seq_len
-        fallback, size = longest_row(3, length, config.max_answer_seq_len), config.per_device_training_batch_size
-        if config.unsupervised_dataset_name:  # texts of full length, every token of which is a target
-            rows, fallback = Rows(None), longest_row(1, length)
-    else:
-        fallback, size = longest_row(step, config.max_seq_len), config.per_device_train_batch_size
-    return micro_batch(
-        rows.heaviest,
-        fallback,
-        rows=size,
-        steps=config.gradient_accumulation_steps,
-        max_tokens=max_tokens,
-    )
-
-
-def _estimate_supervised(config: Any, subject: Subject, machine: Machine) -> Estimate:
-    batch = training_batch(config, subject.step, subject.rows, max_tokens=config.max_tokens_per_batch)
-    evaluation = micro_batch(
-        subject.rows.heaviest,
-        longest_row(subject.step, config.max_seq_len),
-        rows=config.per_device_eval_batch_size,
-        steps=1,
-        max_tokens=0,
-    )
-    kind: Kind = "causal_lm" if subject.step == 1 else "scalar"
-    trained = trained_role(config, subject, machine, batch, role="model", kind=kind)
-    engine = trained.engine
-    evaluated = trained.scaled(evaluation.tokens / batch.tokens)
-    persistent = engine.persistent()
-    moments = [Moment("loading", _loading(engine))]
-    moments.append(Moment("evaluation", joined(persistent, evaluated.forward(evaluation.targets))))
-    if subject.step == 1 and config.num_sample_generations and engine.real_stage == 3:
-        gathered = {"gather buffers": gathered_for_answers(engine, machine, persistent)}
+    moments = _loading_moments(first, others)
+    if plan.evaluation_rows:
+        evaluation = evaluation_batch(plan, subject.rows)
+        evaluated = first.scaled(evaluation.tokens / batch.tokens)
+        moments.append(Moment("evaluation", joined(persistent, evaluated.forward(evaluation.targets))))
+    if plan.samples_answers and first.engine.real_stage == 3:
+        gathered = {"gather buffers": gathered_for_answers(first.engine, machine, persistent)}
         moments.append(Moment("evaluation", joined(persistent, gathered)))
-    moments += [Moment("training", joined(persistent, items)) for items in trained.training(batch)]
-    saved = saved_model(trained, subject, role="model")
-    host = {"offloaded": engine.host_bytes()}
-    if config.output_dir:
-        moments += [Moment("saving", joined(persistent, items)) for items in saving_moments([saved], None)]
-        host["saving"] = host_bytes(config, [saved], 0.0)
-    return Estimate(
-        largest_moments(moments, machine),
-        _tokens_per_step(config, subject, machine),
-        host=host if machine.on_gpu else {},
-        disk=disk_use(config, [saved], None),
-    )
-
-
-def _estimate_rlhf(config: Any, subject: Subject, machine: Machine) -> Estimate:
-    batch = training_batch(config, 3, subject.rows, max_tokens=config.max_tokens_per_batch)
-    actor = trained_role(config, subject, machine, batch, role="actor", kind="causal_lm")
-    critic = trained_role(config, subject, machine, batch, role="critic", kind="scalar")
-    on_gpu = machine.on_gpu
-    reward = frozen_twin(
-        critic, subject, role="critic", stage=config.critic_zero_stage, offload=config.offload_reward_model and on_gpu
-    )
-    frozen = {"reward model": reward}
-    if not (config.actor_lora_dim and config.only_optimize_lora):
-        offload = config.offload_reference_model and on_gpu
-        frozen["reference model"] = frozen_twin(
-            actor, subject, role="actor", stage=config.actor_zero_stage, offload=offload
-        )
-    standing: Items = {"critic": total_of(critic.engine.persistent())}
-    standing |= {name: role.engine.parameters() for name, role in frozen.items()}
-    if config.enable_ema:
-        shards = machine.world_size if actor.engine.real_stage == 3 else 1
-        standing["moving average"] = actor.engine.of_parameters(4 / shards, trained_only=True)
-    persistent = joined(actor.engine.persistent(), standing)
-
-    generation = estimate_generation(config, actor, machine, batch, persistent)
-    between = joined(persistent, generation.kept)
-    moments = [
-        Moment("loading", _loading(actor.engine)),
-        Moment("loading", joined(_new(actor.engine), {"critic": total_of(_loading(critic.engine))})),
-    ]
-    moments.append(Moment("generation", generation.moment))
-    for role in (actor, critic, *frozen.values()):
-        targets = batch.targets if role.engine.shape.vocabulary else 0
-        moments.append(Moment("scoring", joined(between, role.forward(targets))))
-    for name, role in (("actor training", actor), ("critic training", critic)):
-        for items in role.training(batch):
-            moments.append(Moment(name, joined(between, items)))
-    models = [saved_model(actor, subject, role="actor"), saved_model(critic, subject, role="critic")]
-    averaged = models[0] if config.enable_ema else None
-    host = {
-        "offloaded": sum(role.engine.host_bytes() for role in (actor, critic, *frozen.values())),
-        "optimiser during generation": generation.host,
-    }
+    generation, between = None, persistent
+    if plan.generates:
+        generation = estimate_generation(config, first, machine, batch, persistent)
+        between = joined(persistent, generation.kept)
+        moments.append(Moment("generation", generation.moment))
+        moments += [Moment("scoring", joined(between, role.forward(batch.targets))) for role in roles.values()]
+    for name, role in trained.items():
+        phase = f"{name} training" if len(trained) > 1 else "training"
+        moments += [Moment(phase, joined(between, items)) for items in role.training(batch)]
+    models = [saved_model(role, subject) for role in trained.values()]
+    averaged = models[list(trained).index(plan.averaged)] if plan.averaged else None
     if config.output_dir:
         moments += [Moment("saving", joined(between, items)) for items in saving_moments(models, averaged)]
-        host["saving"] = host_bytes(config, models, standing.get("moving average", Blocks()).total)
+    at_once = training_batch(plan, subject.rows, max_tokens=0)  # how rows are grouped does not change their tokens
     return Estimate(
         largest_moments(moments, machine),
-        _tokens_per_step(config, subject, machine),
-        host=host if machine.on_gpu else {},
+        at_once.tokens * at_once.per_step * machine.world_size,
+        host=_host(config, roles, generation, models, standing) if machine.on_gpu else {},
         disk=disk_use(config, models, averaged),
-        gathering=generation.gathering,
+        gathering=generation.gathering if generation else None,
     )
 
 
-def _tokens_per_step(config: Any, subject: Subject, machine: Machine) -> int:
-    """Tokens of an optimiser step of all processes, at most; how rows are grouped does not change them."""
-    batch = training_batch(config, subject.step, subject.rows, max_tokens=0)
-    return batch.tokens * batch.per_step * machine.world_size
+def _standing(plan: Plan, roles: dict[str, Role]) -> Items:
+    """What stands beside the first model, by model."""
+    first, *others = roles.items()
+    items: Items = {}
+    for name, role in others:
+        if role.flags.trains:
+            items[name] = total_of(role.engine.persistent())
+        else:
+            items[f"{name} model"] = role.engine.parameters()
+    if plan.averaged:
+        engine = roles[plan.averaged].engine
+        shards = engine.world_size if engine.real_stage == 3 else 1
+        items["moving average"] = engine.of_parameters(4 / shards, trained_only=True)
+    return items
+
+
+def _loading_moments(first: Role, others: list[Role]) -> list[Moment]:
+    """Models that train are loaded one after the other, each beside those before it."""
+    moments, before = [Moment("loading", _loading(first.engine))], _new(first.engine)
+    for role in others:
+        moments.append(Moment("loading", joined(before, {role.flags.name: total_of(_loading(role.engine))})))
+        before = joined(before, {role.flags.name: total_of(_new(role.engine))})
+    return moments
+
+
+def _host(
+    config: StepConfig,
+    roles: dict[str, Role],
+    generation: GenerationMemory | None,
+    models: list,
+    standing: Items,
+) -> dict[str, float]:
+    """Bytes in the memory of a GPU's host, by what puts them there."""
+    host = {"offloaded": sum(role.engine.host_bytes() for role in roles.values())}
+    if generation:
+        host["optimiser during generation"] = generation.host
+    if config.output_dir:
+        host["saving"] = host_bytes(config, models, standing.get("moving average", Blocks()).total)
+    return host
 
 
 def _new(engine: Engine) -> Items:

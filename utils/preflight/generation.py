@@ -6,27 +6,27 @@ twice the rows with half the heads, for two, so that the cache is as large as wi
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from utils.arguments.steps import PpoConfig
+from utils.generation.decoder import CACHE_STEP, JOIN_ON
+from utils.generation.packed_matrix import can_pack
+from utils.generation.scheduler import PREFILL_TOKENS
+from utils.parallel.memory import is_room_for
+from utils.parallel.zero import TORCH_DTYPES
 from utils.preflight.blocks import Blocks, block
 from utils.preflight.memory import Engine
 from utils.preflight.phases import Gathering, Items, Machine, joined, total_of
 from utils.preflight.roles import Role
 from utils.preflight.workload import MicroBatch
-from utils.rlhf.batching import PREFILL_TOKENS
-from utils.rlhf.decoder import CACHE_STEP, JOIN_ON
-from utils.rlhf.memory import USABLE
-from utils.rlhf.packed_matrix import can_pack
-from utils.zero import TORCH_DTYPES
 
 SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen; compiled operations make none
-OPTIMIZER = ("fp32 master weights", "optimiser states")  # what `rlhf.memory.optimizer_on_host` moves
+OPTIMIZER = ("fp32 master weights", "optimiser states")  # what `parallel.zero.optimizer_on_host` moves
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationMemory:
     """The largest moment of generation, and what it does to the rest of the run.
 
     `kept` stays until the next rollout; `host` are bytes in the host's memory meanwhile; `gathering` is what
@@ -39,7 +39,9 @@ class Generation:
     gathering: Gathering | None
 
 
-def estimate_generation(config: Any, actor: Role, machine: Machine, batch: MicroBatch, persistent: Items) -> Generation:
+def estimate_generation(
+    config: PpoConfig, actor: Role, machine: Machine, batch: MicroBatch, persistent: Items
+) -> GenerationMemory:
     """Generation with the flags of `config`, beside what is `persistent`."""
     standing, host = persistent, 0.0
     if config.offload_optimizer_during_generation and machine.on_gpu and not config.offload:
@@ -63,7 +65,7 @@ def estimate_generation(config: Any, actor: Role, machine: Machine, batch: Micro
         kept["generation copies"] = added["generation copies"]
     gathering = Gathering(streams, needed, free) if chooses and automatic else None
     moment = joined(standing, added | _passes(config, actor, batch, decodes))
-    return Generation(moment, kept, host, gathering)
+    return GenerationMemory(moment, kept, host, gathering)
 
 
 def gathered_for_answers(engine: Engine, machine: Machine, persistent: Items) -> Blocks:
@@ -77,11 +79,11 @@ def _free(machine: Machine, standing: Items) -> float | None:
 
 
 def must_stream(needed: float, free: float | None) -> bool:
-    """Whether the rule of `rlhf.memory.fits` forbids all weights at once; `free` None, not known, is enough."""
-    return free is not None and needed > USABLE * free
+    """Whether the weights cannot be gathered all at once; `free` None, not known, is enough."""
+    return free is not None and not is_room_for(needed, free)
 
 
-def needed_to_gather(config: Any, actor: Role, machine: Machine) -> float:
+def needed_to_gather(config: PpoConfig, actor: Role, machine: Machine) -> float:
     """Bytes by which `HybridEngine` decides: the whole weights and `LlamaDecoder.extra_bytes`, nothing there yet."""
     shape, size = actor.engine.shape, actor.engine.item_size
     needed = actor.engine.whole().total
@@ -93,28 +95,28 @@ def needed_to_gather(config: Any, actor: Role, machine: Machine) -> float:
     return cache + needed + (shape.adapted * size if config.lora_generation == "fused" else 0)
 
 
-def _decodes(config: Any, actor: Role) -> bool:
+def _decodes(config: PpoConfig, actor: Role) -> bool:
     """Whether the decode engine generates, and not `transformers`."""
     return config.enable_hybrid_engine and actor.engine.shape.decodes
 
 
-def _parts(config: Any, actor: Role) -> int:
+def _parts(config: PpoConfig, actor: Role) -> int:
     """Processes that share the actor in generation."""
     return config.inference_tp_size if _decodes(config, actor) else 1
 
 
-def _length(config: Any) -> int:
+def _length(config: PpoConfig) -> int:
     """Tokens of each slot of the cache."""
     return math.ceil((config.max_prompt_seq_len + config.max_answer_seq_len) / CACHE_STEP) * CACHE_STEP
 
 
-def _cache(config: Any, actor: Role, decodes: bool) -> Blocks:
+def _cache(config: PpoConfig, actor: Role, decodes: bool) -> Blocks:
     shape = actor.engine.shape
     cache = config.per_device_generation_batch_size * _length(config) * shape.cache_per_token * actor.engine.item_size
     return block(cache / 2) * 2 if decodes else Blocks(cache * (1 + 1 / shape.layers))
 
 
-def _passes(config: Any, actor: Role, batch: MicroBatch, decodes: bool) -> Items:
+def _passes(config: PpoConfig, actor: Role, batch: MicroBatch, decodes: bool) -> Items:
     """A prefill pass and the choice of tokens."""
     rows = config.per_device_generation_batch_size * _parts(config, actor)
     vocabulary, prompt = actor.engine.shape.vocabulary, config.max_prompt_seq_len
@@ -125,8 +127,8 @@ def _passes(config: Any, actor: Role, batch: MicroBatch, decodes: bool) -> Items
     }
 
 
-def _copies(config: Any, actor: Role, machine: Machine) -> Blocks:
-    """Weights that `rlhf.decoder_weights` copies: all matrices on a CPU, adapted or divided ones elsewhere."""
+def _copies(config: PpoConfig, actor: Role, machine: Machine) -> Blocks:
+    """Weights that `generation.weights` copies: all matrices on a CPU, adapted or divided ones elsewhere."""
     shape, size, parts = actor.engine.shape, actor.engine.item_size, _parts(config, actor)
     matrices = block(shape.matrices * size / shape.layers / 7 / parts) * 7 * shape.layers
     if machine.device_type in JOIN_ON:
@@ -136,7 +138,7 @@ def _copies(config: Any, actor: Role, machine: Machine) -> Blocks:
     return Blocks(shape.adapted * size) if config.lora_generation == "fused" else Blocks()
 
 
-def _gathered(config: Any, actor: Role, streams: bool) -> Blocks:
+def _gathered(config: PpoConfig, actor: Role, streams: bool) -> Blocks:
     """What generation gathers at stage 3.
 
     All weights; or the ends of the model, and one layer where layers are streamed or several where they are divided;

@@ -20,13 +20,13 @@ Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, a
 from dataclasses import dataclass
 
 from utils.algorithms.logprobs import BLOCK, CHUNK, KEPT
+from utils.parallel.zero import REDUCE_PIECE, TORCH_DTYPES, effective_stage
 from utils.preflight.activations import Activations
 from utils.preflight.blocks import Blocks, block, blocks_of
 from utils.preflight.model_shape import ModelShape
-from utils.zero import REDUCE_PIECE, TORCH_DTYPES, effective_stage
 
-REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size, which utils.zero leaves as it is
-LIVE_PARAMETERS = 30_000_000  # numbers: stage3_max_live_parameters of utils.zero
+REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size, which utils.parallel.zero leaves as it is
+LIVE_PARAMETERS = 30_000_000  # numbers: stage3_max_live_parameters of utils.parallel.zero
 PERSISTENT = 10_000  # numbers: smaller parameters stay whole at stage 3
 BACKWARD_WORK = 0.5  # share of a layer's activations that its backward pass needs beside them, for the gradients
 
@@ -111,7 +111,7 @@ class Engine:
         return max(weights, 0 if self.offload else self.part)
 
     def nan_check(self) -> Blocks:
-        """What `zero.check_weights` makes of a parameter, or of its part: absolute values and three masks."""
+        """What `divergence.check_weights` makes of a parameter, or of its part: absolute values and three masks."""
         numbers = self.shape.largest / (self.world_size if self.real_stage == 3 else 1)
         return block(numbers * self.item_size) + block(numbers) * 3
 

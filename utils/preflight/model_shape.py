@@ -3,34 +3,18 @@
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
+from utils.arguments.roles import RoleFlags
+from utils.generation.decoder import supports
 from utils.models.causal_lm import CausalLM
 from utils.models.loading import set_dropout
 from utils.models.lora import add_lora, find_linear_layers, lora_layers
 from utils.models.scalar_head import ScalarHeadModel
-from utils.rlhf.decoder import supports
-from utils.zero import TORCH_DTYPES
-
-Kind = Literal["causal_lm", "scalar"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """The flags that decide what a model holds; those of one role in step 3."""
-
-    kind: Kind
-    dtype: str
-    lora_dim: int = 0
-    lora_module_name: str = ""
-    only_lora: bool = False
-    dropout: float | None = None
-    lora_dropout: float = 0.0
-    gradient_checkpointing: bool = False
+from utils.parallel.zero import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
@@ -73,9 +57,9 @@ class ModelShape:
 
 
 def build_on_meta(
-    config: PreTrainedConfig, flags: ModelFlags, *, tokens: int = 0, layers: int | None = None
+    config: PreTrainedConfig, role: RoleFlags, dtype: str, *, tokens: int = 0, layers: int | None = None
 ) -> CausalLM | ScalarHeadModel:
-    """The model that `loading` and `training_engine` would make, without data.
+    """The model that `models.loading` and `models.engine` would make, without data.
 
     Args:
         tokens: of the tokenizer; rows beyond the model's own are added as `--add_eot_token` adds them.
@@ -88,32 +72,32 @@ def build_on_meta(
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
-    set_dropout(config, flags.dropout)
-    scalar = flags.kind == "scalar"
+    set_dropout(config, role.dropout)
+    scalar = role.kind == "scalar"
     if scalar:
         config.num_labels = 1
     auto_class = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=TORCH_DTYPES[flags.dtype])
+        model = auto_class.from_config(config, dtype=TORCH_DTYPES[dtype])
         wrapped = ScalarHeadModel(model) if scalar else CausalLM(model)
         add_lora(
             model,
-            flags.lora_dim,
-            module_name=flags.lora_module_name,
-            dropout=flags.lora_dropout,
-            only_lora=flags.only_lora,
+            role.lora_dim,
+            module_name=role.lora_module_name,
+            dropout=role.lora_dropout,
+            only_lora=role.only_optimize_lora,
         )
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # peft gives factors the type of a matrix that has data
-            parameter.data = parameter.data.to(TORCH_DTYPES[flags.dtype])
+            parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
     return wrapped
 
 
-def model_shape(config: PreTrainedConfig, flags: ModelFlags, *, tokens: int = 0) -> ModelShape:
+def model_shape(config: PreTrainedConfig, role: RoleFlags, dtype: str, *, tokens: int = 0) -> ModelShape:
     """Count what `build_on_meta` builds."""
-    wrapped = build_on_meta(config, flags, tokens=tokens)
+    wrapped = build_on_meta(config, role, dtype, tokens=tokens)
     model = wrapped.model
-    head = model.get_output_embeddings() if flags.kind == "causal_lm" else None
+    head = model.get_output_embeddings() if role.kind == "causal_lm" else None
     adapted = sum(layer.get_base_layer().weight.numel() for layer in lora_layers(model).values())
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -127,7 +111,7 @@ def model_shape(config: PreTrainedConfig, flags: ModelFlags, *, tokens: int = 0)
         adapted=adapted,
         matrices=_linear_numbers(model),
         cache_per_token=2 * config.num_hidden_layers * kv_heads * head_size,
-        decodes=supports(model),
+        decodes=supports(model.config),
     )
 
 

@@ -1,8 +1,8 @@
 """The preflight's answer in words: a table of memory, counts, and what to change."""
 
+from utils.output.tables import format_table
 from utils.preflight.advice import Advice
 from utils.preflight.phases import KEPT_HEAP, Disk, Estimate, Gathering, Machine
-from utils.tables import format_table
 
 GIB = 2**30
 ORDER = (  # of the table's rows

@@ -1,17 +1,17 @@
 """Saving models and checkpoints: memory beside what stands, and the disk space at `--output_dir`.
 
-Read off models/checkpoint.py and checkpoints/, and measured on a CPU: the process that writes a model collects all of
+Read off models/saving.py and checkpoints/, and measured on a CPU: the process that writes a model collects all of
 it in host memory, LoRA merged, one ZeRO-3 parameter after the other; safetensors and DeepSpeed's files are written from
 the tensors where they lie, those of a GPU by way of the host one at a time.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+from utils.arguments.steps import StepConfig
 from utils.preflight.blocks import Blocks, block, blocks_of
 from utils.preflight.memory import Engine
-from utils.preflight.model_shape import ModelFlags, ModelShape
+from utils.preflight.model_shape import ModelShape
 from utils.preflight.phases import Disk, Items, total_of
 from utils.preflight.roles import Role, Subject
 
@@ -35,11 +35,11 @@ class SavedModel:
         return self.engine.item_size * (self.written.total + factors)
 
 
-def saved_model(trained: Role, subject: Subject, *, role: str) -> SavedModel:
-    """`trained` as `models.checkpoint.save_model` writes it."""
-    kind = trained.flags.kind
-    written = subject.shape(role, ModelFlags(kind=kind, dtype=trained.flags.dtype, dropout=trained.flags.dropout))
-    tied = kind == "causal_lm" and getattr(subject.configs[role], "tie_word_embeddings", False)
+def saved_model(trained: Role, subject: Subject) -> SavedModel:
+    """`trained` as `models.saving.save_model` writes it."""
+    flags = trained.flags
+    written = subject.shape(replace(flags, lora_dim=0), trained.engine.dtype)
+    tied = flags.kind == "causal_lm" and getattr(subject.models[flags.name], "tie_word_embeddings", False)
     return SavedModel(trained.engine, written, written.vocabulary * written.hidden if tied else 0)
 
 
@@ -70,7 +70,7 @@ def _save(model: SavedModel) -> list[Items]:
     return [{"check for NaN": engine.nan_check()}, items]
 
 
-def host_bytes(config: Any, models: list[SavedModel], average: float) -> float:
+def host_bytes(config: StepConfig, models: list[SavedModel], average: float) -> float:
     """Bytes in the host's memory while a process with a GPU saves; `average` of them are its moving average.
 
     It has there a whole model, or one tensor of a checkpoint, or the average as a checkpoint has it.
@@ -81,7 +81,7 @@ def host_bytes(config: Any, models: list[SavedModel], average: float) -> float:
     return max(largest)
 
 
-def disk_use(config: Any, models: list[SavedModel], averaged: SavedModel | None) -> Disk:
+def disk_use(config: StepConfig, models: list[SavedModel], averaged: SavedModel | None) -> Disk:
     """What is written to `--output_dir`. `averaged` is one of `models`, whose moving average is written too."""
     if not config.output_dir:
         return Disk()
@@ -96,7 +96,7 @@ def disk_use(config: Any, models: list[SavedModel], averaged: SavedModel | None)
     return Disk(checkpoint, sum(sizes))
 
 
-def checkpoints_at_once(config: Any, length: int | None) -> int | None:
+def checkpoints_at_once(config: StepConfig, length: int | None) -> int | None:
     """The most checkpoints that lie on the disk together: those kept and the one being written; None if not known.
 
     Args:

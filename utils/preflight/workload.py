@@ -1,29 +1,11 @@
-"""How much one micro-batch brings to a forward pass: tokens, sequences and predicted tokens, at the heaviest."""
+"""The heaviest micro-batch of a run."""
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from utils.data import PackedRows, TokenDataset
-
-
-@dataclass(frozen=True)
-class RowSize:
-    """What one row brings to a forward pass."""
-
-    tokens: int
-    width: int  # of its longest sequence
-    targets: int  # tokens whose log-probabilities are computed
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A data set as far as memory is concerned: its number of rows (None: unknown) and its heaviest ones, first."""
-
-    count: int | None
-    heaviest: tuple[RowSize, ...] = ()
+from utils.data.batches.sizes import ROW_KINDS, SEQUENCES, Rows, RowSize
+from utils.runs.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -42,44 +24,29 @@ class MicroBatch:
         return self.tokens / (self.sequences * self.width)
 
 
-def measure_rows(dataset: TokenDataset | PackedRows, step: int, needed: int, capacity: int) -> Rows:
-    """The size of `dataset` and its `needed` heaviest rows.
-
-    Args:
-        step: 1, 2 or 3, whose rows they are.
-        capacity: `--max_seq_len`, what a packed row holds; in step 3 the tokens that an answer adds to its prompt.
-    """
-    if isinstance(dataset, PackedRows):
-        return Rows(len(dataset), (RowSize(capacity, capacity, capacity),) * min(needed, len(dataset)))
-    if step == 1:
-        weights = dataset.lengths()
-    elif step == 2:
-        columns = (dataset.lengths(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        weights = [2 * prompt + chosen + rejected for prompt, chosen, rejected in zip(*columns, strict=True)]
-    else:
-        weights = dataset.lengths("prompt_ids")
-    chosen_rows = heapq.nlargest(needed, range(len(weights)), key=weights.__getitem__)
-    return Rows(len(dataset), tuple(_row_size(dataset[index], step, capacity) for index in chosen_rows))
+def training_batch(plan: Plan, rows: Rows, *, max_tokens: int) -> MicroBatch:
+    """The heaviest micro-batch that the flags and the data allow, in one of `max_tokens` tokens if above 0."""
+    config, fallback = plan.config, longest_row(plan)
+    if plan.trains_on_texts:  # of full length, every token of which is a target
+        rows, fallback = Rows(None), SEQUENCES.longest(config.longest_sequence()[0], 0)
+    return micro_batch(
+        rows.heaviest,
+        fallback,
+        rows=config.micro_batch_rows,
+        steps=config.gradient_accumulation_steps,
+        max_tokens=max_tokens,
+    )
 
 
-def _row_size(row: dict[str, Any], step: int, answer: int) -> RowSize:
-    if step == 1:
-        tokens = len(row["input_ids"])
-        return RowSize(tokens, tokens, tokens - max(row["response_start"], 1))
-    prompt = len(row["prompt_ids"])
-    if step == 2:
-        chosen, rejected = len(row["chosen_ids"]), len(row["rejected_ids"])
-        return RowSize(2 * prompt + chosen + rejected, prompt + max(chosen, rejected), 0)
-    return RowSize(prompt + answer, prompt + answer, answer)
+def evaluation_batch(plan: Plan, rows: Rows) -> MicroBatch:
+    """The heaviest batch of held-out rows, which are taken to be like those that train."""
+    return micro_batch(rows.heaviest, longest_row(plan), rows=plan.evaluation_rows, steps=1, max_tokens=0)
 
 
-def longest_row(step: int, length: int, answer: int = 0) -> RowSize:
-    """The heaviest row that the flags allow: `length` tokens to a sequence, in step 3 `answer` of them an answer's."""
-    if step == 1:
-        return RowSize(length, length, length)
-    if step == 2:
-        return RowSize(2 * length, length, 0)
-    return RowSize(length, length, answer)
+def longest_row(plan: Plan) -> RowSize:
+    """The heaviest row that the flags allow."""
+    config = plan.config
+    return ROW_KINDS[config.purpose].longest(config.longest_sequence()[0], config.answer_limit)
 
 
 def micro_batch(

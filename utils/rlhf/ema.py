@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from utils import distributed
-from utils.zero import is_partitioned
+from utils.parallel import distributed
+from utils.parallel.zero import is_partitioned
 
 
 class ExponentialMovingAverage:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.tables import format_table
+from utils.output.tables import format_table
 from utils.toy.evaluation import Answer
 
 KINDS = ("helpful", "correct", "evasive", "off_question", "rude", "wrong", "noise")

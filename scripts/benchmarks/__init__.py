@@ -1,0 +1,1 @@
+"""Measurements beside peers, and comparisons of two checkouts. Run one as `python -m scripts.benchmarks.NAME`."""

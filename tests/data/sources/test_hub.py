@@ -1,0 +1,161 @@
+"""The hub cannot be reached from a test: loading is replaced, and what happens without a network is real."""
+
+import json
+import time
+from collections import Counter
+
+import datasets
+import pytest
+
+from utils.data import Corpus, build_datasets
+from utils.data.formats.example import Example
+from utils.data.sources.reading import HubSource, open_source, read_examples
+from utils.errors import InputError
+
+ROWS = [
+    {"prompt": f"\n\nHuman: q{i}\n\nAssistant:", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(30)
+]
+ROWS[3]["chosen"] = ""
+
+
+@pytest.fixture
+def connected(monkeypatch):
+    """Pretend that the hub answers; returns the calls of `load_dataset`."""
+    calls = []
+
+    def load_dataset(path, name=None, *, split, **options):
+        calls.append((path, name, split, options))
+        return datasets.Dataset.from_list(ROWS if split == "train" else ROWS[:4])
+
+    for module in ("hub", "corpus"):
+        monkeypatch.setattr(f"utils.data.sources.{module}.is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_a_known_set_is_loaded_by_the_table(connected, tiny_tokenizer, tmp_path):
+    corpus = Corpus(
+        purpose="preference", paths=["Dahoas/rm-static"], max_len=512, data_split="0,1,0", cache_dir=str(tmp_path)
+    )
+    train, held_out = build_datasets(corpus, tiny_tokenizer)
+    assert connected == [("Dahoas/rm-static", None, "train", {}), ("Dahoas/rm-static", None, "test", {})]
+    # The row without a response is dropped and counted, not refused: nobody can mend a published set.
+    assert (len(train), len(held_out)) == (29, 3)
+    assert "2 without a response" in train.description
+
+
+def test_configurations_splits_and_unknown_names(connected):
+    open_source("mkqa-Japanese").fingerprint()
+    open_source("Cohere/miracl-zh").fingerprint()
+    open_source("someone/something", "config").fingerprint()
+    assert connected == [
+        ("apple/mkqa", "mkqa", "train", {}),
+        ("Cohere/miracl-zh-queries-22-12", None, "train", {}),
+        ("Cohere/miracl-zh-queries-22-12", None, "dev", {}),
+        ("someone/something", "config", "train", {}),
+    ]
+
+
+def test_two_readings_of_one_hub_set_have_different_keys(connected):
+    assert open_source("mkqa-Japanese").fingerprint() != open_source("mkqa-Chinese").fingerprint()
+
+
+def test_a_set_published_as_a_script_is_read_from_the_hubs_parquet_copy(connected, monkeypatch):
+    loaded = datasets.load_dataset
+
+    def load_dataset(path, name=None, **options):
+        if "revision" not in options:
+            raise RuntimeError("Dataset scripts are no longer supported, but found mkqa.py")
+        return loaded(path, name, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    open_source("mkqa-Japanese").fingerprint()
+    assert connected == [("apple/mkqa", None, "train", {"data_dir": "mkqa", "revision": "refs/convert/parquet"})]
+
+
+def test_what_the_hub_refuses_becomes_one_line(connected, monkeypatch):
+    def load_dataset(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub.\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        InputError, match=r"^--data_path a/b: cannot be loaded from the hub \(Dataset 'a/b' doesn't.*Hub"
+    ):
+        open_source("a/b").fingerprint()
+
+
+def refusal(name):
+    started = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        Corpus(purpose="sft", paths=[name], max_len=512).check()
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_hub_name_when_offline_by_choice(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = refusal("Dahoas/rm-static")
+    assert message.startswith("--data_path Dahoas/rm-static: no such local file or folder")
+    assert "HF_HUB_OFFLINE is set" in message
+    assert "hf download --repo-type dataset Dahoas/rm-static --local-dir data/Dahoas/rm-static" in message
+
+
+def test_a_hub_name_without_a_network(monkeypatch):
+    from huggingface_hub import constants
+
+    def refuse(*_, **__):
+        raise OSError("network is unreachable")
+
+    for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    assert "no connection to huggingface.co" in refusal("Dahoas/rm-static")
+    assert datasets.config.HF_HUB_OFFLINE is False  # as it was
+
+
+def test_names_that_can_be_nothing():
+    assert refusal("missing.jsonl") == "--data_path missing.jsonl: no such file or folder"
+    assert refusal("/no/such/folder") == "--data_path /no/such/folder: no such file or folder"
+    assert refusal("anthropic/hh-rlhf").startswith("--data_path anthropic/hh-rlhf (did you mean Anthropic/hh-rlhf?): ")
+    assert refusal("wikitex") == "--data_path wikitex: no such file or folder (did you mean wikitext?)"
+    assert "published as files; fetch data/training_data.txt.train" in refusal("MultiTurnAlpaca")
+
+
+def test_a_local_path_wins_over_a_known_name(tmp_path, monkeypatch):
+    folder = tmp_path / "stanfordnlp" / "SHP"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("stanfordnlp/SHP")
+    assert not isinstance(source, HubSource)
+    assert source.copy_of == "stanfordnlp/SHP"
+
+
+def test_a_local_copy_is_read_as_the_set_it_is_called_like(tmp_path):
+    folder = tmp_path / "yitingxie" / "rlhf-reward-datasets"
+    folder.mkdir(parents=True)
+    row = {"prompt": "\n\nHuman: Why?\n\n", "chosen": "Assistant: Because.", "rejected": "Assistant: Dunno."}
+    (folder / "train.jsonl").write_text(json.dumps(row))
+    examples = list(read_examples(open_source(str(folder)), "train", "preference", Counter()))
+    assert examples == [Example("\n\nHuman: Why?\n\nAssistant:", " Because.", " Dunno.")]
+
+
+def test_a_copy_of_hh_rlhf_leaves_its_other_rows_out(tmp_path):
+    folder = tmp_path / "Anthropic" / "hh-rlhf"
+    for name in ("harmless-base/train.jsonl", "harmless-base/test.jsonl", "red-team-attempts/red_team_attempts.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    source = open_source(str(folder))
+    assert [file.name for file in (*source.training, *source.held_out)] == ["train.jsonl", "test.jsonl"]
+
+
+def test_a_configuration_is_a_subfolder_of_a_local_copy(tmp_path):
+    for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
+        (tmp_path / "wikitext" / config).mkdir(parents=True)
+        (tmp_path / "wikitext" / config / "train.jsonl").write_text('{"text": "x"}')
+    name = str(tmp_path / "wikitext")
+    assert [file.parent.name for file in open_source(name, "wikitext-2-raw-v1").training] == ["wikitext-2-raw-v1"]
+    assert [file.parent.name for file in open_source(name).training] == ["wikitext-103-raw-v1"]

@@ -1,0 +1,168 @@
+"""What is refused before any weights are read: folders, heads, lengths and tokenizers, by the flag that gave them."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny_models import save_causal_lm, save_reward_model
+
+from utils.arguments import PpoConfig, RewardModelConfig, SftConfig
+from utils.errors import InputError
+from utils.models.checks import check_models, load_matching_tokenizer
+from utils.models.tokenizer import load_tokenizer
+
+
+def sft(path, **changes) -> SftConfig:
+    return SftConfig(model_name_or_path=str(path), **({"max_seq_len": 64} | changes))
+
+
+def ppo(actor, critic, **changes) -> PpoConfig:
+    paths = {"actor_model_name_or_path": str(actor), "critic_model_name_or_path": str(critic)}
+    return PpoConfig(**paths, **({"max_prompt_seq_len": 32, "max_answer_seq_len": 32} | changes))
+
+
+@pytest.fixture
+def folder(tiny_tokenizer, tmp_path):
+    return save_causal_lm(tmp_path / "model", tiny_tokenizer)
+
+
+@pytest.fixture
+def critic(tiny_tokenizer, tmp_path):
+    return save_reward_model(tmp_path / "critic", tiny_tokenizer)
+
+
+@pytest.fixture
+def reward(tiny_tokenizer, tmp_path):
+    """A reward model that is not the one that the critic starts from."""
+    return save_reward_model(tmp_path / "reward", tiny_tokenizer, seed=2)
+
+
+def test_missing_folder_config_weights_tokenizer_are_named(folder):
+    with pytest.raises(InputError, match=r"--model_name_or_path .*nowhere.*no such folder"):
+        check_models(sft(folder.parent / "nowhere"))
+    with pytest.raises(InputError, match=r"^--tokenizer_name_or_path \./nowhere: no such file or folder"):
+        check_models(sft(folder, tokenizer_name_or_path="./nowhere"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="no tokenizer"):
+        check_models(sft(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights"):
+        check_models(sft(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        check_models(sft(folder))
+
+
+def test_hub_name_while_offline_says_what_to_do():
+    with pytest.raises(InputError, match="download it"):
+        check_models(sft("some-org/some-model"))
+
+
+def test_broken_config_is_one_line(folder):
+    (folder / "config.json").write_text('{"model_type": "no_such_architecture"}')
+    with pytest.raises(InputError, match=r"config\.json cannot be used"):
+        check_models(sft(folder))
+
+
+def test_a_reward_model_is_not_an_actor(critic):
+    with pytest.raises(InputError, match=r"--model_name_or_path .*: a reward model \(LlamaForSequenceClassification\)"):
+        check_models(sft(critic))
+    with pytest.raises(InputError, match=r"^--actor_model_name_or_path .*: a reward model"):
+        check_models(ppo(critic, critic))
+
+
+def test_a_language_model_is_not_a_critic(folder, critic):
+    with pytest.raises(InputError, match=r"^--critic_model_name_or_path .*: not a reward model \(LlamaForCausalLM\)"):
+        check_models(ppo(folder, folder))
+    assert check_models(ppo(folder, critic))["critic"].num_labels == 1
+
+
+def test_positions_are_checked(folder, critic):
+    check_models(sft(folder, max_seq_len=256))
+    with pytest.raises(InputError, match=r"--max_seq_len 257: the model has 256"):
+        check_models(sft(folder, max_seq_len=257))
+    with pytest.raises(InputError, match=r"^--max_prompt_seq_len \+ --max_answer_seq_len 257: the model has 256"):
+        check_models(ppo(folder, critic, max_answer_seq_len=225))
+
+
+def test_adapters_that_match_no_layer_are_refused(folder, critic):
+    with pytest.raises(InputError, match="matches no linear layer"):
+        check_models(ppo(folder, critic, critic_lora_dim=4, critic_lora_module_name="decoder.layers."))
+
+
+def test_vocabulary_larger_than_embedding(folder, tiny_tokenizer):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.vocab_size -= 1
+    with pytest.raises(InputError, match="the tokenizer has"):
+        load_matching_tokenizer(sft(folder), {"model": config})
+    config.vocab_size += 1
+    tokenizer = load_matching_tokenizer(sft(folder, add_eot_token=True), {"model": config})
+    assert len(tokenizer) == len(tiny_tokenizer) + 1
+
+
+# --- one configuration for each role ---------------------------------------------------------------------------------
+
+
+def test_every_role_has_the_configuration_of_its_model(folder, critic, reward):
+    assert list(check_models(sft(folder))) == ["model"]
+    step2 = check_models(RewardModelConfig(model_name_or_path=str(folder), max_seq_len=64))
+    assert step2["model"].architectures == ["LlamaForCausalLM"]  # its head is yet to come
+    shared = check_models(ppo(folder, critic))
+    assert list(shared) == ["actor", "critic", "reference", "reward"]
+    assert shared["actor"] is shared["reference"] and shared["critic"] is shared["reward"]
+    own = check_models(ppo(folder, critic, reward_model_name_or_path=str(reward)))
+    assert list(own) == list(shared) and own["critic"] is not own["reward"]
+    for role, path in (("actor", folder), ("critic", critic), ("reference", folder), ("reward", reward)):
+        assert own[role].name_or_path == str(path)
+    adapters = ppo(folder, critic, actor_lora_dim=4, only_optimize_lora=True)
+    assert list(check_models(adapters)) == ["actor", "critic", "reward"]  # the reference is the actor without them
+
+
+def test_a_reward_model_of_its_own_is_checked_under_its_own_flag(folder, critic, reward):
+    def refused(path: Path) -> str:
+        with pytest.raises(InputError) as refusal:
+            check_models(ppo(folder, critic, reward_model_name_or_path=str(path)))
+        return str(refusal.value)
+
+    flag = "--reward_model_name_or_path"
+    assert refused(folder) == (f"{flag} {folder}: not a reward model (LlamaForCausalLM); give step 2's output folder")
+    assert refused(folder.parent / "nowhere") == f"{flag} {folder.parent / 'nowhere'}: no such folder"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (reward / name).unlink()
+    assert refused(reward).startswith(f"{flag} {reward}: no tokenizer in {reward}")
+    (reward / "model.safetensors").unlink()
+    assert refused(reward).startswith(f"{flag} {reward}: no weights")
+
+
+@pytest.mark.parametrize("role", ["critic", "reward"])
+def test_the_tokens_of_every_model_are_compared_with_the_actors(role, folder, critic, reward):
+    plain, other_end = (
+        load_tokenizer(folder, **changes) for changes in ({}, {"add_eot_token": True, "eot_token": "<|end|>"})
+    )
+    config = ppo(folder, critic, reward_model_name_or_path=str(reward))
+    compared = {"critic": critic, "reward": reward}[role]
+    models = check_models(config)
+    assert len(load_matching_tokenizer(config, models)) == len(plain)
+    other_end.save_pretrained(compared)
+    with pytest.raises(InputError) as refusal:
+        load_matching_tokenizer(config, models)
+    assert str(refusal.value).startswith(
+        f"--{role}_model_name_or_path {compared}: its tokenizer is not the actor's (token '<|end|>')"
+    )
+    plain.eos_token = "<s>"
+    plain.save_pretrained(compared)
+    with pytest.raises(InputError) as refusal:
+        load_matching_tokenizer(config, models)
+    assert str(refusal.value).startswith(
+        f"--{role}_model_name_or_path {compared}: it was trained on responses that end with <s>, the actor"
+    )
+
+
+@pytest.mark.parametrize("role", ["actor", "critic", "reward"])
+def test_no_model_may_have_fewer_embeddings_than_the_tokenizer_has_ids(role, folder, critic, reward):
+    config = ppo(folder, critic, reward_model_name_or_path=str(reward))
+    models = check_models(config)
+    models[role].vocab_size -= 1
+    with pytest.raises(InputError, match=r"the tokenizer has \d+ tokens but a model embeds"):
+        load_matching_tokenizer(config, models)

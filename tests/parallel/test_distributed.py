@@ -1,0 +1,72 @@
+"""Reductions over real ranks."""
+
+import pytest
+import torch
+from processes import run_ranks
+
+
+def reduce_everything():
+    from utils.parallel import distributed
+
+    rank = distributed.rank()
+    values = torch.tensor([1.0, 10.0 * rank], dtype=torch.float64)
+    results = [distributed.all_reduce(values, op).tolist() for op in ("sum", "max", "min")]
+    assert values.tolist() == [1.0, 10.0 * rank]  # the argument is left alone
+    reduced = distributed.all_reduce_dict({"a": rank, "b": 2.5})
+    return results, distributed.all_reduce_scalar(rank + 0.5), reduced, distributed.is_main(), distributed.world_size()
+
+
+def test_reductions_over_two_ranks():
+    first, second = run_ranks(reduce_everything, 2)
+    assert first[:3] == second[:3]
+    assert first[0] == [[2.0, 10.0], [1.0, 10.0], [1.0, 0.0]]
+    assert first[1] == 2.0 and first[2] == {"a": 1.0, "b": 5.0}
+    assert (first[3], second[3], first[4]) == (True, False, 2)
+
+
+def time_limits() -> list[float]:
+    """Minutes that a collective may take, of every group that a run with shared decoding has."""
+    import deepspeed
+
+    from utils.generation.tensor_parallel import join_shard_group
+    from utils.parallel import distributed
+
+    join_shard_group(2)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    settings |= {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    with distributed.quiet():
+        engine = deepspeed.initialize(model=torch.nn.Linear(2, 1), config=settings)[0]
+    engine.backward(engine(torch.ones(1, 2, dtype=torch.bfloat16)).sum())
+    engine.step()
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
+
+
+def test_every_group_has_the_time_limit_of_the_run():
+    assert run_ranks(time_limits, 2) == [[60.0] * 3] * 2  # all processes, DeepSpeed's ones, those that decode together
+
+
+def fail_on_one_rank():
+    from utils.parallel import distributed
+
+    if distributed.rank() == 1:
+        raise ValueError("broken on purpose")
+
+
+def test_a_failing_rank_fails_the_test():
+    with pytest.raises(AssertionError, match="broken on purpose"):
+        run_ranks(fail_on_one_rank, 2)
+
+
+def test_seeds_reach_every_generator():
+    import random
+
+    import numpy
+
+    from utils.parallel.distributed import seed_everything
+
+    draws = []
+    for _ in range(2):
+        seed_everything(5)
+        draws.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]

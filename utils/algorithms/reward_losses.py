@@ -1,0 +1,95 @@
+"""Losses of the reward model: each tells, for every pair, how wrong the order of its two responses is.
+
+A loss is a function of `Pairs` and a row of `PAIRWISE_LOSSES` in `utils.arguments.choices`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.algorithms.masking import last_index, masked_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """What the model says of B pairs, in rows padded on the right: the B chosen responses, then their B rejected."""
+
+    values: Tensor  # (2B, T), a number per token
+    input_ids: Tensor  # (2B, T)
+    attention_mask: Tensor  # (2B, T), true on prompt and response
+    response_mask: Tensor  # (2B, T)
+    row_mask: Tensor  # (B,), false for pairs that only fill up a batch
+
+    @property
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """Of the chosen and of the rejected responses, (B,) each: the number at the last response token."""
+        scores = self.values.gather(1, last_index(self.response_mask)[:, None]).squeeze(1)
+        return scores.chunk(2)
+
+
+def last_token_loss(pairs: Pairs) -> Tensor:
+    """`pairwise_loss` of the scores, (B,) fp32."""
+    return pairwise_loss(*pairs.scores)
+
+
+def token_span_loss(pairs: Pairs) -> Tensor:
+    """`token_span_pairwise_loss` of the values, (B,) fp32."""
+    return token_span_pairwise_loss(*pairs.values.chunk(2), *pairs.input_ids.chunk(2), *pairs.attention_mask.chunk(2))
+
+
+def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected) per pair, in fp32 (Bradley-Terry; Ouyang et al. 2022, eq. 1).
+
+    Args:
+        chosen_scores, rejected_scores: (B,) scores of the last response token.
+    Returns:
+        (B,) fp32.
+    """
+    return -F.logsigmoid(chosen_scores.float() - rejected_scores.float())
+
+
+def token_span_pairwise_loss(
+    chosen_values: Tensor,
+    rejected_values: Tensor,
+    chosen_ids: Tensor,
+    rejected_ids: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+) -> Tensor:
+    """DeepSpeed-Chat's loss: the pairwise loss of every column in the span where the two sequences differ, averaged.
+
+        chosen     p  p  a  b  E           span: first difference to the end of the longer sequence
+        rejected   p  p  c  E  .
+                         [-----]           in the last column the rejected side keeps the value of its own last token
+
+    The original compares whatever the model says about padding in the columns after the shorter response has ended,
+    which teaches it length. Here the shorter response holds its last value instead; with equal lengths the two agree.
+    Identical sequences are compared in their last token.
+
+    Args:
+        chosen_values, rejected_values: (B, T) value per token.
+        chosen_ids, rejected_ids: (B, T) token ids, prompt first, right-padded, both to the same width.
+        chosen_mask, rejected_mask: (B, T) attention masks, true on the prompt and the response.
+    Returns:
+        (B,) fp32, the mean over each pair's span.
+    """
+    columns = torch.arange(chosen_ids.size(1), device=chosen_ids.device)
+    chosen_mask, rejected_mask = chosen_mask.bool(), rejected_mask.bool()
+    either = chosen_mask | rejected_mask
+    differs = either & ((chosen_ids != rejected_ids) | (chosen_mask != rejected_mask))
+    end = either.sum(dim=1)
+    start = torch.where(differs.any(dim=1), differs.int().argmax(dim=1), end - 1)
+    span = (columns >= start.unsqueeze(1)) & either
+
+    chosen = _hold_last_value(chosen_values, chosen_mask)
+    rejected = _hold_last_value(rejected_values, rejected_mask)
+    return masked_sum(pairwise_loss(chosen, rejected), span, dim=1) / span.sum(dim=1)
+
+
+def _hold_last_value(values: Tensor, mask: Tensor) -> Tensor:
+    """Replace the values behind the end of each right-padded row by the value of its last token. (B, T) -> (B, T)."""
+    columns = torch.arange(values.size(1), device=values.device)
+    last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    return values.gather(1, torch.minimum(columns.expand_as(values), last))

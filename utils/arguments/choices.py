@@ -1,0 +1,57 @@
+"""Tables of what can be chosen by name on a command line. A new choice is one row here, beside the file that it names.
+
+The code behind a choice is imported when it is used, so that a command line can be read without it.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One row: where the code is, as `package.module:name`, and what it is in a few words."""
+
+    code: str
+    about: str
+
+    def load(self) -> Callable:
+        """The function or class that the row names."""
+        module, _, name = self.code.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimator(Choice):
+    """How rewards become advantages. `code` is a function of a `utils.algorithms.advantages.RewardedTokens`."""
+
+    needs_critic: bool
+
+
+PAIRWISE_LOSSES = {
+    "last_token": Choice(
+        code="utils.algorithms.reward_losses:last_token_loss",
+        about="log-sigmoid of the score difference at the last response tokens",
+    ),
+    "token_span": Choice(
+        code="utils.algorithms.reward_losses:token_span_loss",
+        about="its mean over the tokens from the first difference of the two responses, as DeepSpeed-Chat has it",
+    ),
+}
+
+REWARD_SOURCES = {
+    "model": Choice(code="utils.rewards.model:RewardModel", about="the reward model of step 2"),
+}
+
+ADVANTAGE_ESTIMATORS = {
+    "gae": Estimator(
+        code="utils.algorithms.advantages:generalized_advantages",
+        about="generalised advantage estimation with a critic",
+        needs_critic=True,
+    ),
+}
+
+
+def described(table: dict[str, Choice]) -> str:
+    """The rows of a table for a help text: "a: what it is; b: what it is"."""
+    return "; ".join(f"{name}: {choice.about}" for name, choice in table.items())

@@ -1,0 +1,224 @@
+"""The flags of each step: its blocks, its models, and its longest row."""
+
+from dataclasses import dataclass
+
+from utils.arguments.adapters import AdapterArguments, LoraArguments, RlhfLoraArguments
+from utils.arguments.choices import ADVANTAGE_ESTIMATORS
+from utils.arguments.data import CorpusArguments, DataArguments, PromptArguments
+from utils.arguments.generation import GenerationArguments, RolloutArguments
+from utils.arguments.model import LoadingArguments, ModelArguments, RlhfModelArguments, TokenizerArguments
+from utils.arguments.optimization import OptimizationArguments, PpoOptimizationArguments, ScheduleArguments
+from utils.arguments.output import CheckpointArguments, OutputArguments
+from utils.arguments.ppo import PpoArguments
+from utils.arguments.reward import RewardSourceArguments
+from utils.arguments.roles import RoleFlags, frozen_role, trained_role
+from utils.arguments.supervised import RewardModelArguments, SftArguments
+from utils.arguments.system import MachineArguments, RlhfSystemArguments, SystemArguments
+
+
+@dataclass(kw_only=True)
+class StepConfig(
+    CorpusArguments,
+    LoadingArguments,
+    ScheduleArguments,
+    MachineArguments,
+    AdapterArguments,
+    OutputArguments,
+    CheckpointArguments,
+    TokenizerArguments,
+):
+    """The flags that every step has.
+
+    A step names it behind its own blocks: where both know a flag, the default is that of the first.
+    """
+
+    is_group = False  # of --help, which lists its blocks instead
+    purpose = ""  # what the step's rows are for, see `utils.data.formats.example.Purpose`
+    answer_limit = 0  # tokens that generation adds to a row
+    micro_batch_flag = "per_device_train_batch_size"
+    written_folders = frozenset({"best"})  # below --output_dir, beside the files of the model itself
+
+    @property
+    def row_limit(self) -> int:
+        """Tokens that a prepared row holds, at most."""
+        raise AttributeError(f"{type(self).__name__} names no rows")
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows of a forward pass of training on each process."""
+        return getattr(self, self.micro_batch_flag)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimiser step on each process."""
+        return self.micro_batch_rows * self.gradient_accumulation_steps
+
+    @property
+    def undivided_paths(self) -> list[str]:
+        """Further data for this step alone, of which all rows are used."""
+        return []
+
+    def roles(self) -> dict[str, RoleFlags]:
+        """The models of the run by the name of their role, in the order in which they are loaded."""
+        raise AttributeError(f"{type(self).__name__} names no models")
+
+    def longest_sequence(self) -> tuple[int, str]:
+        """Tokens of the longest possible sequence, and the flags that say so."""
+        raise AttributeError(f"{type(self).__name__} names no rows")
+
+    def longest_row(self) -> tuple[int, str]:
+        """Tokens that the longest possible row brings to a forward pass, and the flags that say so."""
+        return self.longest_sequence()
+
+
+@dataclass(kw_only=True)
+class SftConfig(
+    DataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    SystemArguments,
+    LoraArguments,
+    SftArguments,
+    StepConfig,
+):
+    """Flags of step 1."""
+
+    purpose = "sft"
+
+    @property
+    def row_limit(self) -> int:
+        return self.max_seq_len
+
+    @property
+    def undivided_paths(self) -> list[str]:
+        return self.sft_only_data_path
+
+    def roles(self) -> dict[str, RoleFlags]:
+        return {"model": trained_role(self, "model", "causal_lm")}
+
+    def longest_sequence(self) -> tuple[int, str]:
+        return self.max_seq_len, "--max_seq_len"
+
+
+@dataclass(kw_only=True)
+class RewardModelConfig(
+    DataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    SystemArguments,
+    LoraArguments,
+    RewardModelArguments,
+    StepConfig,
+):
+    """Flags of step 2."""
+
+    purpose = "preference"
+    learning_rate: float = 5e-5
+
+    @property
+    def row_limit(self) -> int:
+        return self.max_seq_len
+
+    def roles(self) -> dict[str, RoleFlags]:
+        return {"model": trained_role(self, "model", "scalar", new_head=True)}
+
+    def longest_sequence(self) -> tuple[int, str]:
+        return self.max_seq_len, "--max_seq_len"
+
+    def longest_row(self) -> tuple[int, str]:
+        return 2 * self.max_seq_len, "twice --max_seq_len"
+
+
+@dataclass(kw_only=True)
+class PpoConfig(
+    PromptArguments,
+    RlhfModelArguments,
+    RolloutArguments,
+    RewardSourceArguments,
+    PpoOptimizationArguments,
+    PpoArguments,
+    RlhfSystemArguments,
+    GenerationArguments,
+    RlhfLoraArguments,
+    StepConfig,
+):
+    """Flags of step 3."""
+
+    purpose = "prompts"
+    micro_batch_flag = "per_device_training_batch_size"
+    written_folders = frozenset({"best", "actor", "critic", "actor_ema"})
+
+    @property
+    def row_limit(self) -> int:
+        return self.max_prompt_seq_len
+
+    def roles(self) -> dict[str, RoleFlags]:
+        """Actor, critic (where the estimator wants one), reference (unless the actor is its own), and reward model.
+
+        Dropout is off in all of them, so that rollout and training compute the same log-probabilities.
+        """
+        without_dropout = {"dropout": 0.0, "lora_dropout": 0.0}
+        roles = {"actor": trained_role(self, "actor", "causal_lm", "actor_", **without_dropout)}
+        if ADVANTAGE_ESTIMATORS[self.advantage_estimator].needs_critic:
+            roles["critic"] = trained_role(self, "critic", "scalar", "critic_", **without_dropout)
+        if not self.shares_reference:
+            roles["reference"] = frozen_role(
+                "reference",
+                "causal_lm",
+                path=self.actor_model_name_or_path,
+                path_flag="--actor_model_name_or_path",
+                zero_stage=self.actor_zero_stage,
+                offload=self.offload_reference_model,
+            )
+        if self.reward_source == "model":
+            own_path = self.reward_model_name_or_path
+            roles["reward"] = frozen_role(
+                "reward",
+                "scalar",
+                path=own_path or self.critic_model_name_or_path,
+                path_flag="--reward_model_name_or_path" if own_path else "--critic_model_name_or_path",
+                zero_stage=self.critic_zero_stage,
+                offload=self.offload_reward_model,
+            )
+        return roles
+
+    @property
+    def rollout_rows(self) -> int:
+        """Prompts of a rollout on each process: an optimiser step's where the rollout asked for is a part of that.
+
+        DeepSpeed-Chat collects the gradients of several rollouts for such a step. No weight changes between them, so
+        they are one rollout, made in as many generation batches.
+        """
+        return self.step_rows if self.step_rows % self.asked_rollout_rows == 0 else self.asked_rollout_rows
+
+    @property
+    def rollout_flags(self) -> str:
+        """The flags that say so."""
+        if self.rollout_rows == self.asked_rollout_rows:
+            return "--per_device_generation_batch_size or --generation_batches"
+        return "--per_device_training_batch_size or --gradient_accumulation_steps"
+
+    @property
+    def asked_rollout_rows(self) -> int:
+        """Prompts of a rollout on each process, as its two flags say."""
+        return self.per_device_generation_batch_size * self.generation_batches
+
+    @property
+    def shares_reference(self) -> bool:
+        """Whether the reference is the actor with its adapters off, and no model of its own."""
+        return self.actor_lora_dim > 0 and self.only_optimize_lora
+
+    @property
+    def answer_limit(self) -> int:
+        return self.max_answer_seq_len
+
+    def longest_sequence(self) -> tuple[int, str]:
+        return self.max_prompt_seq_len + self.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len"
+
+
+# The flags of each script, by its folder in training/.
+CONFIGS = {
+    "step1_supervised_finetuning": SftConfig,
+    "step2_reward_model_finetuning": RewardModelConfig,
+    "step3_rlhf_finetuning": PpoConfig,
+}

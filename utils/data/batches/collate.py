@@ -1,0 +1,67 @@
+"""From dataset rows to padded batches. Masks come from the lengths of the rows, never from comparing ids with pad.
+
+Notation: B rows, T columns (the longest row of the batch). All ids are int64. `attention_mask` is
+int64 with 1 where a token is; the other masks are bool.
+
+A row with `"filler": True` repeats another row only to give every rank the same number of batches (see
+utils.data.batches.dataloader); masks say that it does not count.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+Batch = dict[str, torch.Tensor]
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T) and attention mask (B, T) of sequences of different lengths, padded on the right (or the left)."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    width = int(lengths.max())
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        start = width - len(sequence) if left else 0
+        ids[row, start : start + len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
+    columns = torch.arange(width)
+    first = (width - lengths)[:, None] if left else torch.zeros(len(sequences), 1, dtype=torch.long)
+    return ids, ((columns >= first) & (columns < first + lengths[:, None])).long()
+
+
+def _span_mask(starts: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool, true from column starts[b] to the end of row b."""
+    columns = torch.arange(attention_mask.shape[1])
+    return (columns >= torch.tensor(starts)[:, None]) & attention_mask.bool()
+
+
+def _row_mask(rows: Sequence[Row]) -> torch.Tensor:
+    return torch.tensor([not row.get("filler", False) for row in rows])
+
+
+def collate_sft(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Rows of purpose "sft" or "pretrain", padded on the right.
+
+    Returns input_ids, attention_mask and target_mask, all (B, T): true where the token is to be predicted, that is on
+    response tokens with their EOS. Column 0 has no predecessor and is never a target; a filler row has no targets.
+    """
+    ids, attention_mask = pad([row["input_ids"] for row in rows], pad_id)
+    targets = _span_mask([max(row["response_start"], 1) for row in rows], attention_mask)
+    return {"input_ids": ids, "attention_mask": attention_mask, "target_mask": targets & _row_mask(rows)[:, None]}
+
+
+def collate_preference(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Rows of purpose "preference" as one batch of 2B sequences padded on the right: B chosen, then their B rejected.
+
+    Returns input_ids, attention_mask and response_mask (2B, T), the last true on response tokens with their EOS, and
+    row_mask (B,): false for filler pairs, which have sequences like any other and must not enter losses or metrics.
+    """
+    responses = ("chosen_ids", "rejected_ids")
+    ids, attention_mask = pad([row["prompt_ids"] + row[name] for name in responses for row in rows], pad_id)
+    starts = [len(row["prompt_ids"]) for _ in responses for row in rows]
+    return {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "response_mask": _span_mask(starts, attention_mask),
+        "row_mask": _row_mask(rows),
+    }

@@ -1,0 +1,121 @@
+"""Several examples to a row, and rows to micro-batches of a number of tokens: what fits together, by length alone."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from utils.arguments.supervised import SftArguments
+from utils.data.rows.dataset import TokenDataset
+from utils.parallel import distributed
+
+Row = dict[str, Any]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Numbers of the examples in each row of `capacity` tokens: the longest first, each into the fullest row it fits.
+
+    Best-fit decreasing needs at most 11/9 of the least possible number of rows, and one (Johnson 1973). An example
+    that is longer than `capacity` gets a row of its own.
+    """
+    rows: list[list[int]] = []
+    with_space: dict[int, list[int]] = {}  # free tokens -> numbers of the rows that have as many
+    spaces: list[int] = []  # the keys of `with_space`, ascending
+    for example in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        place = bisect.bisect_left(spaces, lengths[example])
+        if place < len(spaces):
+            space = spaces[place]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del with_space[space], spaces[place]
+            rows[row].append(example)
+        else:
+            row, space = len(rows), capacity
+            rows.append([example])
+        space -= lengths[example]
+        if space > 0:
+            if space not in with_space:
+                bisect.insort(spaces, space)
+            with_space.setdefault(space, []).append(row)
+    return rows
+
+
+class PackedRows(Dataset):
+    """Rows of up to `capacity` tokens, each a `{"rows": [...]}` of examples of `dataset` (see `unpack`).
+
+    Attributes:
+        fill: mean share of a row that holds tokens.
+    """
+
+    def __init__(self, dataset: Dataset, lengths: Sequence[int], capacity: int) -> None:
+        self.dataset, self.capacity = dataset, capacity
+        self.examples = best_fit(lengths, capacity)
+        self.fill = sum(lengths) / (len(self.examples) * capacity)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Row:
+        return {"rows": [self.dataset[example] for example in self.examples[index]]}
+
+
+def pack_rows(dataset: TokenDataset, config: SftArguments, capacity: int) -> TokenDataset | PackedRows:
+    """`dataset`, with `--packing` in rows of `capacity` tokens."""
+    if not config.packing:
+        return dataset
+    packed = PackedRows(dataset, dataset.lengths(), capacity)
+    distributed.log(f"--packing: {len(packed)} rows of {capacity} tokens, {packed.fill:.0%} full")
+    return packed
+
+
+def unpack(row: Row) -> list[Row]:
+    """The examples of a packed row, or a list of the one that an ordinary row is; fillers stay fillers."""
+    if "rows" not in row:
+        return [row]
+    return [{**example, "filler": True} if row.get("filler") else example for example in row["rows"]]
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int, least: int = 1) -> list[list[int]]:
+    """Numbers of the rows of each micro-batch of at most `max_tokens` tokens, the longest rows first.
+
+    There are at least `least` micro-batches, as long as there are that many rows.
+    """
+    parts, tokens = [], 0
+    for row in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not parts or tokens + lengths[row] > max_tokens:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += lengths[row]
+    while len(parts) < min(least, len(lengths)):
+        largest = max(range(len(parts)), key=lambda index: len(parts[index]))
+        half = len(parts[largest]) // 2
+        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
+    return parts
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """`split_by_tokens`, into the same number of micro-batches on every rank, since each of them has collectives.
+
+    Every rank must call it with the same number of rows.
+    """
+    agreed = distributed.all_reduce_scalar(len(split_by_tokens(lengths, max_tokens)), "max")
+    return split_by_tokens(lengths, max_tokens, int(agreed))
+
+
+def micro_batches(
+    batches: Sequence[Sequence[Row]], max_tokens: int, tokens_of: Callable[[Row], int]
+) -> list[list[Row]]:
+    """The examples of an optimiser step in micro-batches: those of `batches`, or regrouped by `max_tokens` if above 0.
+
+    A packed row stays whole: ranks have equally many rows, but not equally many examples in them.
+
+    Args:
+        tokens_of: tokens that a row brings to a forward pass.
+    """
+    if max_tokens and batches:
+        rows = [row for batch in batches for row in batch]
+        tokens = [tokens_of(row) for row in rows]
+        batches = [[rows[index] for index in part] for part in token_batches(tokens, max_tokens)]
+    return [[example for row in batch for example in unpack(row)] for batch in batches]

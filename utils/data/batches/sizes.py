@@ -1,0 +1,115 @@
+"""What a row of each purpose brings to a forward pass: tokens, the length of its longest sequence, predicted tokens."""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from utils.data.batches.packing import PackedRows, unpack
+from utils.data.formats.example import Purpose
+from utils.data.rows.dataset import TokenDataset
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """Of one row."""
+
+    tokens: int
+    width: int  # of its longest sequence
+    targets: int  # tokens whose log-probabilities are computed
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """Rows of one purpose.
+
+    Attributes:
+        weight: tokens of a row, by which micro-batches are filled.
+        weights: the same for a whole data set, read without the ids.
+        size: of a row to which generation adds `answer` tokens.
+        longest: the largest size that the flags allow: sequences of `length` tokens, `answer` of them generated.
+    """
+
+    weight: Callable[[Row], int]
+    weights: Callable[[TokenDataset], list[int]]
+    size: Callable[[Row, int], RowSize]
+    longest: Callable[[int, int], RowSize]
+
+
+def sequence_tokens(row: Row) -> int:
+    """Tokens of a row of purpose "sft" or "pretrain"; of a packed one, of all its examples."""
+    return sum(len(example["input_ids"]) for example in unpack(row))
+
+
+def pair_tokens(row: Row) -> int:
+    """Tokens of both sequences of a pair."""
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def _sequence_size(row: Row, answer: int) -> RowSize:
+    tokens = len(row["input_ids"])
+    return RowSize(tokens, tokens, tokens - max(row["response_start"], 1))
+
+
+def _pair_weights(dataset: TokenDataset) -> list[int]:
+    columns = (dataset.lengths(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return [2 * prompt + chosen + rejected for prompt, chosen, rejected in zip(*columns, strict=True)]
+
+
+def _pair_size(row: Row, answer: int) -> RowSize:
+    width = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    return RowSize(pair_tokens(row), width, 0)
+
+
+def _prompt_size(row: Row, answer: int) -> RowSize:
+    tokens = len(row["prompt_ids"]) + answer
+    return RowSize(tokens, tokens, answer)
+
+
+SEQUENCES = RowKind(
+    weight=sequence_tokens,
+    weights=lambda dataset: dataset.lengths(),
+    size=_sequence_size,
+    longest=lambda length, answer: RowSize(length, length, length),
+)
+ROW_KINDS: dict[Purpose, RowKind] = {
+    "sft": SEQUENCES,
+    "pretrain": SEQUENCES,
+    "preference": RowKind(
+        weight=pair_tokens,
+        weights=_pair_weights,
+        size=_pair_size,
+        longest=lambda length, answer: RowSize(2 * length, length, 0),
+    ),
+    "prompts": RowKind(
+        weight=lambda row: len(row["prompt_ids"]),
+        weights=lambda dataset: dataset.lengths("prompt_ids"),
+        size=_prompt_size,
+        longest=lambda length, answer: RowSize(length, length, answer),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set as far as memory is concerned: its number of rows (None: unknown) and its heaviest ones, first."""
+
+    count: int | None
+    heaviest: tuple[RowSize, ...] = ()
+
+
+def measure_rows(dataset: TokenDataset | PackedRows, purpose: Purpose, needed: int, answer: int = 0) -> Rows:
+    """The size of `dataset` and its `needed` heaviest rows.
+
+    Args:
+        answer: tokens that generation adds to a prompt.
+    """
+    if isinstance(dataset, PackedRows):
+        full = SEQUENCES.longest(dataset.capacity, 0)
+        return Rows(len(dataset), (full,) * min(needed, len(dataset)))
+    kind = ROW_KINDS[purpose]
+    weights = kind.weights(dataset)
+    heaviest = heapq.nlargest(needed, range(len(weights)), key=weights.__getitem__)
+    return Rows(len(dataset), tuple(kind.size(dataset[index], answer) for index in heaviest))

@@ -1,0 +1,1 @@
+"""What a row can look like, and the `Example` that becomes of it."""

@@ -1,0 +1,61 @@
+"""One row of any data set before a tokenizer is known, and what each purpose asks of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Purpose = Literal["sft", "preference", "prompts", "pretrain"]
+Row = dict[str, Any]
+Turn = tuple[str, str]  # (speaker, text), speaker one of "System", "Human", "Assistant"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model is given, and answers to it.
+
+    `prompt` is a dialogue, or text that is used as it stands. After a dialogue `chosen` and `rejected` are bare answers
+    without outer white space; after text they are its continuations, which bring their own leading space. Plain text to
+    be learned as a whole is the continuation of an empty prompt. A row of prompts alone has no answer.
+
+    Attributes:
+        chosen: a wanted answer. rejected: an unwanted one.
+        label: of a row with one answer that was judged alone (KTO): true where it is `chosen`, false where `rejected`.
+        score: a number that the row gives its answer.
+        reference: the right answer, for rewards that compare with it.
+        columns: the row's other columns.
+    """
+
+    prompt: str | tuple[Turn, ...]
+    chosen: str | None = None
+    rejected: str | None = None
+    label: bool | None = None
+    score: float | None = None
+    reference: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RowError(ValueError):
+    """A row cannot be read. The message says what was found and what was expected; the reader adds file and line."""
+
+
+class NoResponseError(RowError):
+    """A row is well formed but holds no response: an error in a file of the user's own, dropped in a published set."""
+
+
+class DroppedRow(Exception):
+    """A row that teaches nothing is left out. The message is the reason in a few words, counted and logged."""
+
+
+def check_usable(example: Example, purpose: Purpose) -> None:
+    """Raise DroppedRow if `purpose` leaves the example out, NoResponseError if it lacks a response that it needs."""
+    if purpose == "prompts":
+        return
+    if purpose == "preference":
+        if example.chosen is None or example.rejected is None:
+            raise NoResponseError("has no pair of a chosen and a rejected response")
+        if example.chosen == example.rejected:
+            raise DroppedRow("whose chosen equals its rejected response")
+    elif example.chosen is None:
+        if example.rejected is None:
+            raise NoResponseError("has no response")
+        raise DroppedRow("with a response labelled undesirable")

@@ -1,0 +1,76 @@
+"""Rows on disk as Arrow streams: written batch by batch, read memory-mapped, so neither needs the whole in memory."""
+
+import json
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from utils.data.formats.example import Example, Purpose
+
+if TYPE_CHECKING:
+    import datasets
+
+_IDS, _TEXT = pa.list_(pa.int32()), pa.large_string()
+_SPAN = pa.schema([("input_ids", _IDS), ("response_start", pa.int32())])
+SCHEMAS: dict[Purpose, pa.Schema] = {
+    "sft": _SPAN,
+    "pretrain": _SPAN,
+    "preference": pa.schema([("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS)]),
+    "prompts": pa.schema([("prompt_ids", _IDS), ("prompt", _TEXT), ("reference", _TEXT), ("columns", _TEXT)]),
+}
+# An example before a tokenizer is known: `turns` and `columns` are JSON, a prompt that is text is in `text`.
+EXAMPLES = pa.schema(
+    [
+        *(("text", _TEXT), ("turns", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("label", pa.bool_())),
+        *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT)),
+    ]
+)
+KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # what a reward may want to read of a row
+
+
+def example_row(example: Example | None, purpose: Purpose) -> dict[str, Any]:
+    """A row of `EXAMPLES`; None becomes a row of nulls, which keeps a place."""
+    if example is None:
+        return dict.fromkeys(EXAMPLES.names)
+    is_text = isinstance(example.prompt, str)
+    return {
+        "text": example.prompt if is_text else None,
+        "turns": None if is_text else json.dumps(example.prompt),
+        "chosen": example.chosen,
+        "rejected": example.rejected,
+        "label": example.label,
+        "score": example.score,
+        "reference": example.reference,
+        "columns": json.dumps(dict(example.columns), default=str) if purpose in KEEPS_COLUMNS else None,
+    }
+
+
+def read_example(row: Mapping[str, Any]) -> Example | None:
+    """What `example_row` has written."""
+    if row["text"] is None and row["turns"] is None:
+        return None
+    turns = None if row["turns"] is None else tuple((speaker, text) for speaker, text in json.loads(row["turns"]))
+    others = {name: row[name] for name in ("chosen", "rejected", "label", "score", "reference")}
+    columns = {} if row["columns"] is None else json.loads(row["columns"])
+    return Example(prompt=row["text"] if turns is None else turns, columns=columns, **others)
+
+
+def write_rows(file: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], batch: int = 1000) -> int:
+    """Write `rows` to `file` and return how many there were."""
+    written = 0
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        rows = iter(rows)
+        while some := list(islice(rows, batch)):
+            stream.write_batch(pa.RecordBatch.from_pylist(some, schema))
+            written += len(some)
+    return written
+
+
+def open_rows(file: Path) -> "datasets.Dataset":
+    """The rows of `file`, memory-mapped."""
+    import datasets
+
+    return datasets.Dataset.from_file(str(file))

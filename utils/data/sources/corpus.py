@@ -1,0 +1,116 @@
+"""The data of a step: which sources, divided how, cut to what length, and rendered in which form."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from utils.arguments.steps import PpoConfig, StepConfig
+from utils.data.formats.dialogue import DEFAULT_FORM
+from utils.data.formats.example import Purpose
+from utils.data.sources.hub import is_reachable
+from utils.data.sources.reading import HubSource, LocalSource, open_source, read_examples
+from utils.data.sources.splits import phase_weights
+
+CHECKED_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Share:
+    """A source, and which of the parts that `weights` makes of it is wanted."""
+
+    source: LocalSource | HubSource
+    weights: tuple[float, ...]
+    part: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What `build_datasets` prepares.
+
+    Attributes:
+        paths: what `flag` was given. undivided: further paths, of which all rows are used (`--sft_only_data_path`).
+        max_len: token ids of prompt and response together; for prompts alone, of the prompt.
+        data_split: weights of the three steps; text for "pretrain" is not divided.
+        config_name: configuration of a hub data set.
+        cache_dir: folder for prepared data (`--data_output_path`); None: the user's cache folder.
+        form: name of the dialogues' text form.
+    """
+
+    purpose: Purpose
+    paths: Sequence[str]
+    max_len: int
+    data_split: str = "2,4,4"
+    undivided: Sequence[str] = ()
+    config_name: str | None = None
+    seed: int = 1234
+    cache_dir: str | None = None
+    form: str = DEFAULT_FORM
+
+    @staticmethod
+    def of(config: StepConfig) -> "Corpus":
+        """The rows that a step trains on."""
+        return Corpus(
+            purpose=config.purpose,
+            paths=config.data_path,
+            undivided=config.undivided_paths,
+            max_len=config.row_limit,
+            data_split=config.data_split,
+            seed=config.seed,
+            cache_dir=config.data_output_path,
+        )
+
+    @staticmethod
+    def of_texts(config: PpoConfig) -> "Corpus | None":
+        """The text of the language-modelling loss beside PPO; None without `--unsupervised_dataset_name`."""
+        if not config.unsupervised_dataset_name:
+            return None
+        return Corpus(
+            purpose="pretrain",
+            paths=[config.unsupervised_dataset_name],
+            config_name=config.unsupervised_dataset_config_name,
+            max_len=config.longest_row()[0],
+            seed=config.seed,
+            cache_dir=config.data_output_path,
+        )
+
+    @property
+    def flag(self) -> str:
+        """The flag that names the data."""
+        return "--unsupervised_dataset_name" if self.purpose == "pretrain" else "--data_path"
+
+    @property
+    def length_flag(self) -> str:
+        """The flag that says `max_len`."""
+        return "--max_prompt_seq_len" if self.purpose == "prompts" else "--max_seq_len"
+
+    @cached_property
+    def shares(self) -> list[Share]:
+        """The sources, opened.
+
+        Raises:
+            InputError: a path is not there, or --data_split leaves nothing to this step.
+        """
+        weights, part = phase_weights(self.data_split, self.purpose)
+        shares = [Share(open_source(path, self.config_name, self.flag), weights, part) for path in self.paths]
+        return shares + [Share(open_source(path, flag="--sft_only_data_path"), (1.0,), 0) for path in self.undivided]
+
+    def check(self) -> None:
+        """Look at the data before any model is loaded: paths exist, first rows parse and have what the purpose needs.
+
+        Cheap: the first rows of every file; of a hub data set only whether it can be had at all. Every row is checked
+        by `build_datasets`.
+
+        Raises:
+            InputError: naming the flag, or the file and the row.
+        """
+        for source in (share.source for share in self.shares):
+            if isinstance(source, HubSource):
+                if not is_reachable():
+                    source.fingerprint()
+                continue
+            for file in (*source.training, *source.held_out):
+                alone = LocalSource(source.label, (file,), (), source.copy_of)
+                for _ in itertools.islice(read_examples(alone, "train", self.purpose, Counter()), CHECKED_ROWS):
+                    pass

@@ -1,0 +1,195 @@
+"""Local data files: finding them below a path, and reading them row by row with the place of each row.
+
+Every reader yields `(where, row)`: `where` names the file and the line or row for messages ("a.jsonl, line 7").
+Whatever is wrong with a file is an InputError of one line.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from utils.data.formats.example import Row
+from utils.errors import InputError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".csv.gz")
+HELD_OUT_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "heldout"}
+# Written beside the data by `datasets`: descriptions, not rows.
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+LocatedRow = tuple[str, Row]
+
+
+def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], list[Path]]:
+    """The training files and the held-out files that `path` (a file, or a folder searched to its leaves) names.
+
+    In a folder a file is held out if a word of its path below the folder is one of HELD_OUT_WORDS (test.jsonl,
+    data/validation-00000-of-00001.parquet). Folders called `left_out` are passed over. Raises InputError, beginning
+    with `label`, if nothing is there to train on.
+    """
+    if path.is_file():
+        return [path], []
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and file.name.endswith(SUFFIXES)
+        and file.name not in _DESCRIPTIONS
+        and not any(part.startswith(".") or part == left_out for part in file.relative_to(path).parts)
+    )
+    if not found:
+        raise InputError(f"{label}: the folder holds no data file ({', '.join(SUFFIXES[:4])}); add one")
+    held_out = [
+        file for file in found if HELD_OUT_WORDS & set(re.split(r"[^a-z]+", str(file.relative_to(path)).lower()))
+    ]
+    training = [file for file in found if file not in held_out]
+    if not training:
+        names = ", ".join(str(file.relative_to(path)) for file in held_out[:3])
+        raise InputError(f"{label}: the folder holds only held-out files ({names}); add a train file")
+    return training, held_out
+
+
+def content_digest(file: Path) -> str:
+    """SHA-256 of the file's bytes. Raises InputError if it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+
+
+def read_rows(file: Path) -> Iterator[LocatedRow]:
+    """The rows of one data file, its kind told by the name or, for other names, by how it begins."""
+    try:
+        if file.stat().st_size == 0:
+            raise InputError(f"{file} is empty")
+        rows = _reader(file)(file)
+        first = next(rows, None)
+        if first is None:
+            raise InputError(f"{file} holds no rows")
+        yield first
+        yield from rows
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
+
+
+def _reader(file: Path):
+    name = file.name.removesuffix(".gz")
+    for suffix, reader in ((".csv", _read_csv), (".parquet", _read_parquet), (".arrow", _read_arrow)):
+        if name.endswith(suffix):
+            return reader
+    with _open(file) as stream:
+        head = stream.read(4096)
+    if head.startswith(b"PAR1"):
+        return _read_parquet
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    whole = first == b"[" or (first == b"{" and name.endswith(".json"))
+    return _read_json if whole else _read_json_lines
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb")
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
+
+
+def _read_json_lines(file: Path) -> Iterator[LocatedRow]:
+    with _open(file) as stream:
+        for number, data in enumerate(stream, 1):
+            where = f"{file}, line {number}"
+            line = _decode(data, where).strip()
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+            yield where, _object(row, where)
+
+
+def _read_json(file: Path) -> Iterator[LocatedRow]:
+    """A JSON array of rows, an object with one such array (or one row), or JSON lines in a file called .json."""
+    with _open(file) as stream:
+        text = _decode(stream.read(), str(file))
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip()[:1] == "{":
+            yield from _read_json_lines(file)
+            return
+        raise InputError(
+            f"{file}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
+        ) from error
+    if isinstance(document, dict):
+        arrays = [value for value in document.values() if isinstance(value, list)]
+        document = arrays[0] if len(document) == 1 and arrays else [document]
+    for number, row in enumerate(document, 1):
+        where = f"{file}, row {number}"
+        yield where, _object(row, where)
+
+
+def _object(row: object, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a row must be a JSON object with named columns, found {type(row).__name__}")
+    return row
+
+
+def _read_csv(file: Path) -> Iterator[LocatedRow]:
+    csv.field_size_limit(sys.maxsize)
+    with _open(file) as stream:
+        text = _decode(stream.read(), str(file))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        line = reader.line_num + 1  # a row may span lines: its place is where it begins
+        for fields in reader:
+            where = f"{file}, line {line}"
+            line = reader.line_num + 1
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise InputError(f"{where}: {len(fields)} fields, but the header has {len(header)} columns")
+            yield where, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: not valid CSV ({error})") from error
+
+
+def _read_parquet(file: Path) -> Iterator[LocatedRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from _number(file, table.iter_batches(1000))
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{file} is not a valid parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _read_arrow(file: Path) -> Iterator[LocatedRow]:
+    """The stream format of `datasets.save_to_disk`."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as stream, pyarrow.ipc.open_stream(stream) as batches:
+            yield from _number(file, batches)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{file} is not a valid Arrow stream: {str(error).splitlines()[0]}") from error
+
+
+def _number(file: Path, batches) -> Iterator[LocatedRow]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{file}, row {number}", row

@@ -1,0 +1,224 @@
+"""What `--data_path` names: a local file or folder, or a data set of the hub, read as examples.
+
+A local path is looked for first and opens no connection. Every row is converted and checked for what the purpose needs;
+one that cannot be used is refused with its file and line, or counted among the dropped ones.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+from utils.data.formats.example import DroppedRow, Example, NoResponseError, Purpose, Row, RowError, check_usable
+from utils.data.formats.registry import (
+    ALIASES,
+    DATASETS,
+    DatasetSpec,
+    Format,
+    expected_columns,
+    find_dataset,
+    find_format,
+)
+from utils.data.sources.hub import load_hub_split
+from utils.data.sources.local_files import SUFFIXES, LocatedRow, content_digest, find_files, read_rows
+from utils.errors import InputError
+from utils.hub import looks_local
+
+Part = Literal["train", "held_out"]
+
+
+class Source(Protocol):
+    """Rows in a training part and maybe a held-out part.
+
+    label: the flag and what it was given, for messages. format: None where the rows' columns tell it.
+    """
+
+    label: str
+    has_held_out: bool
+    format: Format | None
+
+    def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
+        """Rows that share a format: those of one file, or of one split."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever the rows do."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A file, or a folder whose files are training or held-out files by their names.
+
+    copy_of: the known data set that the folder is a copy of; None: its columns tell how to read it.
+    """
+
+    label: str
+    training: tuple[Path, ...]
+    held_out: tuple[Path, ...]
+    copy_of: str | None = None
+
+    @property
+    def format(self) -> Format | None:
+        return DATASETS[self.copy_of].format if self.copy_of else None
+
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.held_out)
+
+    def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
+        yield from map(read_rows, self.training if part == "train" else self.held_out)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(str(self.copy_of).encode())
+        for role, files in (("train", self.training), ("held_out", self.held_out)):
+            for file in files:
+                content = content_digest(file)
+                digest.update(f"{role} {file.name} {content}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set of the Hugging Face hub, loaded when its rows are first asked for."""
+
+    label: str
+    name: str
+    hub: str
+    config: str | None = None
+    train: str = "train"
+    held_out: str | None = None
+    format: Format | None = None
+
+    @property
+    def has_held_out(self) -> bool:
+        return self.held_out is not None
+
+    @cached_property
+    def _splits(self) -> dict[str, object]:
+        names = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
+        label = self.label + ("" if find_dataset(self.name) else _suggestion(self.name))
+        return {part: load_hub_split(label, self.name, self.hub, self.config, split) for part, split in names.items()}
+
+    def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
+        split = self.train if part == "train" else self.held_out
+        yield ((f"{self.name} ({split}), row {number}", row) for number, row in enumerate(self._splits[part], 1))
+
+    def fingerprint(self) -> str:
+        # The name as well: two known sets may be two readings of the same rows (mkqa in two languages).
+        return " ".join([self.name, *(f"{part}={split._fingerprint}" for part, split in self._splits.items())])
+
+
+def open_source(name: str, config: str | None = None, flag: str = "--data_path") -> LocalSource | HubSource:
+    """What `name`, given to `flag`, means: a local path if there is one, else a known data set, else a name on the hub.
+
+    `config` chooses among a data set's configurations, which are subfolders in a local copy. Raises InputError for what
+    can be none of these.
+    """
+    path, label = Path(name).expanduser(), f"{flag} {name}"
+    if path.exists():
+        copy_of = _known_name(path)
+        config = config or (DATASETS[copy_of].config if copy_of else None)
+        folder = path / config if config and (path / config).is_dir() else path
+        training, held_out = find_files(folder, label, left_out=DATASETS[copy_of].left_out if copy_of else "")
+        return LocalSource(label, tuple(training), tuple(held_out), copy_of)
+    spec = find_dataset(name)
+    if spec is None:
+        if looks_local(name, SUFFIXES) or "/" not in name:
+            raise InputError(f"{label}: no such file or folder{_suggestion(name)}")
+        spec = DatasetSpec(name, None)
+    if spec.hub is None:
+        raise InputError(f"{label}: this set is published as files; fetch {spec.files}, and give their path")
+    return HubSource(label, name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format)
+
+
+def _known_name(path: Path) -> str | None:
+    """The known data set that a folder is called like (.../stanfordnlp/SHP), as a copy from the hub is."""
+    location = path.resolve().as_posix() if path.is_dir() else ""
+    return next((name for name, spec in DATASETS.items() if spec.hub and location.endswith(f"/{name}")), None)
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, [*DATASETS, *ALIASES], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def read_examples(source: Source, part: Part, purpose: Purpose, dropped: Counter[str]) -> Iterator[Example | None]:
+    """The examples of one part of a source, in order; reasons for rows left out are counted in `dropped`.
+
+    None stands for an example that this purpose leaves out and another may use: it keeps its place, so that every
+    purpose divides the same places. A row that is no example for any purpose is passed over.
+    Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
+    """
+    for group in source.groups(part):
+        rows = iter(group)
+        first = next(rows, None)
+        if first is None:
+            continue
+        row_format = source.format or _recognise(first, purpose)
+        lenient = row_format.published or isinstance(source, HubSource)
+        for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
+            try:
+                check_usable(example, purpose)
+                yield example
+            except DroppedRow as reason:
+                dropped[str(reason)] += 1
+                yield None
+            except NoResponseError as error:
+                if not lenient:
+                    raise _refusal(where, error) from error
+                dropped["without a response"] += 1
+                yield None
+
+
+def _convert(
+    rows: Iterable[LocatedRow], row_format: Format, lenient: bool, dropped: Counter[str]
+) -> Iterator[tuple[str, Example]]:
+    if row_format.assemble is not None:
+        yield from row_format.assemble(rows)
+        return
+    for where, row in rows:
+        try:
+            yield where, _with_other_columns(row_format.convert(row), row, row_format)
+        except DroppedRow as reason:
+            dropped[str(reason)] += 1
+        except NoResponseError as error:
+            if not lenient:
+                raise _refusal(where, error) from error
+            dropped["without a response"] += 1
+        except RowError as error:
+            raise _refusal(where, error) from error
+
+
+def _with_other_columns(example: Example, row: Row, row_format: Format) -> Example:
+    """`example` with what its row says besides: a score, a right answer, and whatever else the format does not read."""
+    others = {name: value for name, value in row.items() if name not in row_format.columns}
+    score, reference = others.get("score"), others.get("reference")
+    return dataclasses.replace(
+        example,
+        score=float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None,
+        reference=reference if isinstance(reference, str) else None,
+        columns=others,
+    )
+
+
+def _refusal(where: str, error: RowError) -> InputError:
+    fix = "; give it one or remove the row" if isinstance(error, NoResponseError) else ""
+    return InputError(f"{where}: {error}{fix}")
+
+
+def _recognise(first: LocatedRow, purpose: Purpose) -> Format:
+    where, row = first
+    found = find_format(row.keys(), purpose)
+    if found is None:
+        columns = ", ".join(map(str, row)) or "none"
+        raise InputError(
+            f"{where}: columns found: {columns}; expected for this step one of: {expected_columns(purpose)}"
+        )
+    return found

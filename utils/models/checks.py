@@ -1,0 +1,136 @@
+"""What can be said of the models and the tokenizer that the flags name before any weights are read."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from utils.arguments.roles import RoleFlags
+from utils.arguments.steps import StepConfig
+from utils.errors import InputError
+from utils.hub import is_reachable, looks_local, offline
+from utils.models.lora import check_lora
+from utils.models.tokenizer import check_same_tokens, has_tokenizer, load_tokenizer
+from utils.models.weight_files import check_weight_files
+
+
+def check_models(config: StepConfig) -> dict[str, PreTrainedConfig]:
+    """The configurations of the models of a run by role, after a look at their folders, lengths and adapters.
+
+    Raises:
+        InputError: naming the flag and what is missing or does not fit.
+    """
+    models: dict[str, PreTrainedConfig] = {}
+    checked: dict[tuple[str, bool], PreTrainedConfig] = {}
+    for name, role in config.roles().items():
+        has_head = role.kind == "scalar" and not role.new_head
+        if (role.path, has_head) not in checked:
+            checked[role.path, has_head] = (_check_scalar_model if has_head else _check_language_model)(config, role)
+        models[name] = checked[role.path, has_head]
+    length, flags = config.longest_sequence()
+    for name, role in config.roles().items():
+        _check_length(models[name], length, flags)
+        check_lora(models[name], role.lora_dim, role.lora_module_name)
+    return models
+
+
+def load_config(
+    path: str, flag: str, *, trust_remote_code: bool = False, needs_weights: bool = True
+) -> PreTrainedConfig:
+    """The `config.json` of a model, read without its weights.
+
+    Raises:
+        InputError: naming `flag`: no such folder, no config or no whole weights in it, or a hub name that cannot be
+            reached.
+    """
+    folder = Path(path)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{flag} {path}: no config.json there; give the folder of a step's output or of a Hugging Face model"
+            )
+        if needs_weights:
+            check_weight_files(folder, f"{flag} {path}")
+    elif looks_local(path):
+        raise InputError(f"{flag} {path}: no such folder")
+    reachable = folder.exists() or is_reachable()
+    try:
+        with contextlib.nullcontext() if reachable else offline():
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if folder.exists():
+            raise InputError(f"{flag} {path}: config.json cannot be used ({reason})") from error
+        raise InputError(
+            f"{flag} {path}: neither a local folder nor a model that the hub gives ({reason}); "
+            "download it on a connected machine and pass the folder"
+        ) from error
+
+
+def load_matching_tokenizer(config: StepConfig, models: Mapping[str, PreTrainedConfig]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the flags ask for: the first model's own, unless they name another.
+
+    Raises:
+        InputError: it has ids that one of the models has no embedding for (`--add_eot_token` may add one row), or one
+            of the models was trained with other tokens.
+    """
+    first, *others = config.roles().values()
+    path = config.tokenizer_name_or_path or first.path
+    tokenizer = load_tokenizer(
+        path, add_eot_token=config.add_eot_token, eot_token=config.eot_token, trust_remote_code=config.trust_remote_code
+    )
+    for model_config in models.values():
+        excess = len(tokenizer) - model_config.vocab_size
+        if excess > int(config.add_eot_token):
+            raise InputError(
+                f"{path}: the tokenizer has {len(tokenizer)} tokens but a model embeds {model_config.vocab_size}; "
+                "use the tokenizer that the model was trained with (--tokenizer_name_or_path)"
+            )
+    for other in {role.path: role for role in others if role.path != first.path}.values():
+        check_same_tokens(tokenizer, other.path, f"{other.path_flag} {other.path}")
+    return tokenizer
+
+
+def _check_language_model(config: StepConfig, role: RoleFlags) -> PreTrainedConfig:
+    model_config = _check_folder(config, role)
+    if _has_scalar_head(model_config):
+        raise InputError(
+            f"{role.path_flag} {role.path}: a reward model ({model_config.architectures[0]}); give a language model, "
+            "such as step 1's output folder"
+        )
+    return model_config
+
+
+def _check_scalar_model(config: StepConfig, role: RoleFlags) -> PreTrainedConfig:
+    model_config = _check_folder(config, role)
+    if not _has_scalar_head(model_config) or model_config.num_labels != 1:
+        architecture = (model_config.architectures or ["no architecture"])[0]
+        raise InputError(
+            f"{role.path_flag} {role.path}: not a reward model ({architecture}); give step 2's output folder"
+        )
+    return model_config
+
+
+def _has_scalar_head(model_config: PreTrainedConfig) -> bool:
+    return (model_config.architectures or [""])[0].endswith("ForSequenceClassification")
+
+
+def _check_folder(config: StepConfig, role: RoleFlags) -> PreTrainedConfig:
+    model_config = load_config(role.path, role.path_flag, trust_remote_code=config.trust_remote_code)
+    tokenizer = config.tokenizer_name_or_path or role.path
+    if not Path(tokenizer).exists() and looks_local(tokenizer):
+        raise InputError(f"--tokenizer_name_or_path {tokenizer}: no such file or folder")
+    if Path(tokenizer).exists() and not has_tokenizer(tokenizer):
+        raise InputError(
+            f"{role.path_flag} {role.path}: no tokenizer in {tokenizer}; add its files or set --tokenizer_name_or_path"
+        )
+    return model_config
+
+
+def _check_length(model_config: PreTrainedConfig, length: int, flags: str) -> None:
+    """Refuse sequences of more tokens than the model has positions."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InputError(f"{flags} {length}: the model has {positions} positions; lower it to {positions} or less")

@@ -1,0 +1,99 @@
+"""Models in their DeepSpeed engines, as the flags describe them: those that train, and those that are only read."""
+
+import functools
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from utils.arguments.roles import RoleFlags
+from utils.arguments.steps import StepConfig
+from utils.models.loading import load_causal_lm, load_scalar_model
+from utils.models.lora import add_lora
+from utils.parallel import distributed
+from utils.parallel.zero import Engine, initialize_engine, parameter_groups, zero_config
+
+
+def build_engine(
+    role: RoleFlags,
+    tokenizer: PreTrainedTokenizerBase,
+    config: StepConfig,
+    *,
+    total_steps: int,
+) -> Engine:
+    """Load, adapt with LoRA, and wrap a model that trains; the engine is left in training mode.
+
+    Args:
+        total_steps: optimiser steps of the learning-rate schedule.
+    """
+    if remark := _warmup_remark(config, total_steps):
+        distributed.log(f"note: {role.name}: {remark}")
+    zero = zero_config(
+        role.zero_stage,
+        config.dtype,
+        micro_batch_size=config.micro_batch_rows,
+        max_grad_norm=config.max_grad_norm,
+        offload=role.offload,
+    )
+    model = _load(role, tokenizer, zero, config)
+    add_lora(
+        model.model,
+        role.lora_dim,
+        module_name=role.lora_module_name,
+        alpha=config.lora_alpha,
+        dropout=role.lora_dropout,
+        only_lora=role.only_optimize_lora,
+    )
+    groups = parameter_groups(
+        model,
+        learning_rate=role.learning_rate,
+        weight_decay=role.weight_decay,
+        lora_learning_rate=role.lora_learning_rate,
+    )
+    engine = initialize_engine(
+        model,
+        zero,
+        groups=groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        scheduler=config.lr_scheduler_type,
+        warmup_steps=config.num_warmup_steps,
+        total_steps=total_steps,
+    )
+    engine.train()
+    return engine
+
+
+def build_frozen_engine(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, config: StepConfig) -> Engine:
+    """Load and wrap a model that is only read; the engine is left in evaluation mode."""
+    offload = role.offload and torch.accelerator.is_available()
+    stage = 3 if offload else role.zero_stage  # parameters can only be offloaded at stage 3
+    zero = zero_config(stage, config.dtype, offload=offload, trainable=False)
+    return initialize_engine(_load(role, tokenizer, zero, config), zero)
+
+
+def _load(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, zero: dict, config: StepConfig) -> nn.Module:
+    scalar = functools.partial(load_scalar_model, new_head=role.new_head)
+    load = scalar if role.kind == "scalar" else load_causal_lm
+    return load(
+        role.path,
+        tokenizer,
+        zero,
+        dtype=config.dtype,
+        dropout=role.dropout,
+        gradient_checkpointing=role.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+        flag=role.path_flag,
+    )
+
+
+def _warmup_remark(config: StepConfig, total_steps: int) -> str:
+    """What a user should know of a warm-up that does not do what it is for, empty where it does."""
+    steps = config.num_warmup_steps
+    if total_steps == 0:
+        return "never trains: --critic_warmup_steps covers the whole run"
+    if steps and config.lr_scheduler_type == "constant":
+        return f"--num_warmup_steps {steps} changes nothing: the schedule is constant, not constant_with_warmup"
+    if steps and steps >= total_steps:
+        return f"--num_warmup_steps {steps} but {total_steps} optimiser steps: the learning rate never reaches its peak"
+    return ""

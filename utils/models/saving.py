@@ -1,0 +1,96 @@
+"""Saving: a folder that `transformers` opens, with LoRA merged and the whole tokenizer, from any ZeRO stage."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from utils.errors import InputError
+from utils.files import atomic_files
+from utils.models.lora import ADAPTER, lora_layers, merged_weight
+from utils.parallel import distributed
+from utils.parallel.divergence import check_weights
+from utils.parallel.zero import gathered
+
+MAX_SHARD_SIZE = "5GB"
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The weights of a `transformers` model on the CPU of rank 0 (None elsewhere), under their ordinary names.
+
+    LoRA is merged into copies. ZeRO-3 parameters are gathered one at a time, so every rank must call this.
+    """
+    layers = lora_layers(model)
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        prefix = name.partition(".lora_")[0].partition(".base_layer.")[0]
+        if ".lora_" in name:
+            continue
+        if prefix in layers and name.endswith(".base_layer.weight"):
+            with gathered(layers[prefix].parameters()):
+                if distributed.is_main():
+                    state[f"{prefix}.weight"] = merged_weight(layers[prefix]).cpu()
+            continue
+        with gathered([tensor]):
+            if distributed.is_main():
+                state[name.replace(".base_layer.", ".")] = tensor.detach().cpu().clone()
+    return state if distributed.is_main() else None
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state: dict | None = None,
+    save_adapter: bool = False,
+) -> None:
+    """Write config, safetensors weights and tokenizer into `folder`. Every rank must call it.
+
+    Args:
+        model: the `transformers` model inside a wrapper (`CausalLM.model`, `ScalarHeadModel.model`).
+        state: weights to write instead of the model's own (rank 0; from `merged_state_dict` of the same model).
+        save_adapter: also write the LoRA factors, as peft stores them, to `folder/adapter`.
+
+    Raises:
+        DivergenceError: a weight is NaN or infinite; nothing was written.
+        InputError: on every rank; the folder cannot be written, and is as it was.
+    """
+    check_weights(model)
+    state = merged_state_dict(model) if state is None else state
+    adapter = _adapter_state_dict(model) if save_adapter else None
+    problem = None
+    if distributed.is_main():
+        try:
+            _write(model, tokenizer, Path(folder), state, adapter)
+        except (OSError, SafetensorError) as error:
+            problem = f"{folder}: the model cannot be saved ({error}); make room, or choose another --output_dir"
+    if problem := distributed.first_problem(problem):
+        raise InputError(problem)
+
+
+def _write(model, tokenizer, folder: Path, state: dict, adapter: dict | None) -> None:
+    if getattr(model.config, "tie_word_embeddings", False):
+        state.pop("lm_head.weight", None)
+    with atomic_files(folder, replacing=["model*.safetensors*", "adapter"]) as temporary:
+        model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(temporary)
+        if adapter:
+            (temporary / "adapter").mkdir()
+            save_file(adapter, temporary / "adapter" / "adapter_model.safetensors")
+            model.peft_config[ADAPTER].base_model_name_or_path = str(model.config.name_or_path)
+            model.peft_config[ADAPTER].save_pretrained(temporary / "adapter")
+
+
+@torch.no_grad()
+def _adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    state = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            with gathered([parameter]):
+                state[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = parameter.detach().cpu().clone()
+    return state if distributed.is_main() else None

@@ -1,0 +1,1 @@
+"""Several processes: the group, DeepSpeed, optimiser steps, memory, and what happens when one stands still."""
