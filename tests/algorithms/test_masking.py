@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from utils.algorithms.masking import last_index, lengths_to_mask, masked_sum, position_ids, response_mask
+from utils.algorithms.masking import (
+    last_index,
+    left_aligned,
+    lengths_to_mask,
+    masked_sum,
+    position_ids,
+    response_mask,
+)
 
 EOS = 2
 
@@ -37,6 +44,14 @@ def test_response_mask_does_not_depend_on_the_padding_token():
 def test_lengths_to_mask():
     mask = lengths_to_mask(torch.tensor([0, 2, 3]), 3)
     assert mask.tolist() == [[False, False, False], [True, True, False], [True, True, True]]
+
+
+def test_left_aligned_rows_begin_with_their_first_real_token():
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    ids = torch.arange(16).view(4, 4)
+    aligned, moved = left_aligned(mask, ids)
+    assert aligned.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+    assert moved[0, :2].tolist() == [2, 3] and moved[1, :2].tolist() == [5, 6] and moved[2].tolist() == [8, 9, 10, 11]
 
 
 def test_position_ids_count_real_tokens_on_either_side_of_the_padding():

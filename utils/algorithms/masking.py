@@ -41,6 +41,18 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def left_aligned(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The mask and other (B, T) tensors with the real tokens of each row, which are contiguous, in its first columns.
+
+    Recurrent layers read padding on the left as tokens; behind the last token nothing can see it.
+    """
+    first = attention_mask.int().argmax(1, keepdim=True)
+    columns = torch.arange(attention_mask.size(1), device=attention_mask.device) + first
+    inside = columns < attention_mask.size(1)
+    columns = columns.clamp(max=attention_mask.size(1) - 1)
+    return attention_mask.gather(1, columns) & inside, *(tensor.gather(1, columns) for tensor in tensors)
+
+
 def last_index(mask: Tensor) -> Tensor:
     """(B, R) mask -> (B,) int64 column of the last true entry, -1 for a row that has none."""
     columns = torch.arange(mask.size(1), device=mask.device)

@@ -4,14 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.algorithms.masking import position_ids
+from utils.algorithms.masking import left_aligned, position_ids
 from utils.kernels.shapes import rounded_rows
 from utils.models.fused_layers import fuse_layers
 from utils.models.packed_attention import enable_packing, token_states
 from utils.models.vocabulary_head import VocabularyHead
-
-# Architectures with one of these scale or clip their logits after the head, so only their own forward is right.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+from utils.parallel import distributed
 
 
 class CausalLM(nn.Module):
@@ -19,7 +17,13 @@ class CausalLM(nn.Module):
 
     Rows are not padded to each other, and the vocabulary projection runs on the marked positions alone. Everything
     goes through this `forward`, and so through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
+
+    Attributes:
+        own_logits: log-probabilities come from the logits of the model's own forward, because the architecture scales
+            or clips something around its head; see `find_own_logits`.
     """
+
+    own_logits = False
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -46,7 +50,7 @@ class CausalLM(nn.Module):
         Returns:
             (N,) fp32 log-probabilities in row-major order of the mask, and (N,) entropies or None.
         """
-        if any(getattr(self.model.config, name, None) for name in LOGIT_TRANSFORMS):
+        if self.own_logits:
             return self._from_logits(input_ids, attention_mask, target_mask, temperature, with_entropy)
         states, layout = token_states(self.model.base_model, input_ids, attention_mask)
         predicted = target_mask.flatten()[layout.index].nonzero().squeeze(1)
@@ -59,10 +63,62 @@ class CausalLM(nn.Module):
         return logprobs[order], entropy[order] if with_entropy else None
 
     def _from_logits(self, input_ids, attention_mask, target_mask, temperature: float, with_entropy: bool):
-        logits = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
-        ).logits[:, :-1]
-        distribution = (logits[target_mask[:, 1:]].float() / temperature).log_softmax(-1)
-        targets = input_ids[:, 1:][target_mask[:, 1:]]
+        mask, ids, targets = left_aligned(attention_mask.bool(), input_ids, target_mask)
+        targets = targets & mask
+        logits = self.model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits[:, :-1]
+        distribution = (logits[targets[:, 1:]].float() / temperature).log_softmax(-1)
         entropy = -(distribution.exp() * distribution).sum(-1) if with_entropy else None
-        return distribution.gather(1, targets[:, None]).squeeze(1), entropy
+        return distribution.gather(1, ids[:, 1:][targets[:, 1:]][:, None]).squeeze(1), entropy
+
+
+@torch.no_grad()
+def find_own_logits(wrapper: CausalLM) -> bool:
+    """Set `own_logits` by what the model does with a few tokens, and return it. All ranks must call it.
+
+    The head must get the last hidden states as they are, and its answer must be the logits: so says LLaMA. Others
+    scale the states before the head, or scale or clip the logits after it (Gemma2, Cohere, Granite, Falcon-H1, ...).
+
+    The model is called below the module whose calls DeepSpeed counts: ZeRO-3 gathers each layer's weights, and records
+    no order of modules by which it would prefetch later.
+    """
+    model, training, seen = wrapper.model, wrapper.training, {}
+    base = model.base_model
+    # OPT's forward calls the decoder of its base model, and not the base model itself
+    parts = {"head": model.get_output_embeddings(), "model": model, "base": base, **dict(base.named_children())}
+
+    def note(name: str):
+        return lambda module, args, output: seen.update({name: (args, output)})
+
+    hooks = [part.register_forward_hook(note(name)) for name, part in parts.items()]
+    ids = torch.arange(8, device=distributed.device())[None] % model.config.vocab_size
+    wrapper.eval()
+    try:
+        model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        wrapper.train(training)
+        for hook in hooks:
+            hook.remove()
+    wrapper.own_logits = not _head_is_plain(seen)
+    return wrapper.own_logits
+
+
+def _head_is_plain(seen: dict[str, tuple]) -> bool:
+    """Whether the head's input is what the base model returned, and its output the logits.
+
+    `seen` has (arguments, output) of the modules that were called: "head", "model", and the base model and its parts.
+    """
+    if "head" not in seen:
+        return False
+    (states, *_), logits = seen.pop("head")
+    _, answer = seen.pop("model")
+    is_unchanged = any(_is_same(output, states) for _, output in seen.values())
+    return is_unchanged and torch.equal(answer.logits.float(), logits.float())
+
+
+def _is_same(output: object, states: torch.Tensor) -> bool:
+    first = next(iter(output.values() if isinstance(output, dict) else output), None) if _has_parts(output) else output
+    return isinstance(first, torch.Tensor) and torch.equal(first, states)
+
+
+def _has_parts(output: object) -> bool:
+    return isinstance(output, tuple | list | dict)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.arguments.roles import RoleFlags
 from utils.arguments.steps import StepConfig
+from utils.models.causal_lm import find_own_logits
 from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.lora import add_lora
 from utils.parallel import distributed
@@ -61,6 +62,7 @@ def build_engine(
         total_steps=total_steps,
     )
     engine.train()
+    _look_at_logits(engine, role)
     return engine
 
 
@@ -69,7 +71,17 @@ def build_frozen_engine(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, con
     offload = role.offload and torch.accelerator.is_available()
     stage = 3 if offload else role.zero_stage  # parameters can only be offloaded at stage 3
     zero = zero_config(stage, config.dtype, offload=offload, trainable=False)
-    return initialize_engine(_load(role, tokenizer, zero, config), zero)
+    engine = initialize_engine(_load(role, tokenizer, zero, config), zero)
+    _look_at_logits(engine, role)
+    return engine
+
+
+def _look_at_logits(engine: Engine, role: RoleFlags) -> None:
+    if role.kind == "causal_lm" and find_own_logits(engine.module):
+        distributed.log(
+            f"note: {role.name}: {engine.module.model.config.model_type} scales or clips its logits, so that they are "
+            "computed whole: more memory, the same result"
+        )
 
 
 def _load(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, zero: dict, config: StepConfig) -> nn.Module:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from utils.algorithms.masking import position_ids
+from utils.algorithms.masking import left_aligned, position_ids
 from utils.kernels.attention import PackedAttention
 from utils.kernels.native import usable
 from utils.kernels.shapes import rounded_rows
@@ -189,10 +189,10 @@ def token_states(
             ids, attention_mask=no_mask, position_ids=positions, use_cache=False, layout=layout
         ).last_hidden_state[0]
         return states[:count], layout
-    states = model(
-        input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
-    ).last_hidden_state
-    return states.flatten(0, 1)[layout.index], layout
+    mask, ids = left_aligned(attention_mask.bool(), input_ids)
+    states = model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).last_hidden_state
+    rows = layout.index // mask.size(1)
+    return states[rows, layout.positions[0]], layout
 
 
 def enable_packing(model: nn.Module) -> None:
