@@ -115,7 +115,8 @@ def test_step1_packing_gives_the_loss_and_gradients_of_the_rows_by_themselves(
     assert packed["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
     assert packed["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-4)
     for key, value in weights.items():
-        torch.testing.assert_close(packed_weights[key], value, atol=2e-5, rtol=1e-4)
+        if "k_proj.bias" not in key:  # softmax does not see it: its gradient is rounding alone, which Adam enlarges
+            torch.testing.assert_close(packed_weights[key], value, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -123,7 +123,14 @@ def main(config: Config) -> None:
     def answers(rows: Sequence[int], greedy: bool, slots: int, buckets: bool = False) -> dict[int, list[int]]:
         sampling = SamplingParams(max_new_tokens=config.answer, greedy=greedy)
         found = decode(
-            decoder, [prompts[row] for row in rows], sampling, Ends(words, 0), seed=SEED, slots=slots, buckets=buckets
+            decoder,
+            [prompts[row] for row in rows],
+            sampling,
+            Ends(words, 0),
+            seed=SEED,
+            slots=slots,
+            keys=row_keys(SEED, rows),
+            buckets=buckets,
         ).tokens.tolist()
         return dict(zip(rows, found))
 
@@ -141,7 +148,7 @@ def main(config: Config) -> None:
         f"tokens each, {torch.get_num_threads()} threads"
     )
     for greedy, unit in ((True, "nats"), (False, "probability")):
-        keys = None if greedy else row_keys(SEED, prompts)
+        keys = None if greedy else row_keys(SEED, everyone)
         expected = answers(everyone, greedy, config.batch)
         table = []
         for name, company in companies.items():

@@ -75,10 +75,11 @@ def a_token_that_ends_some(model) -> int:
     return max(places, key=lambda token: len(places[token]))
 
 
-def run(model, prompts, sampling, *, slots: int = 8, seed: int = 0, eos_id: int = EOS, **load):
+def run(model, prompts, sampling, *, slots: int = 8, seed: int = 0, eos_id: int = EOS, rows=None, **load):
     decoder = LlamaDecoder()
     decoder.load(model, Loading(**load))
-    return decode(decoder, prompts, sampling, Ends(eos_id, PAD), seed=seed, slots=slots)
+    keys = None if rows is None else row_keys(seed, rows)
+    return decode(decoder, prompts, sampling, Ends(eos_id, PAD), seed=seed, slots=slots, keys=keys)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
@@ -153,8 +154,9 @@ def test_a_row_is_the_same_in_any_company():
     for slots in (1, 2, 5):
         assert responses(run(model, PROMPTS, SAMPLED, slots=slots)) == together
     order = [6, 0, 3, 7, 1]
-    assert responses(run(model, [PROMPTS[row] for row in order], SAMPLED, slots=3)) == [together[row] for row in order]
-    alone = [responses(run(model, [prompt], SAMPLED))[0] for prompt in PROMPTS]
+    some = run(model, [PROMPTS[row] for row in order], SAMPLED, slots=3, rows=order)
+    assert responses(some) == [together[row] for row in order]
+    alone = [responses(run(model, [prompt], SAMPLED, rows=[row]))[0] for row, prompt in enumerate(PROMPTS)]
     assert alone == together
     assert responses(run(model, PROMPTS, SAMPLED, seed=1)) != together
 
@@ -344,7 +346,7 @@ def test_identical_prompts_get_different_samples():
 @pytest.mark.parametrize("slots", [3, 5, 12])
 def test_samples_of_one_prompt_share_its_prefill(monkeypatch, slots):
     model, prompts = make_model(), [PROMPTS[1], PROMPTS[5], PROMPTS[0]] * 4
-    keys, alone = row_keys(3, prompts), []
+    keys, alone = row_keys(3, range(len(prompts))), []
     decoder = LlamaDecoder()
     decoder.load(model)
     for prompt, key in zip(prompts, keys, strict=True):

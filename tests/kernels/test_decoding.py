@@ -159,7 +159,7 @@ def test_a_row_of_a_small_product_does_not_depend_on_the_others(dtype, threads, 
 def test_tokens_are_those_that_pytorch_chooses(dtype, threads, monkeypatch, sampling, words):
     logits = (3 * torch.randn(400, words)).to(dtype)
     logits[:, 1] = 12  # the one that may be forbidden matters
-    keys, counters = row_keys(1, [[row] for row in range(400)]), torch.arange(400) % 7
+    keys, counters = row_keys(1, range(400)), torch.arange(400) % 7
     kept = logits.clone()
     tokens, logprobs = choose_tokens(logits, RowSampling.of([sampling] * 400), keys, counters, eos_id=1)
     assert torch.equal(logits, kept)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from processes import run_ranks
 
+from utils.parallel.distributed import derived_seed
+
 
 def reduce_everything():
     from utils.parallel import distributed
@@ -70,3 +72,10 @@ def test_seeds_reach_every_generator():
         seed_everything(5)
         draws.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
+
+
+def test_derived_seeds_differ_where_a_sum_would_not():
+    """Rollout i of seed 1235 is not rollout i + 1 of seed 1234."""
+    seeds = {derived_seed(seed, step) for seed in range(1234, 1300) for step in range(100)}
+    assert len(seeds) == 66 * 100 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derived_seed(1234, 1) == 5127198388207649116 != derived_seed(1, 1234)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from processes import run_ranks
 from rlhf_setup import make_config, make_prompts, make_setup, rollout, save_models
 from tiny_models import save_reward_model
 
@@ -229,3 +230,27 @@ def test_an_offloaded_reference_stays_whole_without_a_gpu(paths, tiny_tokenizer)
     """Offloading runs at ZeRO-3, which would only slow a CPU down."""
     setup = make_setup(make_config(paths, offload_reference_model=True), tiny_tokenizer)
     assert setup.roles.reference.engine.zero_optimization_stage() == (3 if torch.accelerator.is_available() else 0)
+
+
+def samples_of_a_rank(paths, tokenizer_path) -> dict[int, list[int]]:
+    """This rank's answers to eight prompts, four of them equal, by their numbers in the whole rollout."""
+    from utils.data.batches.dataloader import row_numbers
+    from utils.models.tokenizer import load_tokenizer
+    from utils.parallel import distributed
+    from utils.rlhf.evaluation import sampling_params
+
+    tokenizer, world_size = load_tokenizer(tokenizer_path), distributed.world_size()
+    config = make_config(paths, per_device_generation_batch_size=8 // world_size, generation_batches=1)
+    setup = make_setup(config, tokenizer)
+    prompts = [[5, 6, 7]] * 4 + [[8, 9], [10], [11, 12], [13]]
+    rows = row_numbers(8 // world_size)
+    found = setup.roles.respond([prompts[row] for row in rows], sampling_params(config), seed=3)
+    return {row: ids[mask].tolist() for row, ids, mask in zip(rows, found.tokens, found.mask, strict=True)}
+
+
+def test_samples_do_not_depend_on_the_number_of_processes(paths):
+    arguments = paths, paths["actor_model_name_or_path"]
+    (alone,) = run_ranks(samples_of_a_rank, 1, *arguments)
+    first, second = run_ranks(samples_of_a_rank, 2, *arguments)
+    assert alone == first | second and len(alone) == 8
+    assert len({tuple(alone[row]) for row in range(4)}) == 4, "equal prompts get answers of their own"

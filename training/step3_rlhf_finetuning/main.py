@@ -134,7 +134,8 @@ def main(config: Config) -> dict[str, float]:
         alarm = ExplosionAlarm()
         for iteration, rows in numbered_batches(prompt_loader, state.step, plan.length):
             clock, prompts = PhaseClock(), [row["prompt_ids"] for row in rows]
-            responses = roles.respond(prompts, sampling_params(config), seed=config.seed + iteration)
+            seed = distributed.derived_seed(config.seed, iteration)
+            responses = roles.respond(prompts, sampling_params(config), seed=seed)
             clock.end_of("generation")
 
             batches = plan_batches(prompts, responses, config, pad_id=tokenizer.pad_token_id)
@@ -145,8 +146,7 @@ def main(config: Config) -> dict[str, float]:
             clock.end_of("scoring")
 
             steps, what, trains_actor = [], f"iteration {iteration}", iteration > config.critic_warmup_steps
-            order = config.seed + iteration * config.ppo_epochs
-            for minibatch in shuffled(rollout, epochs=config.ppo_epochs, seed=order):
+            for minibatch in shuffled(rollout, epochs=config.ppo_epochs, seed=seed):
                 text = texts.next_step()
                 steps.append(update(roles, minibatch, config, what=what, train_actor=trains_actor, texts=text))
             clock.end_of("training")

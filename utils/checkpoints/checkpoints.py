@@ -110,7 +110,8 @@ class Checkpoints:
             load_engine(engine, folder, name)
         self._load_averages(folder, processes)
         if is_new:
-            distributed.seed_everything(hash((self._config.seed, state.step, distributed.rank())) % 2**32)
+            seed = distributed.derived_seed(self._config.seed, state.step, distributed.rank())
+            distributed.seed_everything(seed % 2**32)
         else:
             set_random_state({name: tensors[name] for name in tensors if name.startswith("torch_")}, texts)
         distributed.log(f"resumed from {folder}, after step {state.step} of {self._total_steps}")

@@ -26,21 +26,21 @@ def decode(
     """One response for each prompt, by continuous batching: finished rows leave, waiting prompts take their slots.
 
     Prompts are processed from the longest to the shortest, without their padding; equal ones (several samples of one
-    prompt) are processed once, as far as they decode at the same time. What a row becomes depends on the seed, its
-    prompt and how many equal prompts stand before it, not on `slots` or on the other rows.
+    prompt) are processed once, as far as they decode at the same time. What a row becomes depends on its prompt and its
+    random stream, not on `slots` or on the other rows.
 
     Args:
         decoder: loaded with the weights to use.
         prompts: token ids, at least one each; none at all is allowed.
         slots: rows that decode together, at most; the KV cache is allocated for as many.
         limits: tokens of each response, at most; without it `max_new_tokens` for all.
-        keys: (B,) random streams of the rows; without them, `row_keys` of the seed and the prompts.
+        keys: (B,) random streams of the rows; without them, `row_keys` of the seed and the numbers from 0 on.
         buckets: see `Scheduler`.
     """
     if not prompts:
         return no_responses(decoder.device)
     limits = limits or [sampling.max_new_tokens] * len(prompts)
-    keys = (row_keys(seed, prompts) if keys is None else keys).tolist()
+    keys = (row_keys(seed, range(len(prompts))) if keys is None else keys).tolist()
     slots = min(slots, len(prompts))
     scheduler = Scheduler(
         decoder,

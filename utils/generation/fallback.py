@@ -82,7 +82,7 @@ def generate_in_batches(
     batches = []
     for start in range(0, rounds * slots, slots):
         batch = prompts[start : start + slots] or [[ends.pad_id]]
-        own_seed = hash((seed, distributed.rank(), start)) % 2**63
+        own_seed = distributed.derived_seed(seed, distributed.rank(), start)
         batches.append(generate(model, batch, sampling, ends, seed=own_seed, synced=synced))
     if not starts:
         return no_responses(model.device, with_logprobs=False)

@@ -1,6 +1,7 @@
 """Responses to prompts: by the decode engine where it knows the architecture, by `transformers` for the others."""
 
 import contextlib
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -21,25 +22,28 @@ def generate_responses(
     *,
     seed: int,
     slots: int,
+    rows: Sequence[int] | None = None,
     decoder: LlamaDecoder | None = None,
     how: Loading | None = None,
 ) -> Responses:
     """One response for each prompt: by `decoder`, or without one by `transformers` in batches of `slots` prompts.
 
     Args:
+        rows: the prompts' numbers in the batch of all ranks, with which the decode engine draws the same tokens however
+            many ranks there are; left out, they are numbered from 0.
         how: how the weights are taken, and which adapter is applied. With `how.stream` every rank must call this.
     """
     how = how or Loading()
     if decoder is None:
         with contextlib.nullcontext() if how.adapter is not None else adapters_off(model):
             return generate_in_batches(model, prompts, sampling, ends, seed=seed, slots=slots, synced=how.stream)
+    streams = row_keys(seed, range(len(prompts)) if rows is None else rows)
     decoder.load(model, how)
     try:
         if decoder.shard is None:
-            responses = decode(decoder, prompts, sampling, ends, seed=seed, slots=slots)
+            responses = decode(decoder, prompts, sampling, ends, seed=seed, slots=slots, keys=streams)
             decoder.finish()
             return responses
-        streams = row_keys(seed, prompts)
         everybody, keys, limits, mine = gather_rows(
             decoder.shard, prompts, streams, sampling.max_new_tokens, decoder.device
         )

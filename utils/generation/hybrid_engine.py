@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils.arguments.steps import PpoConfig
+from utils.data.batches.dataloader import row_numbers
 from utils.generation.architectures import find_architecture
 from utils.generation.decoder import LlamaDecoder, Loading, supports
 from utils.generation.generate import generate_responses
@@ -62,7 +63,9 @@ class HybridEngine:
     def respond(
         self, prompts: list[list[int]], sampling: SamplingParams, *, seed: int, adapter: str | None = ADAPTER
     ) -> Responses:
-        """One response for each prompt. Under ZeRO-3 every rank must call it, with as many prompts as it likes.
+        """One response for each prompt of this rank's batch from the data loader.
+
+        Under ZeRO-3 every rank must call it, with as many prompts as it likes.
 
         Args:
             adapter: the LoRA adapter to apply; None is the base model.
@@ -81,6 +84,7 @@ class HybridEngine:
                     self._ends,
                     seed=seed,
                     slots=config.per_device_generation_batch_size,
+                    rows=row_numbers(len(prompts)),
                     decoder=decoder,
                     how=Loading(adapter, config.lora_generation, stream, config.tp_gather_partition_size),
                 )

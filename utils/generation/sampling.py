@@ -4,13 +4,14 @@ Randomness is counter-based: the number that decides a token is a hash of the se
 place in the response. So a row's tokens do not depend on which rows share its batch, in which order, on which device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from utils.kernels import decoding
 from utils.kernels.native import usable
+from utils.parallel.distributed import derived_seed
 
 # The finalizer of splitmix64 (Steele, Lea and Flood 2014), in the int64 arithmetic that torch has everywhere.
 _GAMMA = -0x61C8864680B583EB
@@ -116,17 +117,9 @@ def mix(values: torch.Tensor) -> torch.Tensor:
     return values ^ _shift_right(values, 31)
 
 
-def row_keys(seed: int, prompts: list[list[int]]) -> torch.Tensor:
-    """(B,) int64 keys of the rows' random streams, from the seed and the ids of each row's prompt.
-
-    The second, third, ... time that the same prompt occurs it gets the second, third, ... stream.
-    """
-    seen: dict[tuple[int, ...], int] = {}
-    streams = []
-    for prompt in map(tuple, prompts):
-        seen[prompt] = seen.get(prompt, 0) + 1
-        streams.append(hash((seed, seen[prompt], prompt)))  # integers hash alike in every process
-    return mix(torch.tensor(streams, dtype=torch.int64))
+def row_keys(seed: int, rows: Sequence[int]) -> torch.Tensor:
+    """(B,) int64 keys of the random streams of rows, from the seed and each row's number in the batch of all ranks."""
+    return mix(torch.tensor([derived_seed(seed, row) for row in rows], dtype=torch.int64))
 
 
 def uniform(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:

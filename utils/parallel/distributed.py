@@ -149,12 +149,20 @@ def barrier() -> None:
 def seed_everything(seed: int) -> None:
     """Seed python, numpy (through transformers' helper) and torch on every device with the same number on every rank.
 
-    Ranks that must differ (rollout sampling, data order) derive their own streams from the seed and their rank.
+    What must differ (sampling, data order, the ranks' random numbers) takes seeds of its own: see `derived_seed`.
     """
     import transformers
 
     random.seed(seed)
     transformers.set_seed(seed)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed for these numbers in this order, such as (seed, epoch), in [0, 2^63); the same on every machine.
+
+    A sum would make epoch 1 of seed 1 the epoch 0 of seed 2.
+    """
+    return hash(numbers) % 2**63  # of a tuple of integers, which Python hashes alike in every process
 
 
 def all_reduce(values: torch.Tensor, op: str = "sum") -> torch.Tensor:

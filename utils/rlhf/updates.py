@@ -30,7 +30,8 @@ MEANS = {
 
 def shuffled(rollout: Rollout, *, epochs: int, seed: int) -> Rollout:
     """Every epoch's minibatches, each the micro-batches of one optimiser step, in an order of its own."""
-    return [step for epoch in range(epochs) for step in random.Random(seed + epoch).sample(rollout, len(rollout))]
+    orders = (random.Random(distributed.derived_seed(seed, epoch)) for epoch in range(epochs))
+    return [step for order in orders for step in order.sample(rollout, len(rollout))]
 
 
 def update(

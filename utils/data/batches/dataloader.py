@@ -24,6 +24,12 @@ def batches_per_epoch(rows: int, batch_size: int, world_size: int, *, drop_last:
     return math.ceil(rows_per_rank(rows, batch_size, world_size, drop_last=drop_last) / batch_size)
 
 
+def row_numbers(count: int) -> range:
+    """Numbers, in the batch of all ranks, of the first `count` rows of this rank's batch: every world_size-th."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    return range(rank, rank + count * world_size, world_size)
+
+
 class RankBatches(Sampler[list[tuple[int, bool]]]):
     """The batches of one rank, as lists of (row number, whether it is a filler).
 
@@ -44,7 +50,7 @@ class RankBatches(Sampler[list[tuple[int, bool]]]):
         return math.ceil(self.rows_per_rank / self.batch_size) - self.start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(distributed.derived_seed(self.seed, self.epoch))
         order = torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
         positions = range(self.rank, self.rows_per_rank * self.world_size, self.world_size)
         places = [(order[position % self.rows], position >= self.rows) for position in positions]
