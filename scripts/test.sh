@@ -2,7 +2,7 @@
 # Sets up .venv with the development requirements, checks the code with ruff and runs the tests. Safe to run again.
 # Flags go on to pytest, for example
 #
-#   bash scripts/test.sh tests/test_config.py -k yaml
+#   bash scripts/test.sh tests/arguments -k yaml
 #   bash scripts/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
