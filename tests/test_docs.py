@@ -134,8 +134,9 @@ def test_rows_of_the_data_formats_are_read(row, steps, tmp_path):
     assert numbers
     for step in numbers:
         dropped = Counter()
-        examples = list(read_examples(open_source(str(tmp_path / "data.jsonl")), "train", PURPOSES[step], dropped))
-        assert len(examples) == 1 and examples[0] is not None and not dropped
+        source = open_source(str(tmp_path / "data.jsonl"))
+        ((_, example),) = read_examples(source, "train", PURPOSES[step], dropped)
+        assert example is not None and not dropped
 
 
 @pytest.mark.parametrize("words", STEP_COMMANDS, ids=lambda words: " ".join(words)[:60])

@@ -187,7 +187,7 @@ def test_step3_saves_models_that_open_and_metrics_that_are_complete(world, tmp_p
 
 
 def test_step3_with_unsupervised_text(world, tmp_path):
-    text = write_rows(tmp_path / "text.jsonl", [{"text": "the milk is white . " * 20} for _ in range(30)])
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"{i}: " + "the milk is white . " * 20} for i in range(30)])
     run_step(3, flags(world, 3, tmp_path, unsupervised_dataset_name=text))
     row = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "ppo/kl_k1" in row][-1]
     assert row["ppo/unsupervised_loss"] > 0

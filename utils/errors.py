@@ -1,4 +1,7 @@
-"""The ways a run stops on purpose. `utils.arguments.run.run` turns them into one line on stderr and an exit code."""
+"""The ways a run stops on purpose, and words for messages.
+
+`utils.arguments.run.run` turns the errors into one line on stderr and an exit code.
+"""
 
 
 class InputError(ValueError):
@@ -6,7 +9,7 @@ class InputError(ValueError):
 
 
 class RankError(InputError):
-    """An `InputError` that one process can meet alone, while the others wait for it: it tells, whichever it is."""
+    """An `InputError` of one process alone, while the others wait for it: that process prints it, with its rank."""
 
 
 class DoesNotFit(RuntimeError):
@@ -19,3 +22,8 @@ class DivergenceError(RuntimeError):
 
 class RunStopped(RuntimeError):
     """A signal asked the run to stop, and it did so after a whole step that it saved. Exit code 75."""
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with the noun that it counts: "1 row", "2 rows"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from utils.errors import InputError
 
+LARGEST_SEED = 2**32 - 1  # of numpy's generators
+
 # What a resumed run may do with a flag of the run that wrote the checkpoint:
 #   same      it must have the same value
 #   free      it changes nothing that a step computes, or only how many steps there are

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.arguments.base import Arguments, flag
+from utils.arguments.base import LARGEST_SEED, Arguments, flag
 from utils.errors import InputError
 
 SPLIT_PARTS = 3
@@ -34,6 +34,13 @@ class CorpusArguments(Arguments):
     data_split: str = flag(
         "2,4,4",
         "relative sizes of the disjoint parts of the data for steps 1, 2 and 3: no step trains on another's rows",
+    )
+    data_seed: int = flag(
+        1234,
+        "seed of the held-out rows and of the division into the parts of the three steps: give all steps the same, "
+        "also with another --seed, or a later step sees rows of an earlier one",
+        at_least=0,
+        at_most=LARGEST_SEED,
     )
     data_output_path: str | None = flag(
         None,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.arguments.base import Arguments, flag
+from utils.arguments.base import LARGEST_SEED, Arguments, flag
 
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -29,7 +29,7 @@ class ScheduleArguments(Arguments):
     adam_beta1: float = flag(0.9, "Adam's decay of the mean gradient", at_least=0, below=1)
     adam_beta2: float = flag(0.95, "Adam's decay of the mean squared gradient", at_least=0, below=1)
     adam_eps: float = flag(1e-8, "Adam's epsilon", above=0)
-    seed: int = flag(1234, "seed of the data order, sampling and new weights", at_least=0)
+    seed: int = flag(1234, "seed of the data order, sampling and new weights", at_least=0, at_most=LARGEST_SEED)
 
 
 @dataclass(kw_only=True)

@@ -5,8 +5,8 @@
     checkpoint-20/<engine>/             DeepSpeed's files: weights, optimiser, schedule, loss scale
     checkpoint-20/manifest.json         what makes it a checkpoint, see `folders`
 
-DeepSpeed's files are pickles. They are read after all sums in the manifest have been found right, without running code
-that they bring, and a folder with any file that the manifest does not name is not read at all. That guards against damage
+DeepSpeed's files are pickles. They are read after all sums in the manifest have been found right, without running any
+code of theirs, and a folder with a file that the manifest does not name is not read at all. That guards against damage
 and strangers' files, not against other weights under a fitting manifest: docs/resuming.md says whom to trust.
 """
 

@@ -90,9 +90,12 @@ def test_prompts_carry_their_right_answer(build, write_jsonl, pairs):
 
 def test_the_reference_of_a_dialogue_is_its_wanted_answer(build, write_jsonl):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    for rows in ([{"messages": chat}] * 9, [{"instruction": "Hi", "output": "Yes"}] * 9):
-        train, _ = build("prompts", write_jsonl(rows), data_split="0,0,1")
-        assert {(row["prompt"], row["reference"]) for row in train} == {(" Human: Hi Assistant:", "Yes")}
+    other = [{"role": "user", "content": "Why"}, {"role": "assistant", "content": "Yes"}]
+    alpaca = [{"instruction": question, "output": "Yes"} for question in ("Hi", "Why")]
+    for rows in ([{"messages": chat}, {"messages": other}], alpaca):
+        rows = [row for part in build("prompts", write_jsonl(rows), data_split="0,0,1") for row in part]
+        found = {(row["prompt"], row["reference"]) for row in rows}
+        assert found == {(" Human: Hi Assistant:", "Yes"), (" Human: Why Assistant:", "Yes")}
 
 
 def test_prompts_carry_the_columns_that_their_format_does_not_read(build, write_jsonl, pairs):
@@ -240,7 +243,7 @@ def test_rows_are_kept_on_disk_by_content(build, write_jsonl, pairs, tmp_path, g
 def test_the_cache_holds_ids_and_little_else(build, write_jsonl, pairs, tmp_path):
     build("sft", write_jsonl(pairs))
     files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert sorted(file.name for file in files) == ["eval.arrow", "report.txt", "train.arrow"]
+    assert sorted(file.name for file in files) == ["eval.arrow", "report.json", "train.arrow"]
 
 
 def test_local_data_opens_no_connection(build, corpus, write_jsonl, pairs, monkeypatch):
@@ -327,12 +330,12 @@ def test_everything_left_out(build, write_jsonl, pairs):
     with pytest.raises(InputError, match="9 with a response labelled undesirable"):
         build("sft", unwanted)
     open_ended = {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant:"}
-    with pytest.raises(InputError, match=r"0 usable rows \(3 with an empty last turn\) are too few"):
+    with pytest.raises(InputError, match=r"0 prompts in 0 usable rows \(3 with an empty last turn\) are too few"):
         build("preference", write_jsonl([open_ended] * 3))
 
 
 def test_too_few_rows_and_too_short_a_length(build, write_jsonl, pairs):
-    with pytest.raises(InputError, match="3 usable rows are too few: one is held out and every part of --data_split"):
+    with pytest.raises(InputError, match="3 prompts in 3 usable rows are too few: one is held out and every part of"):
         build("sft", write_jsonl(pairs[:3]))
     with pytest.raises(InputError, match="--max_seq_len 2 is too short for a row; give at least 3"):
         build("sft", write_jsonl(pairs), max_len=2)
@@ -370,3 +373,54 @@ def test_a_column_of_mixed_types_is_refused_not_turned_into_text(build, tmp_path
     file.write_text(json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "c", "output": 4}]))
     with pytest.raises(InputError, match="a.json, row 2: `output` must be text, found int '4'"):
         build("sft", file)
+
+
+def test_no_step_sees_a_prompt_of_another_nor_one_that_is_held_out(build, write_jsonl, pairs, tiny_tokenizer):
+    """Several pairs for each prompt, in two spellings of the dialogue and two files, as blends of known sets have."""
+
+    def asked(row, answer):
+        return [{"role": "user", "content": row["prompt"].split("Human:")[1].split(" Assistant:")[0]},
+                {"role": "assistant", "content": answer}]  # fmt: skip
+
+    again = [{"chosen": asked(row, f"yes {i}"), "rejected": asked(row, "no")} for i, row in enumerate(pairs)]
+    paths = [write_jsonl(pairs * 2, "a.jsonl"), write_jsonl(again[5:] + again[:20], "b.jsonl")]
+    found = {}
+    for purpose in PURPOSES:
+        parts = build(purpose, *paths)
+        columns = [
+            [row.get("prompt_ids") or row["input_ids"][: row["response_start"]] for row in part] for part in parts
+        ]
+        found[purpose] = [{text_of(tiny_tokenizer, ids) for ids in column} for column in columns]
+        if purpose == "prompts":
+            assert all(len(column) == len(texts) for column, texts in zip(columns, found[purpose], strict=True))
+    training = [texts for texts, _ in found.values()]
+    held_out = [texts for _, texts in found.values()]
+    assert held_out[0] == held_out[1] == held_out[2] and len(held_out[0]) >= 1
+    assert sum(map(len, training)) + len(held_out[0]) == len(set().union(*training, held_out[0])) == len(pairs)
+
+
+def test_the_division_has_a_seed_of_its_own():
+    for config in (
+        SftConfig(model_name_or_path="m", seed=7),
+        RewardModelConfig(model_name_or_path="m", seed=8),
+        PpoConfig(actor_model_name_or_path="a", critic_model_name_or_path="c", seed=9),
+    ):
+        assert Corpus.of(config).seed == 1234
+    assert Corpus.of(SftConfig(model_name_or_path="m", data_seed=5)).seed == 5
+
+
+def test_the_log_says_what_became_of_each_source(build, write_jsonl, pairs, tmp_path):
+    first = write_jsonl(pairs, "a.jsonl")
+    folder = tmp_path / "b"
+    write_jsonl(pairs[:10], "b/train.jsonl"), write_jsonl(pairs[30:33], "b/test.jsonl")
+    (folder / "old.tsv").touch(), (folder / "README.md").touch()
+    train, held_out = build("preference", first, folder, data_split="2,4,4")
+    lines = train.description.splitlines()
+    assert lines[0] == (
+        f"--data_path {first}: 40 rows, 2 held out; --data_split 2,4,4 gives 15 to this step, 8 to step 1, 15 to step 3"
+    )
+    assert lines[1].startswith(f"--data_path {folder}: 13 rows, 3 held out; --data_split 2,4,4 gives ")
+    assert lines[1].endswith("; not read: old.tsv")
+    assert lines[2] == f"{len(train)} training rows and {len(held_out)} held-out rows"
+    one = build("preference", first, data_split="0,1,0")[0].description.splitlines()
+    assert one == [f"--data_path {first}: 40 rows, 2 held out", "38 training rows and 2 held-out rows"]

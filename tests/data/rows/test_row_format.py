@@ -10,7 +10,7 @@ from utils.data.rows.cache import ROW_FORMAT
 
 # What the rows below are in each format: a new number gets a new line, and old lines stay.
 DIGESTS = {
-    1: "fa266fe1fd0d04234fcb758a2923c4d9cc1f8d7bfc6455cd3f2eef9d90692db0",
+    1: "833054bbe6d1e2c32c0d12fed1d0e6cda792d2b5bc0b9113018a610cd4c25f87",
 }
 TOKENIZER = "4979a997d18b2602b75969a59391636f8773ba1ece845981279ef03e278f471d"  # of the vocabulary of their ids
 
@@ -32,10 +32,14 @@ PAIRS = [
     {"prompt": "the milk is", "chosen": " white" * 40, "rejected": " black ."},
     {"prompt": "the milk is", "chosen": "white", "rejected": "white "},
 ]
-OPEN = "\n\nHuman: Hi\n\nAssistant: Yo.\n\nHuman: And ?\n\nAssistant:"
-DIALOGUES = [{"chosen": f"{OPEN} {colour} .", "rejected": f"{OPEN} no !"} for colour in COLOURS]
+OPEN = "\n\nHuman: Hi\n\nAssistant: Yo.\n\nHuman: And {} ?\n\nAssistant:"
+DIALOGUES = [
+    {"chosen": f"{OPEN.format(i // 2)} {colour} .", "rejected": f"{OPEN.format(i // 2)} no !"}
+    for i, colour in enumerate(COLOURS * 2)
+]
 CHAT_PAIRS = [
-    {"prompt": chat("Hi"), "chosen": chat("Hi", f"{colour} ."), "rejected": chat("Hi", "no !")} for colour in COLOURS
+    {"prompt": chat(f"Hi {colour}"), "chosen": chat(f"Hi {colour}", "Hi ."), "rejected": chat(f"Hi {colour}", "no !")}
+    for colour in COLOURS
 ]
 CHAT = [{"messages": chat(f"Hi {i}", " Yo. ", "And ?", answer)} for i, answer in enumerate(COLOURS)] + [
     {"messages": [{"role": "system", "content": "Be kind ."}, *chat("日本語 ?", "日本語")], "tags": ["a", None]}

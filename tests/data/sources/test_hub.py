@@ -139,8 +139,8 @@ def test_a_local_copy_is_read_as_the_set_it_is_called_like(tmp_path):
     folder.mkdir(parents=True)
     row = {"prompt": "\n\nHuman: Why?\n\n", "chosen": "Assistant: Because.", "rejected": "Assistant: Dunno."}
     (folder / "train.jsonl").write_text(json.dumps(row))
-    examples = list(read_examples(open_source(str(folder)), "train", "preference", Counter()))
-    assert examples == [Example("\n\nHuman: Why?\n\nAssistant:", " Because.", " Dunno.")]
+    examples = read_examples(open_source(str(folder)), "train", "preference", Counter())
+    assert [example for _, example in examples] == [Example("\n\nHuman: Why?\n\nAssistant:", " Because.", " Dunno.")]
 
 
 def test_a_copy_of_hh_rlhf_leaves_its_other_rows_out(tmp_path):

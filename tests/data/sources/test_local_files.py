@@ -92,11 +92,11 @@ def test_a_folder_is_divided_by_names(tmp_path):
     for name in (
         "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet",
         "helpful/train.jsonl.gz", "validation/rows.csv", ".cache/train.jsonl", "dataset_info.json", "README.md",
-        "latest/contest.jsonl",
+        "latest/contest.jsonl", "more/rows.tsv", "LICENSE.txt", "notes.txt",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    training, held_out = find_files(tmp_path, "--data_path x")
+    training, held_out, others = find_files(tmp_path, "--data_path x")
     assert [str(file.relative_to(tmp_path)) for file in training] == [
         "data/train-00000-of-00002.parquet",
         "data/train-00001-of-00002.parquet",
@@ -104,6 +104,7 @@ def test_a_folder_is_divided_by_names(tmp_path):
         "latest/contest.jsonl",
     ]
     assert [file.name for file in held_out] == ["test-00000-of-00001.parquet", "rows.csv"]
+    assert [file.name for file in others] == ["rows.tsv", "notes.txt"]
 
 
 def test_a_folder_without_training_data(tmp_path):

@@ -6,7 +6,7 @@ from utils.data.sources.reading import open_source, read_examples
 
 def read(path, purpose):
     dropped = Counter()
-    return list(read_examples(open_source(path), "train", purpose, dropped)), dropped
+    return [example for _, example in read_examples(open_source(path), "train", purpose, dropped)], dropped
 
 
 def test_an_example_keeps_what_its_row_says_besides(write_jsonl):

@@ -31,29 +31,65 @@ def test_sizes_always_add_up_and_no_wanted_part_is_empty():
             assert [size > 0 for size in sizes] == [weight > 0 for weight in weights]
 
 
+def parts_of(prompts, weights=(2, 4, 4), *, seed=7, held_out_share=0.05, known=None) -> list[list[int]]:
+    """The rows held out, then those of each weight."""
+    found = divide(np.array(prompts), weights, seed=seed, held_out_share=held_out_share, known=known)
+    return [part.tolist() for part in found]
+
+
 @pytest.mark.parametrize("rows", [4, 20, 101])
 def test_parts_and_held_out_rows_are_disjoint_and_cover_all_rows(rows):
-    parts = [divide(rows, (2, 4, 4), part, seed=7, held_out_share=0.05) for part in range(3)]
-    held_out = parts[0][1]
-    assert all(np.array_equal(other, held_out) for _, other in parts)
+    held_out, *parts = parts_of(range(100, 100 + rows))
     assert len(held_out) == max(1, round(rows * 0.05))
-    assert sorted(np.concatenate([held_out, *(part for part, _ in parts)])) == list(range(rows))
+    assert [len(part) for part in parts] == split_sizes(rows - len(held_out), (2, 4, 4))
+    assert sorted([*held_out, *(row for part in parts for row in part)]) == list(range(rows))
 
 
 def test_the_seed_decides():
-    first, again, other = (divide(100, (1, 1, 1), 0, seed, 0.1)[0] for seed in (1, 1, 2))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
+    first, again, other = (parts_of(range(100), (1, 1, 1), seed=seed, held_out_share=0.1)[1] for seed in (1, 1, 2))
+    assert first == again != other
     # Frozen: steps run with different library versions must agree on who has which row.
-    assert divide(10, (2, 4, 4), 0, 1234, 0.05)[0].tolist() == [2, 9]
-    assert divide(10, (2, 4, 4), 0, 1234, 0.05)[1].tolist() == [7]
+    assert parts_of(range(10), seed=1234)[:2] == [[7], [2, 9]]
 
 
-def test_too_few_rows():
+def test_rows_with_the_same_prompt_stay_together():
+    """Four pairs for each prompt, as in many preference sets."""
+    prompts = [row // 4 * 11 for row in range(400)]
+    order = np.random.RandomState(0).permutation(400)
+    found = parts_of([prompts[row] for row in order])
+    owners = [{prompts[order[row]] for row in part} for part in found]
+    assert sum(map(len, owners)) == len(set().union(*owners)) == 100
+    assert [len(part) for part in found] == [20, 76, 152, 152]
+
+
+def test_prompts_of_unequal_numbers_of_rows_are_divided_as_nearly_as_they_allow():
+    prompts = [0] * 50 + list(range(1, 51))
+    for seed in range(20):
+        found = parts_of(prompts, (1, 1, 0), seed=seed, held_out_share=0.1)
+        assert sorted(row for part in found for row in part) == list(range(100))
+        assert found[3] == [] and all(found[:3])
+        assert sum(bool({0} & {prompts[row] for row in part}) for part in found) == 1
+
+
+def test_prompts_keep_the_part_that_another_source_gave_them():
+    known: dict[int, int] = {}
+    first = parts_of(range(100), known=known)
+    part_of = {row: part for part, rows in enumerate(first) for row in rows}
+    assert known == part_of
+    for later in (list(range(50, 150)), [3, 5, 5, 3], list(range(99, -1, -1)), [7, 1000, 1001]):
+        found = parts_of(later, seed=3, known=dict(known))
+        assert sorted(row for part in found for row in part) == list(range(len(later)))
+        for part, rows in enumerate(found):
+            assert all(part_of.get(later[row], part) == part for row in rows)
+
+
+def test_too_few_prompts():
     with pytest.raises(ValueError, match="3 rows cannot fill 4|2 rows cannot fill 3 parts"):
-        divide(3, (2, 4, 4), 0, 0, 0.05)
+        parts_of(range(3))
     with pytest.raises(ValueError, match="0 rows cannot fill 1 parts"):
-        divide(1, (1.0,), 0, 0, 0.05)
+        parts_of([5], (1.0,))
+    with pytest.raises(ValueError, match="2 prompts cannot fill 4 parts"):
+        parts_of([5, 6] * 10)
 
 
 @pytest.mark.parametrize("text", ["", "2,4", "2,4,4,1", "a,b,c", "2;4;4", "-1,2,3", "0,0,0", "nan,1,1", "inf,1,1"])

@@ -4,6 +4,7 @@ The text form is `" Human: " + question + " Assistant:"`, answered by `" " + ans
 template would be another class with the two methods of `HumanAssistant`, and a row of `FORMS`.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,6 +65,14 @@ def rendered(example: Example, form: DialogueForm) -> Example:
         name: form.response(answer) for name in ("chosen", "rejected") if (answer := getattr(example, name)) is not None
     }
     return replace(example, prompt=form.prompt(example.prompt), **answers)
+
+
+def prompt_number(example: Example) -> int:
+    """An int64 that is equal for equal prompts, however their rows wrote them; of plain text, for equal texts."""
+    prompt = rendered(example, FORMS[DEFAULT_FORM]).prompt.strip()
+    text = f"prompt {prompt}" if prompt else f"text {example.chosen}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def asked(question: str, chosen: str | None = None, rejected: str | None = None) -> Example:

@@ -21,20 +21,21 @@ SCHEMAS: dict[Purpose, pa.Schema] = {
     "preference": pa.schema([("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS)]),
     "prompts": pa.schema([("prompt_ids", _IDS), ("prompt", _TEXT), ("reference", _TEXT), ("columns", _TEXT)]),
 }
-# An example before a tokenizer is known: `turns` and `columns` are JSON, a prompt that is text is in `text`.
+# An example before a tokenizer is known: `turns` and `columns` are JSON, a prompt that is text is in `text`, and
+# `prompt_number` is equal for equal prompts.
 EXAMPLES = pa.schema(
     [
         *(("text", _TEXT), ("turns", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("label", pa.bool_())),
-        *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT)),
+        *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT), ("prompt_number", pa.int64())),
     ]
 )
 KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # what a reward may want to read of a row
 
 
-def example_row(example: Example | None, purpose: Purpose) -> dict[str, Any]:
-    """A row of `EXAMPLES`; None becomes a row of nulls, which keeps a place."""
+def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[str, Any]:
+    """A row of `EXAMPLES`; None becomes a row with the number of its prompt alone, which keeps a place."""
     if example is None:
-        return dict.fromkeys(EXAMPLES.names)
+        return dict.fromkeys(EXAMPLES.names) | {"prompt_number": number}
     is_text = isinstance(example.prompt, str)
     return {
         "text": example.prompt if is_text else None,
@@ -45,6 +46,7 @@ def example_row(example: Example | None, purpose: Purpose) -> dict[str, Any]:
         "score": example.score,
         "reference": example.reference,
         "columns": json.dumps(dict(example.columns), default=str) if purpose in KEEPS_COLUMNS else None,
+        "prompt_number": number,
     }
 
 

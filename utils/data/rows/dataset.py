@@ -1,7 +1,9 @@
 """From a `Corpus` to the two datasets of a step: read, divided, tokenised once and kept as Arrow files."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,10 @@ from utils.data.rows.arrow_rows import EXAMPLES, SCHEMAS, example_row, open_rows
 from utils.data.rows.cache import cached_folder, key_of, private_folder
 from utils.data.rows.token_rows import token_rows
 from utils.data.rows.tokenization import Encoder, tokenizer_fingerprint
-from utils.data.sources.corpus import Corpus
+from utils.data.sources.corpus import Corpus, Share
 from utils.data.sources.reading import read_examples
 from utils.data.sources.splits import divide
-from utils.errors import InputError
+from utils.errors import InputError, counted
 from utils.parallel import distributed, watchdog
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class TokenDataset(Dataset):
     """Rows of token ids, memory-mapped; see `build_datasets` for their keys.
 
     Attributes:
-        description: one line on where the rows come from and what was dropped or cut.
+        description: lines on where the rows come from, how they were divided and what was left out or cut.
         key: a hash of all that the rows depend on: the sources' content, tokenizer, lengths, seed, row format.
     """
 
@@ -100,7 +102,9 @@ def build_datasets(
         _prepare(folder, corpus, encoder)
 
     folder = cached_folder(private_folder(corpus.cache_dir), key, build, is_writer=is_writer)
-    description = f"{_names(corpus)}: " + (folder / "report.txt").read_text(encoding="utf-8")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    sources = (_Division(**division).line(share, corpus) for share, division in zip(corpus.shares, report["sources"]))
+    description = "\n".join([*sources, report["rows"]])
     train, held_out = (
         TokenDataset(open_rows(folder / f"{name}.arrow"), description, key) for name in ("train", "eval")
     )
@@ -111,13 +115,36 @@ def _names(corpus: Corpus) -> str:
     return ", ".join(share.source.label for share in corpus.shares)
 
 
+@dataclass
+class _Division:
+    """How the rows of a source were divided: `parts` of `train` are the rows held out and those of each step."""
+
+    train: int
+    held_out: int
+    parts: list[int] = field(default_factory=list)
+
+    def line(self, share: Share, corpus: Corpus) -> str:
+        """The line of the log about it."""
+        mine = self.parts[1 + share.part]
+        text = f"{share.source.label}: {counted(self.train + self.held_out, 'row')}, "
+        text += f"{self.held_out or self.parts[0]} held out"
+        if mine < self.train - self.parts[0]:
+            others = ", ".join(
+                f"{count} to step {step}"
+                for step, count in enumerate(self.parts[1:], 1)
+                if count and step != share.part + 1
+            )
+            text += f"; --data_split {corpus.data_split} gives {mine} to this step, {others}"
+        return text + share.source.remark
+
+
 def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
-    """Write train.arrow, eval.arrow and report.txt into `folder`."""
+    """Write train.arrow, eval.arrow and report.json into `folder`."""
     dropped: Counter[str] = Counter()
-    places: list[tuple[int, int]] = []  # of each source, how many examples are in its two parts
-    write_rows(folder / "examples.arrow", EXAMPLES, _read_all(corpus, dropped, places))
-    numbers = _choose(corpus, places, dropped)
+    divisions: list[_Division] = []
+    write_rows(folder / "examples.arrow", EXAMPLES, _read_all(corpus, dropped, divisions))
     examples = open_rows(folder / "examples.arrow")
+    numbers = _choose(corpus, divisions, np.asarray(examples.data.column("prompt_number")), dropped)
     counts: dict[str, int] = {}
     cut: Counter[str] = Counter()
     for name, indices in zip(("train", "eval"), numbers, strict=True):
@@ -132,43 +159,66 @@ def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
                 "give more data, or data that this step can use"
             )
     (folder / "examples.arrow").unlink()
-    report = f"{counts['train']} training rows and {counts['eval']} held-out rows"
+    rows = f"{counted(counts['train'], 'training row')} and {counted(counts['eval'], 'held-out row')}"
     for remark, reasons in (("left out of all rows", dropped), (f"to fit {corpus.max_len} tokens", cut)):
-        report += f"; {remark}: {_list(reasons)}" if any(reasons.values()) else ""
-    (folder / "report.txt").write_text(report, encoding="utf-8")
+        rows += f"; {remark}: {_list(reasons)}" if any(reasons.values()) else ""
+    report = {"sources": [vars(division) for division in divisions], "rows": rows}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def _read_all(corpus: Corpus, dropped: Counter[str], places: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """All examples of all sources; for one that the purpose leaves out, a row of nulls that keeps its place."""
+def _read_all(corpus: Corpus, dropped: Counter[str], divisions: list[_Division]) -> Iterator[dict[str, Any]]:
+    """All examples of all sources; for one that the purpose leaves out, an empty row that keeps its place."""
     for share in corpus.shares:
         sizes = {"train": 0, "held_out": 0}
         for part in sizes if share.source.has_held_out else ("train",):
-            for example in read_examples(share.source, part, corpus.purpose, dropped):
+            for number, example in read_examples(share.source, part, corpus.purpose, dropped):
                 sizes[part] += 1
                 if sizes[part] % BATCH == 0:
                     watchdog.working()
-                yield example_row(example, corpus.purpose)
-        places.append((sizes["train"], sizes["held_out"]))
+                yield example_row(number, example, corpus.purpose)
+        divisions.append(_Division(**sizes))
 
 
-def _choose(corpus: Corpus, places: Sequence[tuple[int, int]], dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the examples to train on and to hold out, over all sources, shuffled."""
-    train, held_out, start = [], [], 0
-    for share, (rows, rows_held_out) in zip(corpus.shares, places, strict=True):
-        held_out_share = 0.0 if rows_held_out else HELD_OUT_SHARE
+def _choose(
+    corpus: Corpus, divisions: Sequence[_Division], prompts: np.ndarray, dropped: Counter[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the examples to train on and to hold out, over all sources, shuffled.
+
+    Rows for prompts alone are left with one row for each prompt; repeats are counted in `dropped`.
+    """
+    train, held_out, start, known = [], [], 0, {}
+    for share, source in zip(corpus.shares, divisions, strict=True):
+        own_rows = prompts[start : start + source.train]
+        held_out_share = 0.0 if source.held_out else HELD_OUT_SHARE
+        others = known if len(share.weights) > 1 else None  # a source that is not divided takes all of its rows
         try:
-            chosen, kept = divide(rows, share.weights, share.part, corpus.seed, held_out_share)
+            kept, *parts = divide(
+                own_rows, share.weights, seed=corpus.seed, held_out_share=held_out_share, known=others
+            )
         except ValueError as error:
             remarks = f" ({_list(dropped)})" if any(dropped.values()) else ""
             raise InputError(
-                f"{share.source.label}: {rows} usable rows{remarks} are too few: one is held out and every "
-                "part of --data_split needs one; give more data, or 0 for the parts that are not needed"
+                f"{share.source.label}: {counted(len(np.unique(own_rows)), 'prompt')} in "
+                f"{counted(source.train, 'usable row')}{remarks} are too few: one is held out and every part of "
+                "--data_split needs one; give more data, or 0 for the parts that are not needed"
             ) from error
-        train.append(start + chosen)
-        held_out.append(start + rows + np.arange(rows_held_out) if rows_held_out else start + kept)
-        start += rows + rows_held_out
+        source.parts = [len(kept), *map(len, parts)]
+        behind = start + source.train
+        train.append(start + parts[share.part])
+        held_out.append(np.concatenate([start + kept, behind + np.arange(source.held_out)]))
+        start = behind + source.held_out
     shuffle = np.random.RandomState(corpus.seed)
-    return shuffle.permutation(np.concatenate(train)), shuffle.permutation(np.concatenate(held_out))
+    chosen = [shuffle.permutation(np.concatenate(numbers)) for numbers in (train, held_out)]
+    if corpus.purpose == "prompts":
+        chosen = [_distinct(numbers, prompts, dropped) for numbers in chosen]
+    return chosen[0], chosen[1]
+
+
+def _distinct(numbers: np.ndarray, prompts: np.ndarray, dropped: Counter[str]) -> np.ndarray:
+    """The first of the examples with each prompt, in their order."""
+    _, first = np.unique(prompts[numbers], return_index=True)
+    dropped["that repeat a prompt"] += len(numbers) - len(first)
+    return numbers[np.sort(first)]
 
 
 def _batches(examples: "datasets.Dataset", indices: np.ndarray, bar: tqdm) -> Iterator[list[Example]]:

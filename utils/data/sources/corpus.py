@@ -57,7 +57,7 @@ class Corpus:
             undivided=config.undivided_paths,
             max_len=config.row_limit,
             data_split=config.data_split,
-            seed=config.seed,
+            seed=config.data_seed,
             cache_dir=config.data_output_path,
         )
 
@@ -71,7 +71,7 @@ class Corpus:
             paths=[config.unsupervised_dataset_name],
             config_name=config.unsupervised_dataset_config_name,
             max_len=config.longest_row()[0],
-            seed=config.seed,
+            seed=config.data_seed,
             cache_dir=config.data_output_path,
         )
 

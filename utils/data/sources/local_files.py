@@ -23,26 +23,27 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz", ".json
 HELD_OUT_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "heldout"}
 # Written beside the data by `datasets`: descriptions, not rows.
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_ABOUT = ("README", "LICENSE")  # about the data
 LocatedRow = tuple[str, Row]
 
 
-def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], list[Path]]:
-    """The training files and the held-out files that `path` (a file, or a folder searched to its leaves) names.
+def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], list[Path], list[Path]]:
+    """The training files, the held-out files, and the others that `path` (a file, or a folder and all below it) holds.
 
     In a folder a file is held out if a word of its path below the folder is one of HELD_OUT_WORDS (test.jsonl,
-    data/validation-00000-of-00001.parquet). Folders called `left_out` are passed over. Raises InputError, beginning
-    with `label`, if nothing is there to train on.
+    data/validation-00000-of-00001.parquet). Folders called `left_out` and hidden files are left out. Raises InputError,
+    beginning with `label`, if nothing is there to train on.
     """
     if path.is_file():
-        return [path], []
-    found = sorted(
+        return [path], [], []
+    files = sorted(
         file
         for file in path.rglob("*")
         if file.is_file()
-        and file.name.endswith(SUFFIXES)
         and file.name not in _DESCRIPTIONS
         and not any(part.startswith(".") or part == left_out for part in file.relative_to(path).parts)
     )
+    found = [file for file in files if file.name.endswith(SUFFIXES)]
     if not found:
         raise InputError(f"{label}: the folder holds no data file ({', '.join(SUFFIXES[:4])}); add one")
     held_out = [
@@ -52,7 +53,8 @@ def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], 
     if not training:
         names = ", ".join(str(file.relative_to(path)) for file in held_out[:3])
         raise InputError(f"{label}: the folder holds only held-out files ({names}); add a train file")
-    return training, held_out
+    others = [file for file in files if file not in found and not file.name.startswith(_ABOUT)]
+    return training, held_out, others
 
 
 def content_digest(file: Path) -> str:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
+from utils.data.formats.dialogue import prompt_number
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, Purpose, Row, RowError, check_usable
 from utils.data.formats.registry import (
     ALIASES,
@@ -36,12 +37,14 @@ Part = Literal["train", "held_out"]
 class Source(Protocol):
     """Rows in a training part and maybe a held-out part.
 
-    label: the flag and what it was given, for messages. format: None where the rows' columns tell it.
+    label: the flag and what it was given, for messages. format: None where the rows' columns tell it. remark: what the
+    log is to add about the source, empty for nothing.
     """
 
     label: str
     has_held_out: bool
     format: Format | None
+    remark: str
 
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
         """Rows that share a format: those of one file, or of one split."""
@@ -57,12 +60,14 @@ class LocalSource:
     """A file, or a folder whose files are training or held-out files by their names.
 
     copy_of: the known data set that the folder is a copy of; None: its columns tell how to read it.
+    others: files of the folder that are not read.
     """
 
     label: str
     training: tuple[Path, ...]
     held_out: tuple[Path, ...]
     copy_of: str | None = None
+    others: tuple[Path, ...] = ()
 
     @property
     def format(self) -> Format | None:
@@ -71,6 +76,13 @@ class LocalSource:
     @property
     def has_held_out(self) -> bool:
         return bool(self.held_out)
+
+    @property
+    def remark(self) -> str:
+        if not self.others:
+            return ""
+        names = ", ".join(file.name for file in self.others[:3])
+        return f"; not read: {names}" + (f" and {len(self.others) - 3} more" if len(self.others) > 3 else "")
 
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
         yield from map(read_rows, self.training if part == "train" else self.held_out)
@@ -95,6 +107,7 @@ class HubSource:
     train: str = "train"
     held_out: str | None = None
     format: Format | None = None
+    remark = ""
 
     @property
     def has_held_out(self) -> bool:
@@ -126,8 +139,8 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
         copy_of = _known_name(path)
         config = config or (DATASETS[copy_of].config if copy_of else None)
         folder = path / config if config and (path / config).is_dir() else path
-        training, held_out = find_files(folder, label, left_out=DATASETS[copy_of].left_out if copy_of else "")
-        return LocalSource(label, tuple(training), tuple(held_out), copy_of)
+        training, held_out, others = find_files(folder, label, left_out=DATASETS[copy_of].left_out if copy_of else "")
+        return LocalSource(label, tuple(training), tuple(held_out), copy_of, tuple(others))
     spec = find_dataset(name)
     if spec is None:
         if looks_local(name, SUFFIXES) or "/" not in name:
@@ -149,11 +162,14 @@ def _suggestion(name: str) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def read_examples(source: Source, part: Part, purpose: Purpose, dropped: Counter[str]) -> Iterator[Example | None]:
-    """The examples of one part of a source, in order; reasons for rows left out are counted in `dropped`.
+def read_examples(
+    source: Source, part: Part, purpose: Purpose, dropped: Counter[str]
+) -> Iterator[tuple[int, Example | None]]:
+    """The examples of one part of a source, in order, each with the number of its prompt (`prompt_number`).
 
-    None stands for an example that this purpose leaves out and another may use: it keeps its place, so that every
-    purpose divides the same places. A row that is no example for any purpose is passed over.
+    Reasons for rows left out are counted in `dropped`. None stands for an example that this purpose leaves out and
+    another may use: it keeps its place, so that every purpose divides the same places. A row that is no example for any
+    purpose is left out altogether.
     Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
     """
     for group in source.groups(part):
@@ -164,17 +180,18 @@ def read_examples(source: Source, part: Part, purpose: Purpose, dropped: Counter
         row_format = source.format or _recognise(first, purpose)
         lenient = row_format.published or isinstance(source, HubSource)
         for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
+            number = prompt_number(example)
             try:
                 check_usable(example, purpose)
-                yield example
+                yield number, example
             except DroppedRow as reason:
                 dropped[str(reason)] += 1
-                yield None
+                yield number, None
             except NoResponseError as error:
                 if not lenient:
                     raise _refusal(where, error) from error
                 dropped["without a response"] += 1
-                yield None
+                yield number, None
 
 
 def _convert(

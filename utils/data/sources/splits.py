@@ -1,10 +1,11 @@
 """Who gets which rows: a held-out share first, the rest divided among the three steps.
 
-Everything depends on the number of rows, the weights and the seed alone, so that the three steps, run one after the
-other on the same data, agree on the division and never share a training row.
+Rows with the same prompt stay together: an answer to a prompt that a step has been trained on is no test of it. All
+depends on the prompts, the weights and the seed alone, so that the three steps, run one after the other on the same
+data, agree on the division and never share a training prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import numpy as np
 
@@ -51,16 +52,78 @@ def split_sizes(rows: int, weights: Sequence[float]) -> list[int]:
 
 
 def divide(
-    rows: int, weights: Sequence[float], part: int, seed: int, held_out_share: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The row numbers of part `part` and those held out, both in random order.
+    prompts: np.ndarray,
+    weights: Sequence[float],
+    *,
+    seed: int,
+    held_out_share: float,
+    known: MutableMapping[int, int] | None = None,
+) -> list[np.ndarray]:
+    """The row numbers of each part, in random order: first those held out, then those of each weight.
 
-    `held_out_share` of all rows (at least one row; none if the share is 0) is held out from every part; the rest is
-    divided by `weights`. Raises ValueError if the rows are too few.
+    Args:
+        prompts: (rows,) a number for the prompt of each row, equal for equal prompts.
+        held_out_share: of all rows, held out from every part, at least one; 0 for none. The rest is divided by
+            `weights`. Sizes are counted in rows, and met as nearly as whole prompts allow.
+        known: the part of prompts that another source has brought already, which they keep; those of this one are
+            added.
+
+    Raises:
+        ValueError: the distinct prompts are too few.
     """
+    known = {} if known is None else known
+    distinct, rows_of = _grouped(prompts)
+    parts = np.full(len(distinct), -1)
+    for index, prompt in enumerate(distinct.tolist()):
+        parts[index] = known.get(prompt, -1)
+    fresh = np.flatnonzero(parts < 0)
     # RandomState's stream is frozen by numpy's policy: another numpy version gives the same division.
-    order = np.random.RandomState(seed).permutation(rows)
-    held_out = max(1, round(rows * held_out_share)) if held_out_share > 0 else 0
-    sizes = split_sizes(rows - held_out, weights)
-    start = held_out + sum(sizes[:part])
-    return order[start : start + sizes[part]], order[:held_out]
+    order = np.random.RandomState(seed).permutation(len(fresh))
+    counts = np.array([len(rows_of[index]) for index in fresh[order]], dtype=np.int64)
+    if len(fresh) < len(distinct) and len(fresh) <= len(weights):  # too few to divide, and need not be divided
+        parts[fresh] = 1 + int(np.argmax(weights))
+    else:
+        rows = int(counts.sum())
+        held_out = max(1, round(rows * held_out_share)) if held_out_share > 0 else 0
+        sizes = [held_out, *split_sizes(rows - held_out, weights)]
+        ends = _ends(counts, sizes)
+        for part, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            parts[fresh[order[start:end]]] = part
+    known.update(zip(distinct.tolist(), parts.tolist(), strict=True))
+    in_order = np.concatenate([fresh[order], np.setdiff1d(np.arange(len(distinct)), fresh)])
+    return [
+        np.concatenate([np.zeros(0, dtype=np.int64), *(rows_of[i] for i in in_order[parts[in_order] == part])])
+        for part in range(len(weights) + 1)
+    ]
+
+
+def _grouped(prompts: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct prompts in the order in which they first occur, and the rows of each."""
+    distinct, first, inverse = np.unique(prompts, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rows = np.argsort(inverse, kind="stable")
+    ends = np.cumsum(np.bincount(inverse, minlength=len(distinct)))
+    of_each = np.split(rows, ends[:-1]) if len(distinct) else []
+    return distinct[order], [of_each[index] for index in order]
+
+
+def _ends(counts: np.ndarray, sizes: Sequence[int]) -> list[int]:
+    """Where to cut a row of groups with `counts` members each, so that the pieces have nearly these sizes.
+
+    Every piece of a positive size gets a group. Raises ValueError if the groups are too few.
+    """
+    if len(counts) < sum(size > 0 for size in sizes):
+        raise ValueError(f"{len(counts)} prompts cannot fill {sum(size > 0 for size in sizes)} parts")
+    total, ends = np.concatenate([[0], np.cumsum(counts)]), []
+    target, start = 0, 0
+    for place, size in enumerate(sizes):
+        target += size
+        end = int(np.abs(total - target).argmin())
+        later = sum(size > 0 for size in sizes[place + 1 :])
+        end = min(max(end, start + (size > 0)), len(counts) - later) if size else start
+        ends.append(end)
+        start = end
+    if any(sizes):
+        last = max(place for place, size in enumerate(sizes) if size)
+        ends[last:] = [len(counts)] * (len(sizes) - last)
+    return ends
