@@ -117,6 +117,6 @@ def test_resumed_runs_are_bit_identical_everywhere(world, tmp_path, step, proces
 
 def test_text_beside_ppo_continues_where_it_was(world, tmp_path):
     """More text batches than an epoch of them has."""
-    text = write_rows(tmp_path / "text.jsonl", [{"text": "the milk is white . " * 20} for _ in range(6)])
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"{i}: " + "the milk is white . " * 20} for i in range(6)])
     changes = changes_of(3, stage=0, lora=0) | {"unsupervised_dataset_name": text}
     cut_and_resume(world, 3, str(tmp_path), changes)

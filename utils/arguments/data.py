@@ -1,6 +1,7 @@
 """Flags for the data that a step reads."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from utils.arguments.base import LARGEST_SEED, Arguments, flag
 from utils.errors import InputError
@@ -41,6 +42,12 @@ class CorpusArguments(Arguments):
         "also with another --seed, or a later step sees rows of an earlier one",
         at_least=0,
         at_most=LARGEST_SEED,
+    )
+    prompt_form: Literal["auto", "raw", "dialogue"] = flag(
+        "auto",
+        "what a prompt is that is given as text: a question, which becomes ' Human: ... Assistant:' (dialogue), or "
+        "text that ends with a marker of the answering side and is used as it stands (raw); auto decides for each data "
+        "set, by the endings of its first prompts. Give all steps the same",
     )
     data_output_path: str | None = flag(
         None,

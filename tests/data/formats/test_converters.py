@@ -1,6 +1,6 @@
 import pytest
 
-from utils.data.formats.dialogue import FORMS, rendered
+from utils.data.formats.dialogue import FORMS, form_of, rendered, settled
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, RowError
 from utils.data.formats.registry import find_format
 
@@ -9,7 +9,9 @@ HH_PROMPT = " Human: Hi Assistant: Hello. Human: Help Assistant:"
 
 
 def convert(row, purpose="sft"):
-    return find_format(row, purpose).convert(row)
+    """The example of `row`, settled as in a data set of rows like it."""
+    example = find_format(row, purpose).convert(row)
+    return settled(example, form_of([example.prompt])) if example.is_undecided else example
 
 
 def as_text(row, purpose="sft"):
@@ -90,7 +92,7 @@ def as_text(row, purpose="sft"):
             {"prompt": "Hi", "completion": "No", "label": "false"},
             Example(" Human: Hi Assistant:", None, " No", label=False),
         ),
-        ({"prompt": "Note:", "chosen": " milk is white ."}, Example("Note:", " milk is white .")),
+        ({"prompt": "TL;DR:", "chosen": " milk is white ."}, Example("TL;DR:", " milk is white .")),
         ({"prompt": "Hi", "response": "Yes"}, Example(" Human: Hi Assistant:", " Yes")),
         ({"text": " Any text.\n"}, Example("", " Any text.\n")),
     ],

@@ -1,6 +1,18 @@
+from dataclasses import replace
+
 import pytest
 
-from utils.data.formats.dialogue import DEFAULT_FORM, FORMS, asked, continued, parse_dialogue, rendered
+from utils.data.formats.dialogue import (
+    DEFAULT_FORM,
+    FORMS,
+    asked,
+    form_of,
+    parse_dialogue,
+    raw,
+    rendered,
+    settled,
+    undecided,
+)
 from utils.data.formats.example import Example
 
 FORM = FORMS["human_assistant"]
@@ -17,34 +29,58 @@ def test_the_text_form_is_the_documented_one():
     assert FORM.response("\nWell. ") == " Well."
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "\n\nHuman: Hi\n\nAssistant:",
-        "POST: long story\nTL;DR:",
-        "[INST] Hi [/INST]",
-        "<|user|>Hi<|assistant|>\n",
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-        "Note: ",
-    ],
-)
-def test_a_finished_prompt_is_used_as_it_stands(prompt):
-    assert continued(prompt) == Example(prompt)
-    assert rendered(continued(prompt), FORM).prompt == prompt
+FINISHED = [
+    "\n\nHuman: Hi\n\nAssistant:",
+    "POST: long story\nTL;DR:",
+    "[INST] Hi [/INST]",
+    "<|user|>Hi<|assistant|>\n",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "<start_of_turn>model\n",
+    "### Instruction: Hi\n\n### Response:",
+]
+QUESTIONS = [
+    "What is 2+2?",
+    "Sort the list [3,1,2]",
+    "Explain this tag: <div>",
+    "Translate the following:",
+    "Who is my assistant",
+    "x > y",
+]
 
 
-@pytest.mark.parametrize("question", ["What is 2+2?", "Explain (a) and (b)", "Who is my assistant", "x > y"])
-def test_a_bare_question_is_set_into_the_text_form(question):
-    assert continued(question) == asked(question) == Example((("Human", question),))
-    assert rendered(continued(question), FORM).prompt == f" Human: {question} Assistant:"
-    assert continued(question, "\nfour ", " five").chosen == "four"
-    assert rendered(continued(question, "\nfour ", " five"), FORM).chosen == " four"
-    assert rendered(continued(question, "\nfour ", " five"), FORM).rejected == " five"
+@pytest.mark.parametrize("prompt", FINISHED)
+def test_prompts_that_all_end_with_a_marker_are_raw(prompt):
+    assert form_of([prompt]) == form_of([prompt] * 9) == form_of([prompt, FINISHED[0]]) == "raw"
+    assert form_of([prompt, "What is 2+2?"]) == "dialogue"
+    example = settled(undecided(prompt), "raw")
+    assert example == raw(prompt) == Example(prompt) and rendered(example, FORM).prompt == prompt
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_ordinary_prompts_are_questions_whatever_they_end_with(question):
+    assert form_of([question]) == form_of(QUESTIONS) == form_of([]) == "dialogue"
+    example = settled(undecided(question, "\nfour ", " five"), "dialogue")
+    assert example == asked(question, "four", "five")
+    assert rendered(example, FORM) == Example(f" Human: {question} Assistant:", " four", " five")
+
+
+def test_an_ending_that_all_prompts_of_a_set_share_is_a_marker():
+    prompts = [f"Thing {i} A:" for i in range(5)]
+    assert form_of(prompts) == "raw" and form_of(prompts[:4]) == form_of([*prompts, "Thing B:"]) == "dialogue"
+    assert form_of([f"Thing {i} please" for i in range(5)]) == "dialogue"
+
+
+def test_settling_keeps_what_the_row_says_besides():
+    example = replace(undecided("Hi", "a"), label=True, score=0.5, reference="r", columns={"id": 1})
+    for form in ("raw", "dialogue"):
+        found = settled(example, form)
+        assert (found.label, found.score, found.reference, found.columns) == (True, 0.5, "r", {"id": 1})
+        assert settled(found, "raw") == found, "what is decided stays"
 
 
 def test_a_response_to_a_finished_prompt_keeps_its_white_space_and_never_meets_the_colon():
     def response(prompt: str, answer: str) -> str | None:
-        return rendered(continued(prompt, answer), FORM).chosen
+        return rendered(raw(prompt, answer), FORM).chosen
 
     assert response("Human: Hi Assistant:", "Yes") == " Yes"
     assert response("Human: Hi Assistant:", "  Yes\n") == "  Yes\n"

@@ -301,9 +301,9 @@ def test_a_bad_row_is_named_by_its_line(build, corpus, write_jsonl, purpose, row
 
 
 def test_a_bad_row_far_down_is_found_when_the_data_is_built(build, corpus, write_jsonl, pairs):
-    path = write_jsonl([*pairs, {"prompt": "Q", "chosen": ["a", "b"], "rejected": "c"}])
+    path = write_jsonl([*pairs * 5, {"prompt": "Q", "chosen": ["a", "b"], "rejected": "c"}])
     corpus("sft", path).check()
-    with pytest.raises(InputError, match="data.jsonl, line 41: "):
+    with pytest.raises(InputError, match="data.jsonl, line 201: "):
         build("sft", path)
 
 
@@ -424,3 +424,27 @@ def test_the_log_says_what_became_of_each_source(build, write_jsonl, pairs, tmp_
     assert lines[2] == f"{len(train)} training rows and {len(held_out)} held-out rows"
     one = build("preference", first, data_split="0,1,0")[0].description.splitlines()
     assert one == [f"--data_path {first}: 40 rows, 2 held out", "38 training rows and 2 held-out rows"]
+
+
+def test_a_data_set_decides_what_its_prompts_are_and_not_each_row(build, write_jsonl):
+    """Among questions some end like finished prompts, and one is in the project's own form."""
+    questions = [f"Sort the list [{i},1]" for i in range(6)] + [f"Explain <div{i}>" for i in range(6)] + ["Translate:"]
+    own = " Human: Hi Assistant:"
+    path = write_jsonl([{"prompt": text, "completion": "Yes"} for text in [*questions, own]])
+
+    def prompts(**options):
+        return {row["prompt"] for part in build("prompts", path, data_split="0,0,1", **options) for row in part}
+
+    assert prompts() == {f" Human: {text} Assistant:" for text in questions} | {own}
+    assert prompts(prompt_form="raw") == {*questions, own}
+    assert prompts(prompt_form="dialogue") == {f" Human: {text.strip()} Assistant:" for text in [*questions, own]}
+    alike = write_jsonl([{"prompt": f"[INST] {text} [/INST]", "completion": "Yes"} for text in questions], "b.jsonl")
+    train, _ = build("prompts", alike, data_split="0,0,1")
+    assert all(row["prompt"].startswith("[INST]") and row["prompt"].endswith("[/INST]") for row in train)
+
+
+def test_held_out_files_are_read_as_the_training_files_are(build, write_jsonl, tmp_path):
+    write_jsonl([{"prompt": f"Thing {i} A:"} for i in range(6)], "set/train.jsonl")
+    write_jsonl([{"prompt": f"Thing {i} A:"} for i in range(6, 8)], "set/test.jsonl")
+    _, held_out = build("prompts", tmp_path / "set", data_split="0,0,1")
+    assert {row["prompt"] for row in held_out} == {"Thing 6 A:", "Thing 7 A:"}

@@ -149,3 +149,19 @@ def test_the_fingerprint_follows_content_not_state(tiny_tokenizer, gpt_tokenizer
     used(["a", "b c"], padding=True, truncation=True, max_length=1)
     assert tokenizer_fingerprint(used) == before == tokenizer_fingerprint(tiny_tokenizer)
     assert tokenizer_fingerprint(gpt_tokenizer) != before
+
+
+@pytest.mark.parametrize("text", ["<s>[INST] Hi [/INST]", "<s><s> Hi"])
+def test_bos_comes_once_where_the_text_brings_it(tiny_tokenizer, gpt_tokenizer, text):
+    bos = tiny_tokenizer.bos_token_id
+    (ids,) = Encoder(tiny_tokenizer).prompts([text])
+    assert ids[0] == bos and ids.count(bos) == 1
+    assert tiny_tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<s>", "")
+    assert Encoder(gpt_tokenizer).prompts([text])[0].count(bos) == text.count("<s>"), (
+        "without BOS of its own: as written"
+    )
+
+
+def test_bos_comes_once_with_llamas_tokenizer(llama_tokenizer):
+    (ids,) = Encoder(llama_tokenizer).prompts(["<s>[INST] Hi [/INST]"])
+    assert ids.count(llama_tokenizer.bos_token_id) == 1 and ids[0] == llama_tokenizer.bos_token_id

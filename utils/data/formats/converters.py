@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from utils.data.formats.dialogue import SPEAKERS, answered, asked, continued, parse_dialogue
+from utils.data.formats.dialogue import SPEAKERS, answered, asked, has_own_marker, parse_dialogue, raw, undecided
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, Row, RowError, Turn
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -93,7 +93,7 @@ def preference(row: Row) -> Example:
     """prompt/chosen/rejected: text, or chat turns (`chosen` and `rejected` may repeat the prompt's turns)."""
     if isinstance(require(row, "chosen"), list | dict):
         return _chat_preference(row, "prompt")
-    return continued(text_in(row, "prompt"), *(response_in(row, column) for column in ("chosen", "rejected")))
+    return undecided(text_in(row, "prompt"), *(response_in(row, column) for column in ("chosen", "rejected")))
 
 
 def _chat_preference(row: Row, context_column: str) -> Example:
@@ -144,8 +144,8 @@ def alpaca(row: Row) -> Example:
     An instruction that is a whole dialogue up to "Assistant:" (alpaca-rlhf's MultiTurnAlpaca) is used as it stands.
     """
     question, output = text_in(row, "instruction"), response_in(row, "output")
-    if question.rstrip().endswith("Assistant:"):
-        return continued(question, output)
+    if has_own_marker(question):
+        return raw(question, output)
     return asked(_with_input(question, row), output)
 
 
@@ -166,8 +166,8 @@ def alpaca_preference(row: Row) -> Example:
         raise RowError(f"`preference` must be 1 or 2, found {_describe(row['preference'])}")
     ordered = answers if better == 1 else reversed(answers)
     question = text_in(row, "instruction")
-    if question.rstrip().endswith("Assistant:"):
-        return continued(question, *(f" {answer.strip()}" for answer in ordered))
+    if has_own_marker(question):
+        return raw(question, *(f" {answer.strip()}" for answer in ordered))
     return asked(_with_input(question, row), *ordered)
 
 
@@ -198,7 +198,7 @@ def prompt_and(column: str) -> Callable[[Row], Example]:
         if isinstance(require(row, "prompt"), list | dict):
             context, answer = turns_in(row["prompt"], "prompt"), turns_in(require(row, column), column)
             return _labelled(row, answered(context, _last_answer(answer, column)))
-        return _labelled(row, continued(text_in(row, "prompt"), response_in(row, column)))
+        return _labelled(row, undecided(text_in(row, "prompt"), response_in(row, column)))
 
     return convert
 
@@ -217,7 +217,7 @@ def prompt_only(row: Row) -> Example:
     """A prompt without a response: text, or chat turns that end with the human's."""
     if isinstance(require(row, "prompt"), list | dict):
         return answered(turns_in(row["prompt"], "prompt"))
-    return continued(text_in(row, "prompt"))
+    return undecided(text_in(row, "prompt"))
 
 
 def plain_text(row: Row) -> Example:

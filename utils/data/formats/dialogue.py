@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from utils.data.formats.example import Example, Turn
+from utils.data.formats.example import Example, PromptForm, Turn
 
 SPEAKERS = {
     "system": "System",
@@ -24,9 +24,16 @@ SPEAKERS = {
     "model": "Assistant",
 }
 
-# What a prompt ends with when its author has already put the marker of the answering side there:
-# "... Assistant:", "TL;DR:", "[/INST]", "<|assistant|>", "<|im_start|>assistant".
-_FINISHED = re.compile(r"(?::|\]|>\s*(?:assistant|model)?)\s*\Z", re.IGNORECASE)
+# What a prompt may end with when its author has already put the marker of the answering side there:
+# "... Assistant:", "TL;DR:", "[/INST]", "<|assistant|>", "<|im_start|>assistant". Ordinary questions may end so too.
+_MARKER = re.compile(r"(?::|\]|>\s*(?:assistant|model)?)\s*\Z", re.IGNORECASE)
+_CERTAIN_MARKER = re.compile(
+    r"(?:\b(?:assistant|answer|response|summary|tl;dr):|\[/INST\]"
+    r"|<\|?[\w ]*assistant[\w ]*\|?>|>\s*(?:assistant|model))\s*\Z",
+    re.IGNORECASE,
+)
+_OWN_MARKER = "Assistant:"
+LEAST_ALIKE = 5  # prompts that must end alike for their ending to count as a marker
 _MARKER_AFTER_BLANK_LINE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _MARKER_ANYWHERE = re.compile(r"(?:\A|\s)(Human|Assistant):")
 
@@ -86,14 +93,12 @@ def answered(turns: Sequence[Turn], chosen: str | None = None, rejected: str | N
     return Example(tuple((speaker, text.strip()) for speaker, text in turns), *answers)
 
 
-def continued(prompt: str, chosen: str | None = None, rejected: str | None = None) -> Example:
-    """Answers to the text of a prompt: a question, or text that ends with a marker of the answering side.
+def raw(prompt: str, chosen: str | None = None, rejected: str | None = None) -> Example:
+    """The text of a prompt that its author has finished with a marker of the answering side, and its continuations.
 
-    Such text is used as it stands, and so are its answers. After a colon a space is put where neither side brings white
-    space, so that "Assistant:" never meets "Yes".
+    All is used as it stands. After a colon a space is put where neither side brings white space, so that "Assistant:"
+    never meets "Yes".
     """
-    if not is_finished_prompt(prompt):
-        return asked(prompt, chosen, rejected)
     apart = prompt.endswith(":")
     answers = (
         " " + text if text is not None and apart and not text[:1].isspace() else text for text in (chosen, rejected)
@@ -101,9 +106,38 @@ def continued(prompt: str, chosen: str | None = None, rejected: str | None = Non
     return Example(prompt, *answers)
 
 
-def is_finished_prompt(prompt: str) -> bool:
-    """Whether `prompt` already ends with a marker of the answering side, and so is used as it stands."""
-    return _FINISHED.search(prompt) is not None
+def undecided(prompt: str, chosen: str | None = None, rejected: str | None = None) -> Example:
+    """The text of a prompt, with answers, that is a bare question or a finished prompt: its data set decides."""
+    return Example(prompt, chosen, rejected, is_undecided=True)
+
+
+def settled(example: Example, form: PromptForm) -> Example:
+    """`example`, if it is undecided, as "dialogue" or "raw" text."""
+    if not example.is_undecided:
+        return example
+    make = raw if form == "raw" else asked
+    made = make(example.prompt, example.chosen, example.rejected)
+    return replace(example, prompt=made.prompt, chosen=made.chosen, rejected=made.rejected, is_undecided=False)
+
+
+def form_of(prompts: Sequence[str]) -> PromptForm:
+    """What the first prompts of a data set are: "raw" text if all end with a marker of the answering side.
+
+    A marker is certain ("Assistant:", "[/INST]", ...), or is an ending such as "Q:" or "]" that all prompts share.
+    Otherwise they are questions, whatever some of them end with ("Sort the list [3,1,2]").
+    """
+    if not prompts:
+        return "dialogue"
+    if all(_CERTAIN_MARKER.search(prompt) for prompt in prompts):
+        return "raw"
+    endings = {prompt.split()[-1] for prompt in prompts}
+    alike = len(endings) == 1 and len(prompts) >= LEAST_ALIKE
+    return "raw" if alike and _MARKER.search(prompts[0]) else "dialogue"
+
+
+def has_own_marker(prompt: str) -> bool:
+    """Whether the text ends with "Assistant:", as a prompt in the project's text form does."""
+    return prompt.rstrip().endswith(_OWN_MARKER)
 
 
 def parse_dialogue(text: str) -> list[Turn]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Purpose = Literal["sft", "preference", "prompts", "pretrain"]
+PromptForm = Literal["raw", "dialogue"]  # of a prompt that is text: used as it stands, or a question to be set in form
 Row = dict[str, Any]
 Turn = tuple[str, str]  # (speaker, text), speaker one of "System", "Human", "Assistant"
 
@@ -23,6 +24,8 @@ class Example:
         score: a number that the row gives its answer.
         reference: the right answer, for rewards that compare with it.
         columns: the row's other columns.
+        is_undecided: the prompt is text, and only the data set as a whole tells whether it is a question or a finished
+            prompt; see `dialogue.settled`. The answers are as the row has them.
     """
 
     prompt: str | tuple[Turn, ...]
@@ -32,6 +35,7 @@ class Example:
     score: float | None = None
     reference: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    is_undecided: bool = False
 
 
 class RowError(ValueError):

@@ -90,7 +90,7 @@ def build_datasets(
             "purpose": corpus.purpose,
             "shares": [[share.source.fingerprint(), share.weights, share.part] for share in corpus.shares],
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "form": corpus.form,
+            "forms": [corpus.form, corpus.prompt_form],
             "max_len": corpus.max_len,
             "seed": corpus.seed,
         }
@@ -171,7 +171,7 @@ def _read_all(corpus: Corpus, dropped: Counter[str], divisions: list[_Division])
     for share in corpus.shares:
         sizes = {"train": 0, "held_out": 0}
         for part in sizes if share.source.has_held_out else ("train",):
-            for number, example in read_examples(share.source, part, corpus.purpose, dropped):
+            for number, example in read_examples(share.source, part, corpus.purpose, dropped, corpus.prompt_form):
                 sizes[part] += 1
                 if sizes[part] % BATCH == 0:
                     watchdog.working()

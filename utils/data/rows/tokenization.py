@@ -42,10 +42,17 @@ class Encoder:
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each prompt alone: the prefix, then its tokens; special tokens written in it count as such.
 
-        What a tokenizer puts behind every text (an EOS, for some) is left out: the response is to follow.
+        The prefix comes once, also where the text begins with it ("<s> [INST] ..."). What a tokenizer puts behind every
+        text (an EOS, for some) is left out: the response is to follow.
         """
         encoded = self._encode(texts, add_special_tokens=True, split_special_tokens=False)
-        return [ids[: len(ids) - self._suffix_length] for ids in encoded]
+        return [self._with_one_prefix(ids[: len(ids) - self._suffix_length]) for ids in encoded]
+
+    def _with_one_prefix(self, ids: Ids) -> Ids:
+        length = len(self.prefix)
+        while length and ids[length : 2 * length] == self.prefix:
+            ids = ids[length:]
+        return ids
 
     def responses(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text as a continuation, then EOS. Markup such as "</s>" in the text stays text.

@@ -35,7 +35,7 @@ class Corpus:
         data_split: weights of the three steps; text for "pretrain" is not divided.
         config_name: configuration of a hub data set.
         cache_dir: folder for prepared data (`--data_output_path`); None: the user's cache folder.
-        form: name of the dialogues' text form.
+        form: name of the dialogues' text form. prompt_form: of prompts that are text, see `read_examples`.
     """
 
     purpose: Purpose
@@ -47,6 +47,7 @@ class Corpus:
     seed: int = 1234
     cache_dir: str | None = None
     form: str = DEFAULT_FORM
+    prompt_form: str = "auto"
 
     @staticmethod
     def of(config: StepConfig) -> "Corpus":
@@ -57,6 +58,7 @@ class Corpus:
             undivided=config.undivided_paths,
             max_len=config.row_limit,
             data_split=config.data_split,
+            prompt_form=config.prompt_form,
             seed=config.data_seed,
             cache_dir=config.data_output_path,
         )
@@ -71,6 +73,7 @@ class Corpus:
             paths=[config.unsupervised_dataset_name],
             config_name=config.unsupervised_dataset_config_name,
             max_len=config.longest_row()[0],
+            prompt_form=config.prompt_form,
             seed=config.data_seed,
             cache_dir=config.data_output_path,
         )
@@ -112,5 +115,7 @@ class Corpus:
                 continue
             for file in (*source.training, *source.held_out):
                 alone = LocalSource(source.label, (file,), (), source.copy_of)
-                for _ in itertools.islice(read_examples(alone, "train", self.purpose, Counter()), CHECKED_ROWS):
+                for _ in itertools.islice(
+                    read_examples(alone, "train", self.purpose, Counter(), self.prompt_form), CHECKED_ROWS
+                ):
                     pass

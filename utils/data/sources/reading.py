@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
-from utils.data.formats.dialogue import prompt_number
+from utils.data.formats.dialogue import form_of, has_own_marker, prompt_number, settled
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, Purpose, Row, RowError, check_usable
 from utils.data.formats.registry import (
     ALIASES,
@@ -32,6 +32,7 @@ from utils.errors import InputError
 from utils.hub import looks_local
 
 Part = Literal["train", "held_out"]
+SETTLING_ROWS = 200  # of a data set, by which the form of its prompts is told
 
 
 class Source(Protocol):
@@ -163,23 +164,25 @@ def _suggestion(name: str) -> str:
 
 
 def read_examples(
-    source: Source, part: Part, purpose: Purpose, dropped: Counter[str]
+    source: Source, part: Part, purpose: Purpose, dropped: Counter[str], prompt_form: str = "auto"
 ) -> Iterator[tuple[int, Example | None]]:
     """The examples of one part of a source, in order, each with the number of its prompt (`prompt_number`).
 
     Reasons for rows left out are counted in `dropped`. None stands for an example that this purpose leaves out and
     another may use: it keeps its place, so that every purpose divides the same places. A row that is no example for any
     purpose is left out altogether.
+
+    Args:
+        prompt_form: of prompts that are text: "raw", "dialogue", or "auto" for what the first of them are (`form_of`);
+            there a prompt that ends with "Assistant:" is raw in any case.
+
     Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
     """
+    form = form_of(_first_prompts(source, purpose)) if prompt_form == "auto" else prompt_form
     for group in source.groups(part):
-        rows = iter(group)
-        first = next(rows, None)
-        if first is None:
-            continue
-        row_format = source.format or _recognise(first, purpose)
-        lenient = row_format.published or isinstance(source, HubSource)
-        for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
+        for where, example, lenient in _examples(group, source, purpose, dropped):
+            is_raw = prompt_form == "auto" and example.is_undecided and has_own_marker(example.prompt)
+            example = settled(example, "raw" if is_raw else form)
             number = prompt_number(example)
             try:
                 check_usable(example, purpose)
@@ -192,6 +195,27 @@ def read_examples(
                     raise _refusal(where, error) from error
                 dropped["without a response"] += 1
                 yield number, None
+
+
+def _first_prompts(source: Source, purpose: Purpose) -> list[str]:
+    """The first prompts that are text whose form is not known."""
+    group = next(iter(source.groups("train")), ())
+    examples = (example for _, example, _ in _examples(group, source, purpose, Counter()))
+    return [example.prompt for example in itertools.islice(examples, SETTLING_ROWS) if example.is_undecided]
+
+
+def _examples(
+    group: Iterable[LocatedRow], source: Source, purpose: Purpose, dropped: Counter[str]
+) -> Iterator[tuple[str, Example, bool]]:
+    """(where, example, whether a missing response is forgiven) of the rows of a group."""
+    rows = iter(group)
+    first = next(rows, None)
+    if first is None:
+        return
+    row_format = source.format or _recognise(first, purpose)
+    lenient = row_format.published or isinstance(source, HubSource)
+    for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
+        yield where, example, lenient
 
 
 def _convert(
