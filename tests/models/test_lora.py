@@ -4,6 +4,9 @@ import hashlib
 
 import pytest
 import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from step_scripts import flags, run_step
 from tiny_models import save_causal_lm, save_reward_model
 
 from utils.errors import InputError
@@ -108,3 +111,34 @@ def test_thousand_merges_and_switches_leave_the_base_weights_bit_identical(model
     for _ in range(20):
         merged_state_dict(model)
     assert digest() == before
+
+
+SIZES_OF_A_RUN = {"max_steps": 2, "lora_dim": 4, "lora_learning_rate": 1e-2, "save_adapter": True, "dtype": "fp32"}
+
+
+@pytest.mark.parametrize("only_lora", [True, False], ids=["adapters-alone", "with-the-rest"])
+@pytest.mark.parametrize(("step", "tied"), [(1, False), (1, True), (2, False)], ids=["sft", "sft-tied", "reward"])
+def test_peft_makes_the_trained_model_of_the_base_and_the_saved_adapter(
+    world, tmp_path, tiny_tokenizer, step, tied, only_lora
+):
+    """All that was trained is in the adapter: without the reward model's head it would score with a random one."""
+    base = save_causal_lm(tmp_path / "base", tiny_tokenizer, "tied_llama" if tied else "llama")
+    out = tmp_path / "out"
+    run_step(step, flags(
+        world, step, out, model_name_or_path=base, only_optimize_lora=only_lora, learning_rate=1e-2, **SIZES_OF_A_RUN
+    ))  # fmt: skip
+    ids = torch.arange(3, 15)[None]
+    auto, peft_auto, options = transformers.AutoModelForCausalLM, AutoPeftModelForCausalLM, {}
+    if step == 2:
+        auto, peft_auto = transformers.AutoModelForSequenceClassification, AutoPeftModelForSequenceClassification
+        options = {"num_labels": 1}
+    with torch.no_grad():
+        expected = auto.from_pretrained(out, dtype=torch.float32).eval()(ids).logits
+        for seed in (0, 1):  # of a new head
+            torch.manual_seed(seed)
+            plain = auto.from_pretrained(base, dtype=torch.float32, pad_token_id=0, **options).eval()
+            assert (plain(ids).logits - expected).abs().max() > 1e-3
+            adapted = PeftModel.from_pretrained(plain, out / "adapter").eval()
+            torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        named = peft_auto.from_pretrained(out / "adapter", dtype=torch.float32, pad_token_id=0, **options).eval()
+        torch.testing.assert_close(named(ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -1,8 +1,10 @@
 """Saving: a folder that `transformers` opens, with LoRA merged and the whole tokenizer, from any ZeRO stage."""
 
+import copy
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -54,7 +56,8 @@ def save_model(
     Args:
         model: the `transformers` model inside a wrapper (`CausalLM.model`, `ScalarHeadModel.model`).
         state: weights to write instead of the model's own (rank 0; from `merged_state_dict` of the same model).
-        save_adapter: also write the LoRA factors, as peft stores them, to `folder/adapter`.
+        save_adapter: also write what LoRA has trained to `folder/adapter`, as peft stores it: the factors, and as
+            `modules_to_save` whatever else was trained, such as the head of a reward model.
 
     Raises:
         DivergenceError: a weight is NaN or infinite; nothing was written.
@@ -62,7 +65,7 @@ def save_model(
     """
     check_weights(model)
     state = merged_state_dict(model) if state is None else state
-    adapter = _adapter_state_dict(model) if save_adapter else None
+    adapter = _adapter_state_dict(model) if save_adapter and lora_layers(model) else None
     problem = None
     if distributed.is_main():
         try:
@@ -82,15 +85,34 @@ def _write(model, tokenizer, folder: Path, state: dict, adapter: dict | None) ->
         if adapter:
             (temporary / "adapter").mkdir()
             save_file(adapter, temporary / "adapter" / "adapter_model.safetensors")
-            model.peft_config[ADAPTER].base_model_name_or_path = str(model.config.name_or_path)
-            model.peft_config[ADAPTER].save_pretrained(temporary / "adapter")
+            _adapter_config(model).save_pretrained(temporary / "adapter")
 
 
 @torch.no_grad()
 def _adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """What has been trained, under the names that peft's files have, on rank 0: LoRA factors and whole modules."""
     state = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not parameter.requires_grad:
+                continue
+            full_name = f"{module_name}.{name}".replace(f".{ADAPTER}.", ".")
             with gathered([parameter]):
-                state[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = parameter.detach().cpu().clone()
+                state[f"base_model.model.{full_name}"] = parameter.detach().cpu().clone()
     return state if distributed.is_main() else None
+
+
+def _adapter_config(model: nn.Module) -> LoraConfig:
+    """With it peft puts the adapter on the model that training began with, and gets the trained model."""
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.base_model_name_or_path = str(model.config.name_or_path)
+    config.task_type = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    whole = {
+        module_name
+        for module_name, module in model.named_modules()
+        if ".lora_" not in module_name
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.requires_grad
+    }
+    config.modules_to_save = sorted(whole) or None
+    return config

@@ -30,9 +30,11 @@ class SavedModel:
         return blocks_of(matrix.numel * size for matrix in self.written.parameters) + block(self.twice * size)
 
     def file_bytes(self, *, adapter: bool) -> float:
-        """Of the written model; with `adapter` also of its LoRA factors."""
-        factors = self.engine.shape.total - self.written.total if adapter else 0
-        return self.engine.item_size * (self.written.total + factors)
+        """Of the written model; with `adapter` also of all that was trained, tied matrices under both names."""
+        shape = self.engine.shape
+        has_adapter = adapter and shape.adapted > 0
+        trained = shape.trainable + (self.twice if shape.head_trains else 0) if has_adapter else 0
+        return self.engine.item_size * (self.written.total + trained)
 
 
 def saved_model(trained: Role, subject: Subject) -> SavedModel:
