@@ -12,7 +12,8 @@ from utils.arguments.ppo import PpoArguments
 from utils.rewards.shaping import Scores
 from utils.rlhf.estimators import estimate_advantages, group_numbers
 from utils.rlhf.experience import Samples
-from utils.rlhf.updates import shuffled, update
+from utils.rlhf.minibatches import minibatches
+from utils.rlhf.updates import update
 
 SEEN: list[RewardedTokens] = []
 
@@ -98,7 +99,7 @@ def test_without_a_critic_only_the_actor_is_loaded_scored_and_updated(estimates_
     assert all(batch.values is None for batch in sampled.micro_batches)
     assert "ppo/explained_variance" not in sampled.metrics
     before = {name: tensor.clone() for name, tensor in setup.actor.module.state_dict().items()}
-    for minibatch in shuffled(sampled.minibatches, epochs=1, seed=0):
+    for minibatch in minibatches(sampled.minibatches, config, seed=0):
         metrics = update(setup.roles, minibatch, config, what="test")
     assert any(not torch.equal(before[name], tensor) for name, tensor in setup.actor.module.state_dict().items())
     assert "ppo/actor_grad_norm" in metrics and not [name for name in metrics if "critic" in name or "value" in name]

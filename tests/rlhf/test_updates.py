@@ -7,7 +7,8 @@ from rlhf_setup import make_config, make_prompts, make_setup, rollout, save_mode
 
 from utils.rlhf.experience import response_logprobs
 from utils.rlhf.metrics import update_metrics
-from utils.rlhf.updates import shuffled, update
+from utils.rlhf.minibatches import minibatches
+from utils.rlhf.updates import update
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def iterate(setup, *, seed=7, **step_options):
     samples = rollout(setup, make_prompts(config, len(setup.tokenizer)), seed=seed)
     steps = [
         update(setup.roles, minibatch, config, what="test", **step_options)
-        for minibatch in shuffled(samples.minibatches, epochs=config.ppo_epochs, seed=0)
+        for minibatch in minibatches(samples.minibatches, config, seed=0)
     ]
     return samples, steps
 
@@ -182,15 +183,6 @@ def test_moving_average_is_the_formula():
     assert layer.weight.item() == 4.0
 
 
-def test_minibatches_cover_the_rollout_once_in_a_seeded_order():
-    minibatches = [[index, index + 0.5] for index in range(6)]
-    orders = [shuffled(minibatches, epochs=1, seed=seed) for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == minibatches
-    twice = shuffled(minibatches, epochs=2, seed=1)
-    assert twice[:6] == orders[0] != twice[6:] and sorted(twice[6:]) == minibatches
-
-
 def budgeted_steps(paths, tokenizer, budget: int):
     config = make_config(paths, max_tokens_per_batch=budget, per_device_generation_batch_size=8, max_answer_seq_len=30)
     setup = make_setup(config, tokenizer)
@@ -267,7 +259,7 @@ def ranks_of_unequal_length(paths, tokenizer_path, stage):
     metrics = []
     for seed in range(2):
         samples = rollout(setup, make_prompts(config, len(tokenizer)), short, seed=seed)
-        for minibatch in shuffled(samples.minibatches, epochs=1, seed=seed):
+        for minibatch in minibatches(samples.minibatches, config, seed=seed):
             metrics.append(update(setup.roles, minibatch, config, what="test"))
     return metrics
 

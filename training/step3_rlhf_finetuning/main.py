@@ -38,9 +38,10 @@ from utils.rlhf.metrics import (
     speed_metrics,
     update_metrics,
 )
+from utils.rlhf.minibatches import minibatches
 from utils.rlhf.scoring import score_tokens
 from utils.rlhf.texts import TextBatches
-from utils.rlhf.updates import shuffled, update
+from utils.rlhf.updates import update
 from utils.runs.best import save_if_best
 from utils.runs.plan import Models, Plan
 from utils.runs.session import check_run, open_metrics, save_summary, start_run
@@ -146,7 +147,7 @@ def main(config: Config) -> dict[str, float]:
             clock.end_of("scoring")
 
             steps, what, trains_actor = [], f"iteration {iteration}", iteration > config.critic_warmup_steps
-            for minibatch in shuffled(rollout, epochs=config.ppo_epochs, seed=seed):
+            for minibatch in minibatches(rollout, config, seed=seed):
                 text = texts.next_step()
                 steps.append(update(roles, minibatch, config, what=what, train_actor=trains_actor, texts=text))
             clock.end_of("training")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.algorithms.masking import last_index
-from utils.arguments.optimization import PpoOptimizationArguments
+from utils.arguments.steps import StepConfig
 from utils.data.batches.collate import pad
 from utils.data.batches.packing import token_batches
 from utils.generation.responses import Responses
@@ -49,25 +49,29 @@ class MicroBatch:
 
 
 def plan_batches(
-    prompts: Sequence[list[int]], responses: Responses, config: PpoOptimizationArguments, *, pad_id: int
+    prompts: Sequence[list[int]], responses: Responses, config: StepConfig, *, pad_id: int
 ) -> list[list[MicroBatch]]:
     """The micro-batches of each optimiser step on a rollout of this rank.
 
     A step has per_device_training_batch_size x gradient_accumulation_steps rows. `--max_tokens_per_batch` regroups
     them by length. Every rank must call it with the same number of prompts.
     """
-    size, step_rows = config.per_device_training_batch_size, config.step_rows
     lengths = [len(prompt) + count for prompt, count in zip(prompts, responses.lengths.tolist(), strict=True)]
-    plan = []
-    for start in range(0, len(prompts), step_rows):
-        rows = list(range(start, min(start + step_rows, len(prompts))))
+    steps = group_rows(lengths, config)
+    return [[assemble(prompts, responses, part, pad_id) for part in step] for step in steps]
+
+
+def group_rows(lengths: Sequence[int], config: StepConfig) -> list[list[list[int]]]:
+    """The rows of each micro-batch of each optimiser step, for rows of these lengths in their order."""
+    size, steps = config.micro_batch_rows, []
+    for start in range(0, len(lengths), config.step_rows):
+        rows = list(range(start, min(start + config.step_rows, len(lengths))))
         if config.max_tokens_per_batch:
             parts = token_batches([lengths[row] for row in rows], config.max_tokens_per_batch)
-            parts = [[rows[index] for index in part] for part in parts]
+            steps.append([[rows[index] for index in part] for part in parts])
         else:
-            parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-        plan.append([assemble(prompts, responses, part, pad_id) for part in parts])
-    return plan
+            steps.append([rows[first : first + size] for first in range(0, len(rows), size)])
+    return steps
 
 
 def assemble(prompts: Sequence[list[int]], responses: Responses, rows: list[int], pad_id: int) -> MicroBatch:

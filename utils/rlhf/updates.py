@@ -1,6 +1,5 @@
 """PPO's optimiser steps on a rollout."""
 
-import random
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,8 @@ from utils.arguments.steps import PpoConfig
 from utils.parallel import distributed
 from utils.parallel.divergence import DivergenceGuard, TokenIds, collated_tokens, real_tokens
 from utils.parallel.updates import optimizer_step
-from utils.rlhf.experience import Experience, Rollout
+from utils.rlhf.experience import Experience
+from utils.rlhf.minibatches import Minibatch
 from utils.rlhf.roles import Roles
 
 Texts = dict[str, torch.Tensor]  # a collated batch: input_ids, attention_mask, target_mask
@@ -28,15 +28,9 @@ MEANS = {
 }
 
 
-def shuffled(rollout: Rollout, *, epochs: int, seed: int) -> Rollout:
-    """Every epoch's minibatches, each the micro-batches of one optimiser step, in an order of its own."""
-    orders = (random.Random(distributed.derived_seed(seed, epoch)) for epoch in range(epochs))
-    return [step for order in orders for step in order.sample(rollout, len(rollout))]
-
-
 def update(
     roles: Roles,
-    minibatch: Sequence[Experience],
+    minibatch: Minibatch,
     config: PpoConfig,
     *,
     what: str,
