@@ -115,3 +115,15 @@ def test_normalize_scores():
     assert normalize_scores(scores, mean=1.0, std=4.0, clip=5.0).tolist() == [0.5, 0.0, -5.0, 5.0]
     assert normalize_scores(scores, mean=0.0, std=1.0, clip=5.0).tolist() == [3.0, 1.0, -5.0, 5.0]
     assert normalize_scores(torch.tensor([2.0]), mean=1.0, std=0.0, clip=5.0).tolist() == [5.0]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradients_are_finite_where_the_estimate_saturates(estimator):
+    """It will be a loss: exp of 199 is infinite, and 0 times infinity is NaN."""
+    logprobs = torch.tensor([[-199.0, -0.1, -1.0, 0.0]], requires_grad=True)
+    reference = torch.tensor([[0.0, -199.0, -1.5, -1000.0]])
+    kl = kl_penalty(logprobs, reference, estimator, clamp=10.0)
+    kl.sum().backward()
+    assert kl.isfinite().all() and logprobs.grad.isfinite().all()
+    assert logprobs.grad[0, 2] == pytest.approx({"k1": 1.0, "k2": 0.5, "k3": 1 - math.exp(-0.5)}[estimator])
+    assert logprobs.grad[0, 0] == 0, "saturated"

@@ -231,3 +231,18 @@ def test_losses_of_half_precision_inputs_are_fp32(dtype):
     for loss, stats in losses_of(rollout, rollout["mask"].sum()):
         assert loss.dtype == torch.float32
         assert all(value.dtype == torch.float32 for value in stats.values())
+
+
+def test_statistics_are_of_the_true_ratio_and_the_loss_of_the_bounded_one():
+    """A policy that explodes is to be seen: e^20 in every run would look like one and the same."""
+    old, mask = torch.zeros(1, 3), torch.tensor([[True, True, True]])
+    new = torch.tensor([[30.0, -25.0, 0.0]], requires_grad=True)
+    loss, stats = policy_loss(new, old, torch.tensor([[-1.0, 1.0, 1.0]]), mask, 0.2, 3.0)
+    loss.backward()
+    assert new.grad.isfinite().all()
+    assert loss.item() == pytest.approx((math.exp(20) - math.exp(-20) - 1) / 3, rel=1e-5)
+    assert stats["ratio_max"].item() == pytest.approx(math.exp(30), rel=1e-5)
+    assert stats["approx_kl_k1"].item() == pytest.approx(-5.0)
+    assert stats["approx_kl_k3"].item() == pytest.approx(math.exp(30) - 31 + math.exp(-25) - 1 + 25, rel=1e-5)
+    infinite = torch.tensor([[1000.0, 0.0, 0.0]])
+    assert all(value.isfinite() for value in policy_loss(infinite, old, old, mask, 0.2, 3.0)[1].values())

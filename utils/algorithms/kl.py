@@ -7,6 +7,8 @@ from torch import Tensor
 
 from utils.algorithms.masking import last_index
 
+MAX_EXPONENT = 80.0  # exp of it is finite in fp32: an infinite one would have a gradient of 0 * inf under the clamp
+
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: float) -> Tensor:
     """Per-token estimate of KL(policy || reference) for tokens sampled from the policy (Schulman 2020, "Approximating
@@ -21,7 +23,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: fl
         estimator: "k1", "k2" or "k3".
         clamp: estimates are kept within +-clamp, so that a single token cannot outweigh the score.
     Returns:
-        (B, R) fp32; outside the response mask whatever the inputs give.
+        (B, R) fp32; outside the response mask whatever the inputs give. Its gradient is finite everywhere.
     Raises:
         ValueError: unknown estimator.
     """
@@ -32,7 +34,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: fl
         case "k2":
             kl = 0.5 * difference.square()
         case "k3":
-            kl = torch.expm1(-difference) + difference
+            kl = torch.expm1((-difference).clamp(max=MAX_EXPONENT)) + difference
         case _:
             raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
     return kl.clamp(-clamp, clamp)

@@ -17,6 +17,7 @@ from utils.algorithms.masking import masked_sum
 # exp(20) = 4.9e8: beyond this the policy has left its old self for good, and an infinite ratio would turn the zero
 # gradient of a clipped token into 0 * inf = nan.
 MAX_LOG_RATIO = 20.0
+MAX_SHOWN_LOG_RATIO = 70.0  # of statistics: sums of exp(70) are finite in fp32
 
 
 def policy_loss(
@@ -37,26 +38,27 @@ def policy_loss(
         denominator: tokens of the whole optimiser step.
     Returns:
         The loss and the sums `tokens`, `policy_loss`, `approx_kl_k1`, `approx_kl_k3` (estimates of KL(old || new)),
-        `clip_count` (tokens whose gradient the clip removed), `ratio_sum`, and the maximum `ratio_max`.
+        `clip_count` (tokens whose gradient the clip removed), `ratio_sum`, and the maximum `ratio_max`. They are those
+        of the true ratio, also where the loss bounds it.
     """
     mask = mask.bool()
-    log_ratio = torch.where(mask, logprobs.float() - old_logprobs.float(), 0)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
+    true_log_ratio = torch.where(mask, logprobs.float() - old_logprobs.float(), 0)
+    ratio = true_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     advantages = torch.where(mask, advantages.float(), 0)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     total = masked_sum(torch.maximum(unclipped, clipped), mask)
 
     with torch.no_grad():
+        true_ratio = true_log_ratio.clamp(max=MAX_SHOWN_LOG_RATIO).exp()
         stats = {
             "tokens": mask.sum().float(),
             "policy_loss": total.detach(),
-            "approx_kl_k1": (-log_ratio).sum(),
-            "approx_kl_k3": (log_ratio.expm1() - log_ratio).sum(),
+            "approx_kl_k1": (-true_log_ratio).sum(),
+            "approx_kl_k3": (true_log_ratio.clamp(max=MAX_SHOWN_LOG_RATIO).expm1() - true_log_ratio).sum(),
             "clip_count": (clipped > unclipped).sum().float(),
-            "ratio_sum": masked_sum(ratio, mask),
-            "ratio_max": torch.where(mask, ratio, 0).max(),
+            "ratio_sum": masked_sum(true_ratio, mask),
+            "ratio_max": torch.where(mask, true_ratio, 0).max(),
         }
     return total / denominator, stats
 
