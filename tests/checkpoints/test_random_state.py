@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+from processes import run_ranks
 
 from utils.checkpoints.random_state import random_state, set_random_state
 
@@ -21,3 +22,22 @@ def test_every_generator_goes_on_where_it_was():
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     set_random_state(tensors, texts)
     assert [draw(), draw()] == expected
+
+
+def first_numbers_of_a_rank() -> list[float]:
+    """Of a run that begins, after its models were built with the same numbers on all ranks."""
+    from utils.arguments import SftConfig
+    from utils.checkpoints import Checkpoints
+    from utils.parallel import distributed
+
+    config = SftConfig(model_name_or_path="m", seed=3)
+    distributed.seed_everything(config.seed)
+    before = torch.rand(()).item()
+    Checkpoints(config, total_steps=5, data_keys=[]).resume({})
+    return [before, torch.rand(()).item()]
+
+
+def test_ranks_draw_dropout_masks_of_their_own():
+    first, second = run_ranks(first_numbers_of_a_rank, 2)
+    assert first[0] == second[0] and first[1] != second[1]
+    assert run_ranks(first_numbers_of_a_rank, 2) == [first, second]

@@ -268,3 +268,41 @@ def ranks_of_unequal_length(paths, tokenizer_path, stage):
 def test_ranks_with_unequal_lengths_do_not_hang(paths, stage):
     first, second = run_ranks(ranks_of_unequal_length, 2, paths, paths["actor_model_name_or_path"], stage)
     assert first == second
+
+
+def distances_from_the_average(paths, tokenizer_path) -> tuple[float, float, int]:
+    """How far the whole weights are from the average while it is applied, how far from what they were before it was
+    applied when it is no longer, and how many parameters stay whole between steps, as small ones do under ZeRO-3.
+    """
+    from utils.models.tokenizer import load_tokenizer
+    from utils.parallel.zero import gathered
+
+    def whole(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The parameters whose parts these are."""
+        gathered_parts = [[torch.empty_like(part) for _ in range(2)] for part in parts]
+        for part, both in zip(parts, gathered_parts, strict=True):
+            torch.distributed.all_gather(both, part.contiguous())
+        flat = [torch.cat([part.flatten() for part in both]) for both in gathered_parts]
+        return [row[: p.ds_numel].view(p.ds_shape) for row, p in zip(flat, average.averaged, strict=True)]
+
+    def distance(expected: list[torch.Tensor]) -> float:
+        with gathered(average.averaged):
+            return max((p - e).abs().max().item() for p, e in zip(average.averaged, expected, strict=True))
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    stages = {"actor_zero_stage": 3, "critic_zero_stage": 3}
+    setup = make_setup(make_config(paths, enable_ema=True, ema_decay=0.5, **stages), tokenizer)
+    average = setup.roles.average
+    iterate(setup)
+    stay = sum(p.ds_status.name == "AVAILABLE" for p in average.averaged)
+    weights_now = whole([p.ds_tensor.detach().clone() for p in average.averaged])
+    with average.applied():
+        applied = distance(whole(average.shadow))
+    return applied, distance(weights_now), stay
+
+
+def test_an_average_under_zero3_is_whole_straight_after_a_step(paths):
+    arguments = paths, paths["actor_model_name_or_path"]
+    for applied, restored, stay in run_ranks(distances_from_the_average, 2, *arguments):
+        assert stay > 0, "the test must see parameters that are whole and have parts"
+        assert applied < 1e-6 and restored == 0

@@ -96,6 +96,7 @@ class Checkpoints:
             models = [engine.module for engine in engines.values()]
             self._frozen_sums = frozen_weight_sums([*models, *(model for model in frozen if model is not None)])
         if not self._found:
+            self._seed_rank(0)
             return RunState()
         folder, state, processes = self._found.folder, self._found.state, self._found.processes
         is_new = distributed.rank() >= processes  # a process that the run did not have before
@@ -110,12 +111,15 @@ class Checkpoints:
             load_engine(engine, folder, name)
         self._load_averages(folder, processes)
         if is_new:
-            seed = distributed.derived_seed(self._config.seed, state.step, distributed.rank())
-            distributed.seed_everything(seed % 2**32)
+            self._seed_rank(state.step)
         else:
             set_random_state({name: tensors[name] for name in tensors if name.startswith("torch_")}, texts)
         distributed.log(f"resumed from {folder}, after step {state.step} of {self._total_steps}")
         return state
+
+    def _seed_rank(self, step: int) -> None:
+        """Random numbers of this rank's own, from `step` on: dropout masks differ between ranks, as their rows do."""
+        distributed.seed_everything(distributed.derived_seed(self._config.seed, step, distributed.rank()) % 2**32)
 
     def step_done(self, state: RunState, writer: MetricsWriter, *, step: int, seconds: float) -> None:
         """To be called after each step, its metrics logged: saves if it is time, and stops if a signal has asked to.

@@ -123,6 +123,16 @@ def gathered(parameters: Iterable[torch.nn.Parameter], *, write: bool = False):
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None, enabled=bool(partitioned))
 
 
+def partition_again(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Forget the whole copies of ZeRO-3 parameters, so that whoever gathers them next sees what their parts hold.
+
+    Small parameters stay whole between steps; a change of their parts alone would go unnoticed.
+    """
+    whole = [p for p in parameters if is_partitioned(p) and p.ds_status.name == "AVAILABLE"]
+    if whole:
+        whole[0].partition(param_list=whole, has_been_updated=False)
+
+
 def parameter_groups(
     model: torch.nn.Module, *, learning_rate: float, weight_decay: float, lora_learning_rate: float
 ) -> list[dict]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.parallel import distributed
-from utils.parallel.zero import is_partitioned
+from utils.parallel.zero import is_partitioned, partition_again
 
 
 class ExponentialMovingAverage:
@@ -42,6 +42,7 @@ class ExponentialMovingAverage:
     def _write(self, tensors: list[torch.Tensor]) -> None:
         for tensor, parameter in zip(tensors, self.averaged, strict=True):
             _local(parameter).copy_(tensor)
+        partition_again(self.averaged)
 
 
 def _local(parameter: nn.Parameter) -> torch.Tensor:
