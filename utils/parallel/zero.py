@@ -12,7 +12,6 @@ import deepspeed  # isort: skip
 import transformers
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -228,35 +227,42 @@ def _release_prefetched(engine: Engine, *_: object) -> None:
 def optimizer_on_host(engine: Engine, *, pin_memory: bool = True) -> Iterator[None]:
     """Adam's moments and the fp32 master weights of `engine` are in host memory inside, and bit-identical after.
 
-    ZeRO 1 and 2 let DeepSpeed move them, which knows what else points at its partitions. At stage 3 it does so for its
-    own FusedAdam only, so there, as at stage 0, every tensor of the optimiser is moved that is not a model parameter.
+    DeepSpeed can move them for some of its optimisers only, and its bf16 optimiser is none of these. So the memory is
+    taken from under the tensors and given back: whatever points into it, such as the pieces by which ZeRO finds a
+    parameter in its flat partition, stays valid.
     """
-    if engine.zero_optimization_stage() in (1, 2):
-        states = {OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params}
-        with distributed.quiet():
-            engine.offload_states(include=states, pin_memory=pin_memory)
-        try:
-            yield
-        finally:
-            with distributed.quiet():
-                engine.reload_states()
-        return
-    tensors = list(_optimizer_tensors(engine))
-    devices = [tensor.device for tensor in tensors]
-    for tensor in tensors:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin_memory)
-        tensor.data = host.copy_(tensor.data)
+    storages = list(_optimizer_storages(engine))
+    hosts = []
+    for storage in storages:
+        host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin_memory)
+        hosts.append(host.copy_(_bytes_of(storage)))
+        storage.resize_(0)
     try:
         yield
     finally:
-        for tensor, device in zip(tensors, devices, strict=True):
-            tensor.data = tensor.data.to(device)
+        for storage, host in zip(storages, hosts, strict=True):
+            storage.resize_(host.numel())
+            _bytes_of(storage).copy_(host)
 
 
-def _optimizer_tensors(engine: Engine) -> Iterator[torch.Tensor]:
+# Where DeepSpeed's optimisers keep the fp32 master weights of this rank, by class: bf16, ZeRO 1 and 2, ZeRO-3.
+MASTER_WEIGHTS = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+
+
+def _optimizer_storages(engine: Engine) -> Iterator[torch.UntypedStorage]:
+    """The memory of the optimiser's tensors on the device that holds nothing of the model's parameters."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    weights = {id(parameter) for parameter in engine.module.parameters()}
+    tensors = [tensor for name in MASTER_WEIGHTS for tensor in getattr(engine.optimizer, name, ())]
     for parameter, state in optimizer.state.items():
-        if id(parameter) not in weights:  # a flat partition of fp32 master weights
-            yield parameter
-        yield from (tensor for tensor in state.values() if torch.is_tensor(tensor) and tensor.ndim)
+        tensors += [parameter, *(tensor for tensor in state.values() if torch.is_tensor(tensor))]
+    own = (parameter.ds_tensor if is_partitioned(parameter) else parameter for parameter in engine.module.parameters())
+    seen = {tensor.untyped_storage().data_ptr() for tensor in own}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.device == distributed.device() and storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            yield storage
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
