@@ -4,6 +4,8 @@ import pytest
 import torch
 from processes import run_ranks
 
+from utils.errors import InputError
+from utils.parallel import distributed
 from utils.parallel.distributed import derived_seed
 
 
@@ -79,3 +81,30 @@ def test_derived_seeds_differ_where_a_sum_would_not():
     seeds = {derived_seed(seed, step) for seed in range(1234, 1300) for step in range(100)}
     assert len(seeds) == 66 * 100 and all(0 <= seed < 2**63 for seed in seeds)
     assert derived_seed(1234, 1) == 5127198388207649116 != derived_seed(1, 1234)
+
+
+DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19\nGCC version: gcc 12\n"
+
+
+def test_a_gpu_whose_driver_is_too_old_is_not_left_aside_in_silence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(distributed, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    distributed.check_driver()  # no GPU
+    (tmp_path / "version").write_text(DRIVER)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(
+        InputError, match=r"CUDA 13.0\) cannot use .* NVIDIA driver 535.129.03, which must be 580 or newer"
+    ):
+        distributed.check_driver()
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        distributed.check_driver()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        distributed.check_driver()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    distributed.check_driver()
+    warning = capsys.readouterr().err
+    assert "NVIDIA driver 535.129.03, but torch" in warning and warning.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sysconfig
 
 import pytest
 import torch
@@ -180,3 +181,39 @@ def test_gradients_are_reduced_in_place_in_pieces_and_not_at_all_by_one_process(
     zero._reduce_gradients(reduce, gradients, 500_000_000)
     assert seen == [(4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2]])]
     assert gradients[0].flatten().tolist() == list(range(1, 11)) and gradients[1].tolist() == [1, 2, 3]
+
+
+def test_offloading_at_stage_0_runs_at_stage_1(monkeypatch):
+    """DeepSpeed offloads none at stage 0, and its optimiser for host memory would get parameters of the device."""
+    assert (
+        "offload_optimizer" not in zero.zero_config(0, "fp32", offload=True)["zero_optimization"]
+    )  # nothing to offload from
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for dtype in ("fp32", "bf16"):
+        found = zero.zero_config(0, dtype, offload=True)["zero_optimization"]
+        assert found["stage"] == 1 and found["offload_optimizer"]["device"] == "cpu"
+    assert zero.zero_config(0, "fp32")["zero_optimization"]["stage"] == 0
+
+
+def test_gathering_ahead_is_limited_on_a_cpu_alone(monkeypatch):
+    names = ("stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+    assert [zero.zero_config(3, "bf16")["zero_optimization"][name] for name in names] == [30_000_000, 30_000_000]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert [zero.zero_config(3, "bf16")["zero_optimization"][name] for name in names] == [1_000_000_000, 200_000_000]
+
+
+def test_offload_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    zero.check_offload()  # no GPU, no offload
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match=r"^--offload compiles .* has no C\+\+ compiler: install g\+\+, or leave"):
+        zero.check_offload()
+    (tmp_path / "g++").touch(mode=0o755)
+    with pytest.raises(InputError, match=r"^--offload compiles .* needs .*Python.h: install Python's headers"):
+        zero.check_offload()
+    (tmp_path / "Python.h").touch()
+    zero.check_offload()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(zero, "installed_ops", {"cpu_adam": True})
+    zero.check_offload()

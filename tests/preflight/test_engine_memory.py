@@ -8,9 +8,10 @@ from step_scripts import load_step
 
 from utils.algorithms.logprobs import CHUNK
 from utils.data.batches.sizes import Rows, RowSize
+from utils.parallel.zero import GATHERED_ON_CPU, GATHERED_ON_GPU
 from utils.preflight.blocks import LARGE_BLOCK, Blocks, blocks_of
 from utils.preflight.estimate import estimate
-from utils.preflight.memory import LIVE_PARAMETERS, REDUCE_BUCKET, Engine, vocabulary_head
+from utils.preflight.memory import REDUCE_BUCKET, Engine, vocabulary_head
 from utils.preflight.model_shape import Matrix, ModelShape
 from utils.preflight.phases import HEAP_WASTE, KEPT_HEAP, Machine, Moment, largest_moments
 from utils.preflight.roles import Subject
@@ -69,9 +70,10 @@ def test_offload_leaves_parameters_on_the_device_below_stage_3():
 def test_a_pass_at_stage_3_gathers_parameters_up_to_a_limit():
     assert engine(2, "bf16", 4).gathered() == Blocks()
     assert engine(3, "bf16", 4).gathered() == Blocks(2 * (12 * MIB + 1000), 2 * 20 * MIB)
-    wide = dataclasses.replace(SHAPE, parameters=SHAPE.parameters + (Matrix(30 * MIB, True),))
-    gathered = dataclasses.replace(engine(3, "bf16", 4), shape=wide).gathered()
-    assert gathered.total == 2 * (30 * MIB + LIVE_PARAMETERS)
+    wide = dataclasses.replace(SHAPE, parameters=SHAPE.parameters + (Matrix(3000 * MIB, True),) * 2)
+    for on_gpu, (live, _) in ((False, GATHERED_ON_CPU), (True, GATHERED_ON_GPU)):
+        gathered = dataclasses.replace(engine(3, "bf16", 4, on_gpu=on_gpu), shape=wide).gathered()
+        assert gathered.total == 2 * (3000 * MIB + live)
 
 
 def test_buckets_are_filled_on_a_cpu_and_allocated_on_a_gpu():

@@ -11,10 +11,12 @@ import io
 import logging
 import os
 import random
+import re
 import socket
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,8 +27,11 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.utils import groups
 
+from utils.errors import InputError
 from utils.parallel import watchdog
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+LEAST_DRIVER = {"13": 580, "12": 525}  # that a torch of this CUDA runs on
 LEAST_TIMEOUT = datetime.timedelta(minutes=60)
 _verbose = False
 _timeout = LEAST_TIMEOUT  # of every group's collectives
@@ -61,6 +66,34 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
     # Where ZeRO reduces and gathers. DeepSpeed would make it with torch's own limit: 10 minutes for nccl, 30 for gloo.
     groups._WORLD_GROUP = new_group(range(world_size()))
     watchdog.start(rank(), world_size(), stall_timeout)
+
+
+def check_driver() -> None:
+    """Refuse a run that would be on the CPU although there is an NVIDIA GPU: its driver is too old for this torch.
+
+    CUDA_VISIBLE_DEVICES="" in the environment asks for the CPU.
+
+    Raises:
+        InputError: naming the driver and what it needs.
+    """
+    asks_for_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if torch.cuda.is_available() or asks_for_cpu or not NVIDIA_DRIVER.is_file():
+        return
+    found = re.search(r"Kernel Module\D*(\d+[.\d]*)", NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace"))
+    driver = f"NVIDIA driver {found[1]}" if found else "NVIDIA driver"
+    if torch.version.cuda is None:
+        warn(
+            f"this machine has an {driver}, but torch {torch.__version__} is built for CPUs: the run is on the CPU. "
+            "`bash scripts/setup_environment.sh` installs torch with CUDA"
+        )
+        return
+    needed = LEAST_DRIVER.get(torch.version.cuda.split(".")[0])
+    raise InputError(
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU of this machine with its {driver}"
+        + (f", which must be {needed} or newer" if needed else "")
+        + ": update it, or install a build of torch for an older CUDA, such as 12.6, which drivers since 525 run; "
+        'CUDA_VISIBLE_DEVICES="" runs on the CPU'
+    )
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:

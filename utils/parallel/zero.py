@@ -2,7 +2,12 @@
 
 import contextlib
 import functools
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -10,6 +15,7 @@ from utils.parallel import distributed  # before deepspeed: it chooses the accel
 
 import deepspeed  # isort: skip
 import transformers
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -22,6 +28,10 @@ Engine = deepspeed.DeepSpeedEngine  # a model and, if it trains, its optimiser a
 # Classes of DeepSpeed's whose objects its checkpoint files hold; with them torch reads the files without running code.
 CHECKPOINT_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 REDUCE_PIECE = 1 << 25  # numbers of gradients that `_reduce_gradients` sends at a time
+PERSISTENT = 10_000  # numbers: smaller parameters stay whole at stage 3
+# Numbers that stage 3 keeps whole at a time, and those of them that it gathers ahead of their use. A layer of a 7B
+# model has 200 million: with less, a GPU waits for what it gathers. On a CPU nothing overlaps, and memory counts.
+GATHERED_ON_GPU, GATHERED_ON_CPU = (1_000_000_000, 200_000_000), (30_000_000, 30_000_000)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,13 +41,31 @@ def check_precision(dtype: str) -> None:
         raise InputError("--dtype fp16 needs a GPU: use --dtype bf16 or --dtype fp32 on a CPU")
 
 
-def effective_stage(stage: int, dtype: str) -> int:
+def check_offload() -> None:
+    """Raise InputError when DeepSpeed cannot compile its optimiser for host memory, which `--offload` runs on a GPU."""
+    if not torch.accelerator.is_available() or installed_ops.get("cpu_adam"):
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
+        raise InputError(
+            "--offload compiles DeepSpeed's optimiser for host memory, and this machine has no C++ compiler: install "
+            "g++, or leave the flag out"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise InputError(
+            f"--offload compiles DeepSpeed's optimiser for host memory, which needs {header}: install Python's headers "
+            f"(python{sys.version_info.major}.{sys.version_info.minor}-dev), or leave the flag out"
+        )
+
+
+def effective_stage(stage: int, dtype: str, *, offload: bool = False) -> int:
     """The ZeRO stage that really runs.
 
     16-bit training at stage 0 runs as stage 1: the same mathematics on fp32 master weights, sharded over the ranks.
     DeepSpeed's own stage-0 bf16 optimizer starts with a dummy step: Adam's first update becomes 0.75 times its size.
+    Offloading the optimiser needs stage 1 as well.
     """
-    return 1 if stage == 0 and dtype != "fp32" else stage
+    return 1 if stage == 0 and (dtype != "fp32" or offload) else stage
 
 
 def zero_config(
@@ -58,16 +86,18 @@ def zero_config(
         max_grad_norm: global gradient norm limit; 0 turns clipping off. Always set: DeepSpeed's own default is 1.0.
         offload: optimizer state (training) or parameters (not training, stage 3) live in host memory.
     """
-    stage = effective_stage(stage, dtype) if trainable else (3 if stage == 3 else 0)
-    host_memory = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
-    offload = offload and torch.accelerator.is_available()
+    has_gpu = torch.accelerator.is_available()
+    host_memory = {"device": "cpu", "pin_memory": has_gpu}
+    offload = offload and has_gpu
+    stage = effective_stage(stage, dtype, offload=offload) if trainable else (3 if stage == 3 else 0)
+    live, prefetched = GATHERED_ON_GPU if has_gpu else GATHERED_ON_CPU
     zero = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": stage >= 2 and torch.accelerator.is_available(),
-        "stage3_param_persistence_threshold": 10_000,
-        "stage3_max_live_parameters": 30_000_000,
-        "stage3_prefetch_bucket_size": 30_000_000,
+        "overlap_comm": stage >= 2 and has_gpu,
+        "stage3_param_persistence_threshold": PERSISTENT,
+        "stage3_max_live_parameters": live,
+        "stage3_prefetch_bucket_size": prefetched,
         "memory_efficient_linear": False,
     }
     if offload and trainable:

@@ -60,6 +60,8 @@ def estimate_generation(
     kept = {}
     if decodes and not config.release_inference_cache:
         kept["KV cache"] = added["KV cache"]
+        if machine.on_gpu and config.generation_cuda_graphs and not streams and _parts(config, actor) == 1:
+            kept["decode graphs"] = _logits(config, actor)
     packed = not machine.on_gpu and can_pack(torch.empty(0, dtype=TORCH_DTYPES[config.dtype]))  # made for each rollout
     if not config.unpin_actor_parameters and not packed:
         kept["generation copies"] = added["generation copies"]
@@ -119,12 +121,19 @@ def _cache(config: PpoConfig, actor: Role, decodes: bool) -> Blocks:
 def _passes(config: PpoConfig, actor: Role, batch: MicroBatch, decodes: bool) -> Items:
     """A prefill pass and the choice of tokens."""
     rows = config.per_device_generation_batch_size * _parts(config, actor)
-    vocabulary, prompt = actor.engine.shape.vocabulary, config.max_prompt_seq_len
+    prompt = config.max_prompt_seq_len
     prefill = min(rows * prompt, max(PREFILL_TOKENS, prompt)) if decodes else rows * prompt
     return {
         "activations": actor.activations.layer * (prefill / batch.tokens),
-        "logits": block(rows * vocabulary * actor.engine.item_size) + block(4 * rows * vocabulary) * SAMPLING_COPIES,
+        "logits": _logits(config, actor),
     }
+
+
+def _logits(config: PpoConfig, actor: Role) -> Blocks:
+    """Logits of a token of each row, and what choosing makes of them; recorded as CUDA graphs, steps keep it."""
+    rows = config.per_device_generation_batch_size * _parts(config, actor)
+    vocabulary = actor.engine.shape.vocabulary
+    return block(rows * vocabulary * actor.engine.item_size) + block(4 * rows * vocabulary) * SAMPLING_COPIES
 
 
 def _copies(config: PpoConfig, actor: Role, machine: Machine) -> Blocks:

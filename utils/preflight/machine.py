@@ -10,7 +10,8 @@ MIB = 2**20
 LATER_LIBRARIES = 45 * MIB  # measured on a CPU: what torch, DeepSpeed and transformers load when training starts
 DATA_LIBRARIES = 52 * MIB  # measured: what reading the data adds, for an estimate that does not read them
 GPU_CONTEXT = 600 * MIB  # assumed, not measured: CUDA context, cuBLAS workspaces
-GPU_COMMUNICATION = 500 * MIB  # assumed, not measured: NCCL's channels, with more than one process
+GPU_COMMUNICATION = 500 * MIB  # assumed, not measured: NCCL's channels of a group of processes
+GROUPS = 2  # of all processes: torch's own, and the one in which ZeRO reduces and gathers
 
 
 def this_machine() -> Machine:
@@ -26,7 +27,7 @@ def this_machine() -> Machine:
 
 def gpu_machine(world_size: int, memory: float | None) -> Machine:
     """GPUs of `memory` bytes each."""
-    base = GPU_CONTEXT + (GPU_COMMUNICATION if world_size > 1 else 0)
+    base = GPU_CONTEXT + (GROUPS * GPU_COMMUNICATION if world_size > 1 else 0)
     return Machine(device_type="cuda", world_size=world_size, base=base, memory=memory)
 
 

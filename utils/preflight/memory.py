@@ -2,7 +2,7 @@
 
     n   parameters, of which t train        W   processes        b   bytes of a number in the model's dtype
 
-Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, and utils/zero.py, which configures them:
+Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, which utils/parallel/zero.py configures:
 
     stage            0 (fp32 only)     1                      2                      3
     parameters       b n               b n, trained ones flat, in one block          b n / W, whole below 10,000 numbers
@@ -20,14 +20,19 @@ Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, a
 from dataclasses import dataclass
 
 from utils.algorithms.logprobs import BLOCK, CHUNK, KEPT
-from utils.parallel.zero import REDUCE_PIECE, TORCH_DTYPES, effective_stage
+from utils.parallel.zero import (
+    GATHERED_ON_CPU,
+    GATHERED_ON_GPU,
+    PERSISTENT,
+    REDUCE_PIECE,
+    TORCH_DTYPES,
+    effective_stage,
+)
 from utils.preflight.activations import Activations
 from utils.preflight.blocks import Blocks, block, blocks_of
 from utils.preflight.model_shape import ModelShape
 
 REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size, which utils.parallel.zero leaves as it is
-LIVE_PARAMETERS = 30_000_000  # numbers: stage3_max_live_parameters of utils.parallel.zero
-PERSISTENT = 10_000  # numbers: smaller parameters stay whole at stage 3
 BACKWARD_WORK = 0.5  # share of a layer's activations that its backward pass needs beside them, for the gradients
 
 
@@ -50,7 +55,7 @@ class Engine:
     @property
     def real_stage(self) -> int:
         if self.trains:
-            return effective_stage(self.stage, self.dtype)
+            return effective_stage(self.stage, self.dtype, offload=self.offload)
         return 3 if self.stage == 3 else 0
 
     @property
@@ -119,7 +124,8 @@ class Engine:
         """Whole parameters that a pass at stage 3 holds at once."""
         if self.real_stage != 3:
             return Blocks()
-        others = min(self.shape.total - self.shape.largest, LIVE_PARAMETERS)
+        live, _ = GATHERED_ON_GPU if self.on_gpu else GATHERED_ON_CPU
+        others = min(self.shape.total - self.shape.largest, live)
         return block(self.shape.largest * self.item_size) + Blocks(others * self.item_size)
 
     def whole(self) -> Blocks:

@@ -21,7 +21,7 @@ from utils.files import atomic_write_text, make_writable
 from utils.output.metrics import MetricsWriter, check_tensorboard
 from utils.parallel import distributed
 from utils.parallel.divergence import DIVERGENCE_FILE
-from utils.parallel.zero import check_precision
+from utils.parallel.zero import check_offload, check_precision
 from utils.runs.best import BEST_FOLDER, forget_score
 from utils.runs.plan import Plan
 
@@ -31,13 +31,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def check_run(config: StepConfig) -> None:
-    """What can be refused before any process waits for another: unavailable flags, the dtype, the output folder.
+    """What can be refused before any process waits for another: unavailable flags, a GPU that cannot be used, the
+    number format, the output folder.
 
     Raises:
         InputError: one line that names the flag.
     """
     refuse_unavailable(config)
+    distributed.check_driver()
     check_precision(config.dtype)
+    if config.offload:
+        check_offload()
     if config.output_dir:
         if not config.dry_run:
             _check_nothing_to_resume(config)
