@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -289,6 +290,11 @@ BAD_FLAGS = [
     (1, {"data_split": "a,b,c"}, "--data_split"),
     (1, {"learnig_rate": 1}, "did you mean --learning_rate"),
     (1, {"output_dir": "/proc/nowhere"}, "--output_dir"),
+    (1, {"output_dir": "x" * 300}, "--output_dir"),
+    (1, {"seed": 2**64}, "--seed must be at most"),
+    (1, {"learning_rate": "-1e-5"}, "--learning_rate must be above 0"),
+    (1, {"data_path": "/dev/null"}, "neither a file nor a folder"),
+    (3, {"temperature": 1e-30}, "--temperature must be at least 0.001"),
     (2, {"data_path": "some-org/some-data"}, "some-org/some-data"),
     (3, {"critic_model_name_or_path": "MODEL"}, "not a reward model"),
     (3, {"per_device_training_batch_size": 3}, "--per_device_training_batch_size"),
@@ -328,6 +334,36 @@ def test_a_model_that_the_run_would_write_over_is_refused(world, capsys, tmp_pat
 def test_a_model_elsewhere_in_the_output_folder_is_welcome(world, tmp_path):
     model = shutil.copytree(world["model"], tmp_path / "models" / "actor")
     run_step(1, flags(world, 1, tmp_path, model_name_or_path=model, max_steps=1, num_sample_generations=0))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_does_not_write_over_its_data(world, capsys, tmp_path, step):
+    rows = Path(world["data"]).read_text()
+    for name in ("metrics.jsonl", "config.json"):
+        data = tmp_path / name
+        data.write_text(rows)
+        line = refused(step, flags(world, step, tmp_path, data_path=data), capsys)
+        assert f"the run would write over its --data_path {data}" in line and data.read_text() == rows
+        data.unlink()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text(rows)
+    for output in (folder, folder / "out"):
+        line = refused(step, flags(world, step, output, data_path=folder), capsys)
+        assert f"--output_dir {output} lies in the data folder --data_path {folder}" in line
+    assert [path.name for path in folder.iterdir()] == ["pairs.jsonl"]
+
+
+def test_data_of_another_name_may_lie_in_the_output_folder(world, tmp_path):
+    data = shutil.copy(world["data"], tmp_path / "pairs.jsonl")
+    run_step(1, flags(world, 1, tmp_path, data_path=data, max_steps=1, num_sample_generations=0))
+    assert Path(data).read_text() == Path(world["data"]).read_text()
+
+
+def test_a_refused_run_leaves_no_empty_folder(world, capsys, tmp_path):
+    output = tmp_path / "not" / "there"
+    refused(1, flags(world, 1, output, data_path="nowhere.jsonl"), capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 GOOD = '{"prompt": " Human: a Assistant:", "chosen": " b", "rejected": " c"}\n'
@@ -375,8 +411,6 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2
 
 
 def free_port() -> str:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -405,6 +439,28 @@ def test_a_refusal_on_two_ranks_is_one_line_and_a_failing_exit(world):
     assert result.returncode == 2
     assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "error: rank 5: the environment says RANK=5 of WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "error: port PORT of this machine, at which the processes are to meet"),
+    ],
+    ids=["rank", "port"],
+)
+def test_processes_that_cannot_meet_say_why(world, environment, line):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = environment | {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        result = subprocess.run(
+            [sys.executable, str(STEPS[1]), *flags(world, 1)],
+            env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith(line.replace("PORT", port, 1))
 
 
 def test_interrupt_leaves_nothing_half_written(world, tmp_path):

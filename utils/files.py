@@ -80,6 +80,17 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def try_writing(folder: Path) -> None:
+    """`make_writable`, but a folder that was missing is missing again afterwards; OSError where it cannot be made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        make_writable(folder)
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 def make_writable(folder: Path) -> None:
     """Make `folder` if it is missing, and try that files can be made in it; OSError where they cannot."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -293,6 +293,36 @@ def test_a_checkpoint_of_version_0_1_is_refused_by_name(world, output, capsys, m
     assert (str(newest) in line) == (wanted == "auto")
 
 
+def test_a_checkpoint_of_another_step_is_refused_as_such(world, output, capsys):
+    """And not for one of its flags."""
+    script = load_step(2)
+    argv = flags(world, 2, output, resume_from_checkpoint="auto", save_interval=1)
+    with pytest.raises(SystemExit) as stop:
+        run(script.main, script.Config, argv)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "checkpoint-3 is a checkpoint of another step" in line
+    assert "'sft'" in line and "'preference'" in line
+
+
+@pytest.mark.parametrize(
+    ("garbage", "message"),
+    [(b"garbage\n", "line 1: not JSON"), (b"\xff\xfe\n", "not text"), (b"7\n", "line 1: expected")],
+)
+def test_metrics_that_cannot_be_continued_are_refused_before_training(world, output, capsys, garbage, message):
+    metrics = output / "metrics.jsonl"
+    metrics.write_bytes(garbage + metrics.read_bytes())
+    assert f"{metrics}" in (line := refusal(world, output, capsys)) and message in line
+
+
+def test_what_was_logged_after_the_checkpoint_need_not_be_readable(world, output):
+    metrics = output / "metrics.jsonl"
+    position = json.loads((output / "checkpoints" / "checkpoint-3" / "state.json").read_text())["state"][
+        "metrics_position"
+    ]
+    metrics.write_bytes(metrics.read_bytes()[:position] + b"\xffgarbage\n")
+    resume(world, output)
+
+
 def test_other_rows_are_refused(world, output, tmp_path, capsys):
     original = Path(world["data"]).read_text()
     try:
@@ -350,7 +380,8 @@ def save_without_room(world: dict, output: str) -> str:
 
 def test_a_full_disk_stops_every_rank_and_leaves_earlier_checkpoints(world, tmp_path):
     messages = run_ranks(save_without_room, 2, world, str(tmp_path))
-    assert messages[0] == messages[1] and "--output_dir" in messages[0] and "step 2 cannot be written" in messages[0]
+    assert messages[0] == messages[1] and "--output_dir" in messages[0]
+    assert "step 2 cannot be written (no space left on the device)" in messages[0] or "File too large" in messages[0]
     checkpoints = tmp_path / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-1", "latest"]
     records = folders.read_manifest(checkpoints / "checkpoint-1")

@@ -1,5 +1,6 @@
 """What is refused before any weights are read: folders, heads, lengths and tokenizers, by the flag that gave them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,58 @@ def test_no_model_may_have_fewer_embeddings_than_the_tokenizer_has_ids(role, fol
     models[role].vocab_size -= 1
     with pytest.raises(InputError, match=r"the tokenizer has \d+ tokens but a model embeds"):
         load_matching_tokenizer(config, models)
+
+
+def with_config(folder, **changes) -> None:
+    """The folder with other values in its config.json."""
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 319}, r"lm_head.weight is 320 x 32 in model.safetensors, but 319 x 32 by config"),
+        ({"hidden_size": 64}, r".* is .* in model.safetensors, but .* by config.json; the files do not"),
+        ({"num_attention_heads": 5}, "config.json (cannot be used|describes no model)"),
+        ({"num_attention_heads": 8}, r".*o_proj.weight is 32 x 32 in model.safetensors, but 32 x 64 by config"),
+        ({"num_attention_heads": 0}, "config.json (cannot be used|describes no model)"),
+        ({"hidden_size": "wide"}, "config.json (cannot be used|describes no model)"),
+        ({"num_hidden_layers": "two"}, "config.json (cannot be used|describes no model)"),
+        ({"rope_parameters": 7}, "config.json (cannot be used|describes no model)"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_its_weights_or_itself_is_one_line(folder, changes, message):
+    with_config(folder, **changes)
+    with pytest.raises(InputError, match=f"^--model_name_or_path {folder}: {message}") as error:
+        check_models(sft(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_models_of_other_kinds_are_named(tmp_path, tiny_tokenizer):
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    t5 = transformers.T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    models = {
+        "an encoder-decoder": transformers.T5ForConditionalGeneration(t5),
+        "an encoder": transformers.BertForMaskedLM(transformers.BertConfig(intermediate_size=64, **sizes)),
+        "no language model": transformers.ViTForImageClassification(
+            transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+        ),
+    }
+    for number, (kind, model) in enumerate(models.items()):
+        path = tmp_path / str(number)
+        model.save_pretrained(path), tiny_tokenizer.save_pretrained(path)
+        with pytest.raises(InputError, match=rf"^--model_name_or_path .*: {kind} \({type(model).__name__}\); give a"):
+            check_models(sft(path))
+
+
+def test_a_tokenizer_of_far_fewer_tokens_than_the_model_is_refused(tmp_path, tiny_tokenizer):
+    for vocabulary, fits in ((600, True), (700, False)):
+        path = save_causal_lm(tmp_path / str(vocabulary), tiny_tokenizer, vocab_size=vocabulary)
+        config = sft(path)
+        if fits:
+            load_matching_tokenizer(config, check_models(config))
+            continue
+        with pytest.raises(InputError, match="the tokenizer has 320 tokens but a model embeds 700; use the tokenizer"):
+            load_matching_tokenizer(config, check_models(config))

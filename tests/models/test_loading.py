@@ -1,6 +1,7 @@
 """What loading refuses while it reads weights, and what it makes of them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +67,34 @@ def test_sampling_defaults_of_the_checkpoint_do_not_leak(folder, tiny_tokenizer)
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": True}))
     generation = load_causal_lm(str(folder), tiny_tokenizer, ZERO, dtype="fp32").model.generation_config
     assert not generation.do_sample and generation.top_p in (None, 1.0) and generation.temperature in (None, 1.0)
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_scalar_model])
+def test_weights_that_are_nan_are_refused_when_they_are_loaded(folder, tiny_tokenizer, load):
+    """Not after training, with the learning rate to blame."""
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    options = {"new_head": True} if load is load_scalar_model else {}
+    with pytest.raises(InputError, match=r"--model_name_or_path .* NaN .* first in .*layers.1.mlp.up_proj.weight"):
+        load(str(folder), tiny_tokenizer, ZERO, dtype="fp32", **options)
+
+
+class Malicious:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch " + MARK,)
+
+
+MARK = "/tmp/threestep-rlhf-test-was-run"
+
+
+def test_code_in_a_bin_file_is_not_run_and_torchs_advice_to_run_it_not_shown(folder, tiny_tokenizer):
+    state = load_file(folder / "model.safetensors")
+    torch.save(state | {"extra": Malicious()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    Path(MARK).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="its .bin file holds more than weights; nothing in it was run") as error:
+        load_causal_lm(str(folder), tiny_tokenizer, ZERO, dtype="fp32")
+    assert "weights_only" not in str(error.value) and not Path(MARK).exists()

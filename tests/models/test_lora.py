@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from step_scripts import flags, run_step
 from tiny_models import save_causal_lm, save_reward_model
 
+from utils.arguments.roles import RoleFlags
 from utils.errors import InputError
 from utils.models.checks import load_config
 from utils.models.loading import load_causal_lm, load_scalar_model
@@ -50,8 +51,10 @@ def test_comma_separated_names_and_no_match(model, tmp_path):
         find_linear_layers(model, "decoder.layers.")
     config = load_config(str(tmp_path), "--model_name_or_path")
     with pytest.raises(InputError, match="matches no linear layer"):
-        check_lora(config, 8, "decoder.layers.")
-    check_lora(config, 0, "decoder.layers.")
+        check_lora(config, RoleFlags(name="m", kind="causal_lm", path="", path_flag="", lora_module_name="decoder."))
+    with pytest.raises(InputError, match=r"--actor_lora_dim 65: .* up to 64 rows and columns"):
+        check_lora(config, RoleFlags(name="m", kind="causal_lm", path="", path_flag="", prefix="actor_", lora_dim=65))
+    check_lora(config, RoleFlags(name="m", kind="causal_lm", path="", path_flag="", lora_dim=64))
 
 
 def test_what_trains(model):

@@ -6,6 +6,8 @@ from typing import Literal
 from utils.arguments.base import Arguments, flag
 from utils.errors import InputError
 
+LEAST_TEMPERATURE = 1e-3  # below, logits divided by it overflow
+
 
 @dataclass(kw_only=True)
 class RolloutArguments(Arguments):
@@ -35,7 +37,9 @@ class RolloutArguments(Arguments):
         [],
         "texts that end an answer, which then counts as complete, such as a user's next turn, beside the EOS",
     )
-    temperature: float = flag(1.0, "sampling temperature; the log-probs that PPO compares use it too", above=0)
+    temperature: float = flag(
+        1.0, "sampling temperature; the log-probs that PPO compares use it too", at_least=LEAST_TEMPERATURE
+    )
     top_k: int = flag(0, "sample among this many most likely tokens; 0 = all. Biases PPO: see --top_p", at_least=0)
     top_p: float = flag(
         1.0,

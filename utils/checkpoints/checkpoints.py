@@ -36,7 +36,7 @@ from utils.checkpoints.run_state import RunState, describe_run, write_state
 from utils.checkpoints.search import check_shared, find_checkpoint
 from utils.checkpoints.signals import StopSignals
 from utils.errors import InputError, RankError, RunStopped
-from utils.output.metrics import METRICS_FILE, MetricsWriter
+from utils.output.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from utils.parallel import distributed
 from utils.parallel.divergence import check_weights
 from utils.parallel.zero import Engine
@@ -53,7 +53,8 @@ class Checkpoints:
         data_keys: of the rows that the run trains on (`TokenDataset.key`).
 
     Raises:
-        InputError: the checkpoint is damaged, or of a run with other flags or data; --output_dir is not shared.
+        InputError: the checkpoint is damaged, or of a run with other flags or data; --output_dir is not shared; its
+            metrics, which the run would continue, cannot be read.
     """
 
     def __init__(self, config: StepConfig, *, total_steps: int, data_keys: Sequence[str]) -> None:
@@ -64,6 +65,8 @@ class Checkpoints:
         if config.save_interval or config.resume_from_checkpoint:
             check_shared(Path(config.output_dir))
         self._found = find_checkpoint(config, self._run, total_steps)
+        if self._found and self._found.state.metrics_position and distributed.is_main():
+            read_metrics(Path(config.output_dir) / METRICS_FILE, end=self._found.state.metrics_position)
         self._finished = self._found is not None and self._found.state.step == total_steps
 
     def __enter__(self) -> "Checkpoints":
@@ -194,7 +197,8 @@ class Checkpoints:
                 files.append(write_state(temporary, state, self._run))
             write_listing(temporary, distributed.rank(), files)
         except (OSError, RuntimeError, SafetensorError) as error:
-            return str(error)
+            # torch says of a full disk "unexpected pos 33565888 vs 33565776"
+            return "no space left on the device" if "unexpected pos" in str(error) else str(error)
         return None
 
     def _load_averages(self, folder: Path, processes: int) -> None:

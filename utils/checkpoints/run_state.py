@@ -32,6 +32,7 @@ def describe_run(config: StepConfig, data_keys: list[str]) -> dict[str, Any]:
     known = known_flags(type(config))
     return {
         "format": STATE_FORMAT,
+        "purpose": config.purpose,
         "config": {name: value for name, value in vars(config).items() if known[name].resume != "free"},
         "data": data_keys,
         "world_size": distributed.world_size(),
@@ -63,6 +64,11 @@ def read_state(folder: Path, run: dict[str, Any], config_class: type[StepConfig]
             f"{folder} was written by version 0.1 of this project, which told prepared rows apart by its own source "
             "code, so that nobody can say whether they are the same: finish that run with that version, or start anew "
             "with another --output_dir"
+        )
+    if saved["purpose"] != run["purpose"]:
+        raise InputError(
+            f"{folder} is a checkpoint of another step (its rows are for {saved['purpose']!r}, those of this step for "
+            f"{run['purpose']!r}): name that step's script, or another --output_dir"
         )
     flags, defaults = known_flags(config_class), flag_defaults(config_class)
     now, then = run["config"], {name: defaults[name] for name in run["config"] if name in defaults} | saved["config"]

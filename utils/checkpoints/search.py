@@ -72,6 +72,7 @@ def check_shared(output_dir: Path) -> None:
     probe, problem = output_dir / f".probe-{number}", None  # a name that no file system has been asked for before
     if distributed.is_main():
         try:
+            output_dir.mkdir(parents=True, exist_ok=True)
             probe.touch()
         except OSError as error:
             problem = f"--output_dir {output_dir}: cannot be written ({error}); choose another folder"

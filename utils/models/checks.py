@@ -1,11 +1,19 @@
 """What can be said of the models and the tokenizer that the flags name before any weights are read."""
 
 import contextlib
-import json
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from utils.arguments.roles import RoleFlags
 from utils.arguments.steps import StepConfig
@@ -13,7 +21,9 @@ from utils.errors import InputError
 from utils.hub import is_reachable, looks_local, offline
 from utils.models.lora import check_lora
 from utils.models.tokenizer import check_same_tokens, has_tokenizer, load_tokenizer
-from utils.models.weight_files import check_weight_files
+from utils.models.weight_files import check_shapes, check_weight_files
+
+MOST_UNUSED = 2  # times as many rows in the embedding as the tokenizer has tokens
 
 
 def check_models(config: StepConfig) -> dict[str, PreTrainedConfig]:
@@ -32,7 +42,8 @@ def check_models(config: StepConfig) -> dict[str, PreTrainedConfig]:
     length, flags = config.longest_sequence()
     for name, role in config.roles().items():
         _check_length(models[name], length, flags)
-        check_lora(models[name], role.lora_dim, role.lora_module_name)
+        if role.lora_dim:
+            check_lora(models[name], role)
     return models
 
 
@@ -59,8 +70,8 @@ def load_config(
     try:
         with contextlib.nullcontext() if reachable else offline():
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # values of every wrong kind, each with an error of its own
+        reason = _reason(error)
         if folder.exists():
             raise InputError(f"{flag} {path}: config.json cannot be used ({reason})") from error
         raise InputError(
@@ -83,7 +94,7 @@ def load_matching_tokenizer(config: StepConfig, models: Mapping[str, PreTrainedC
     )
     for model_config in models.values():
         excess = len(tokenizer) - model_config.vocab_size
-        if excess > int(config.add_eot_token):
+        if excess > int(config.add_eot_token) or len(tokenizer) < model_config.vocab_size / MOST_UNUSED:
             raise InputError(
                 f"{path}: the tokenizer has {len(tokenizer)} tokens but a model embeds {model_config.vocab_size}; "
                 "use the tokenizer that the model was trained with (--tokenizer_name_or_path)"
@@ -100,6 +111,12 @@ def _check_language_model(config: StepConfig, role: RoleFlags) -> PreTrainedConf
             f"{role.path_flag} {role.path}: a reward model ({model_config.architectures[0]}); give a language model, "
             "such as step 1's output folder"
         )
+    if kind := _other_kind(model_config):
+        architecture = (model_config.architectures or [model_config.model_type])[0]
+        raise InputError(
+            f"{role.path_flag} {role.path}: {kind} ({architecture}); give a causal language model, such as LLaMA"
+        )
+    _check_shapes(role, model_config, AutoModelForCausalLM)
     return model_config
 
 
@@ -110,7 +127,36 @@ def _check_scalar_model(config: StepConfig, role: RoleFlags) -> PreTrainedConfig
         raise InputError(
             f"{role.path_flag} {role.path}: not a reward model ({architecture}); give step 2's output folder"
         )
+    _check_shapes(role, model_config, AutoModelForSequenceClassification)
     return model_config
+
+
+def _other_kind(model_config: PreTrainedConfig) -> str:
+    """What a model is that is no causal language model; empty for one."""
+    if getattr(model_config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    if model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model_config, "is_decoder", False):
+        return "an encoder"
+    is_known = model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "" if is_known or hasattr(model_config, "auto_map") else "no language model"
+
+
+def _check_shapes(role: RoleFlags, model_config: PreTrainedConfig, auto_class: type) -> None:
+    """Compare the shapes in a local folder's weight files with those of a model built from its config.json."""
+    if not Path(role.path).exists() or hasattr(model_config, "auto_map"):
+        return
+    label = f"{role.path_flag} {role.path}"
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(copy.deepcopy(model_config))
+    except Exception as error:
+        raise InputError(f"{label}: config.json describes no model that can be built ({_reason(error)})") from error
+    check_shapes(Path(role.path), label, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _has_scalar_head(model_config: PreTrainedConfig) -> bool:

@@ -1,6 +1,7 @@
 """Models from a folder (or a hub name), whole or already split by ZeRO-3, with exactly the weights of the file."""
 
 import math
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -16,9 +17,11 @@ from utils.errors import InputError
 from utils.models.causal_lm import CausalLM
 from utils.models.checks import load_config
 from utils.models.scalar_head import ScalarHeadModel
-from utils.parallel.zero import TORCH_DTYPES, gathered, sharded_loading
+from utils.parallel import distributed
+from utils.parallel.zero import TORCH_DTYPES, gathered, is_partitioned, sharded_loading
 
 HEAD_WEIGHT = "score.weight"
+PIECE = 1 << 24  # numbers that are looked at together
 
 
 def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
@@ -33,14 +36,19 @@ def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
 def _from_pretrained(
     auto_class, path: str, config: PreTrainedConfig, zero_config: dict, dtype: str, trust_remote_code: bool
 ):
-    with sharded_loading(zero_config):
-        model, report = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=TORCH_DTYPES[dtype],
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+    try:
+        with sharded_loading(zero_config):
+            model, report = auto_class.from_pretrained(
+                path,
+                config=config,
+                dtype=TORCH_DTYPES[dtype],
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except UnpicklingError as error:
+        raise InputError(
+            f"{path}: its .bin file holds more than weights; nothing in it was run. Ask for a model in safetensors"
+        ) from error
     return model, set(report["missing_keys"]), set(report["unexpected_keys"])
 
 
@@ -49,6 +57,19 @@ def _refuse_key_mismatch(path: str, missing: set[str], unexpected: set[str]) -> 
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise InputError(f"{path}: the weights {what} {listed}; the file does not belong to its config.json")
+
+
+@torch.no_grad()
+def _refuse_nan(model: nn.Module, label: str) -> None:
+    """Training would end in NaN, and its flags would be blamed. Every rank must call it, and looks at what it holds."""
+    problem = None
+    for name, parameter in model.named_parameters():
+        held = parameter.ds_tensor if is_partitioned(parameter) else parameter
+        if not all(bool(piece.isfinite().all()) for piece in held.flatten().split(PIECE)):
+            problem = f"{label}: the weights hold NaN or infinite values, first in {name}; give an undamaged model"
+            break
+    if problem := distributed.first_problem(problem):
+        raise InputError(problem)
 
 
 def _carry_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,6 +114,7 @@ def load_causal_lm(
         AutoModelForCausalLM, path, config, zero_config, dtype, trust_remote_code
     )
     _refuse_key_mismatch(path, missing, unexpected)
+    _refuse_nan(model, f"{flag} {path}")
     _grow_embedding(model, tokenizer)
     _carry_tokens(model, tokenizer)
     if gradient_checkpointing:
@@ -133,6 +155,7 @@ def load_scalar_model(
         missing.discard(HEAD_WEIGHT)
         unexpected -= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
     _refuse_key_mismatch(path, missing, unexpected)
+    _refuse_nan(model.base_model, f"{flag} {path}")  # a new head holds nothing yet
     if new_head:
         weight = model.score.weight
         with gathered([weight], write=True), torch.no_grad():

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from utils.arguments.roles import RoleFlags
 from utils.errors import InputError
 
 ADAPTER = "default"
@@ -38,11 +39,21 @@ def find_linear_layers(model: nn.Module, patterns: str = "") -> list[str]:
     return matching
 
 
-def check_lora(config: PreTrainedConfig, dim: int, patterns: str) -> None:
-    """`find_linear_layers` on the architecture alone, before any weights exist; nothing to check when `dim` is 0."""
-    if dim > 0 and patterns:
-        with torch.device("meta"):
-            find_linear_layers(AutoModel.from_config(config), patterns)
+def check_lora(config: PreTrainedConfig, role: RoleFlags) -> None:
+    """Look at the adapters of a role on the architecture alone, before any weights exist.
+
+    Raises:
+        InputError: no layer matches; or the factors are larger than every matrix that they adapt.
+    """
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    names = find_linear_layers(model, role.lora_module_name)
+    largest = max(max(model.get_submodule(name).weight.shape) for name in names)
+    if role.lora_dim > largest:
+        raise InputError(
+            f"--{role.prefix}lora_dim {role.lora_dim}: the matrices to adapt have up to {largest} rows and columns, so "
+            "that factors of this rank are larger than they are; lower it"
+        )
 
 
 def add_lora(

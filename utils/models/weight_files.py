@@ -58,3 +58,24 @@ def _check_whole(file: Path, label: str) -> None:
                 pass
     except (OSError, SafetensorError) as error:
         raise InputError(f"{label}: {file.name} cannot be read whole ({error}); copy the model again") from error
+
+
+def check_shapes(folder: Path, label: str, expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuse safetensors files with a tensor of another shape than `expected`; names of only one side do not count.
+
+    Raises:
+        InputError: naming the first tensor.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (not a dictionary)
+                shape = tuple(stored.get_slice(name).get_shape()) if name in expected else ()
+                if name in expected and shape != expected[name]:
+                    raise InputError(
+                        f"{label}: {name} is {_by(shape)} in {file.name}, but {_by(expected[name])} by config.json; "
+                        "the files do not belong together: copy the model again"
+                    )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"

@@ -180,18 +180,21 @@ def check_tensorboard(tensorboard_path: str, output_dir: str | os.PathLike | Non
     return folder
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, float | None]]:
-    """The rows of a `metrics.jsonl`, in order; null stays None.
+def read_metrics(path: str | os.PathLike, *, end: int | None = None) -> list[dict[str, float | None]]:
+    """The rows of a `metrics.jsonl`, in order; null stays None. A last line without its end is left out.
 
-    A last line without its end, left by a machine that went down, is passed over.
+    Args:
+        end: bytes of the file that are read; left out, all.
 
     Raises:
         InputError: the file cannot be read, or another line is not a JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_bytes()[:end].decode("utf-8").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text (byte {error.start + 1}); remove the file's rest from there on") from error
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

@@ -27,7 +27,7 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.utils import groups
 
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 from utils.parallel import watchdog
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -59,10 +59,20 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
     else:
         # Compiling DeepSpeed's shared-memory collectives takes half a minute and leaks /dev/shm; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not 0 <= rank() < world_size():
+        raise RankError(f"the environment says RANK={rank()} of WORLD_SIZE={world_size()}: ranks count from 0")
     gc.freeze()  # what imports have made stays: DeepSpeed collects garbage often, half a second each time with it
     _timeout = max(LEAST_TIMEOUT, datetime.timedelta(minutes=2 * stall_timeout))
-    with quiet():
-        deepspeed.init_distributed(timeout=_timeout)
+    try:
+        with quiet():
+            deepspeed.init_distributed(timeout=_timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "in use" not in str(error):
+            raise
+        raise RankError(
+            f"port {os.environ.get('MASTER_PORT')} of this machine, at which the processes are to meet, is in use: "
+            "give the launcher another one, such as --master_port 29511"
+        ) from error
     # Where ZeRO reduces and gathers. DeepSpeed would make it with torch's own limit: 10 minutes for nccl, 30 for gloo.
     groups._WORLD_GROUP = new_group(range(world_size()))
     watchdog.start(rank(), world_size(), stall_timeout)

@@ -17,8 +17,8 @@ from utils.arguments.steps import StepConfig
 from utils.checkpoints.folders import checkpoint_steps
 from utils.checkpoints.run_state import LIBRARIES, RunState
 from utils.errors import InputError
-from utils.files import atomic_write_text, make_writable
-from utils.output.metrics import MetricsWriter, check_tensorboard
+from utils.files import atomic_write_text, try_writing
+from utils.output.metrics import METRICS_FILE, MetricsWriter, check_tensorboard
 from utils.parallel import distributed
 from utils.parallel.divergence import DIVERGENCE_FILE
 from utils.parallel.zero import check_offload, check_precision
@@ -28,6 +28,13 @@ from utils.runs.plan import Plan
 CONFIG_FILE = "run_config.yaml"
 SUMMARY_FILE = "summary.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
+# What a run writes into --output_dir that a folder of data could hold.
+WRITTEN = frozenset(
+    {
+        *(METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, DIVERGENCE_FILE, "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "added_tokens.json"),
+    }
+)
 
 
 def check_run(config: StepConfig) -> None:
@@ -43,10 +50,11 @@ def check_run(config: StepConfig) -> None:
     if config.offload:
         check_offload()
     if config.output_dir:
-        if not config.dry_run:
-            _check_nothing_to_resume(config)
-            _check_writable(Path(config.output_dir))
         _check_inputs_stay(config)
+        _check_data_stays(config)
+        if not config.dry_run:
+            _check_writable(Path(config.output_dir))
+            _check_nothing_to_resume(config)
     if config.enable_tensorboard and not config.dry_run:
         check_tensorboard(config.tensorboard_path, config.output_dir)
 
@@ -154,11 +162,32 @@ def _check_inputs_stay(config: StepConfig) -> None:
             )
 
 
+def _check_data_stays(config: StepConfig) -> None:
+    """A run must not write over its data, nor into a folder of data, which the next run would read with its files."""
+    output_dir = Path(config.output_dir).resolve()
+    named = [("--data_path", path) for path in config.data_path]
+    named += [("--sft_only_data_path", path) for path in config.undivided_paths]
+    if text := getattr(config, "unsupervised_dataset_name", None):
+        named.append(("--unsupervised_dataset_name", text))
+    for flag, name in named:
+        path = Path(name).expanduser().resolve()
+        if path.is_dir() and output_dir.is_relative_to(path):
+            raise InputError(
+                f"--output_dir {config.output_dir} lies in the data folder {flag} {name}: what the run writes would be "
+                "read as data the next time; name another folder"
+            )
+        if path.is_file() and path.parent == output_dir and path.name in WRITTEN:
+            raise InputError(
+                f"--output_dir {config.output_dir}: the run would write over its {flag} {name}; name another folder"
+            )
+
+
 def _check_writable(folder: Path) -> None:
-    if folder.is_file():
-        raise InputError(f"--output_dir {folder}: is a file; name a folder")
     try:
-        make_writable(folder)
+        if folder.is_file():
+            raise InputError(f"--output_dir {folder}: is a file; name a folder")
+        if distributed.is_main():  # of several processes that try this in one folder, some would remove it for others
+            try_writing(folder)
     except OSError as error:
         raise InputError(
             f"--output_dir {folder}: cannot be written ({os.strerror(error.errno)}); choose another folder"

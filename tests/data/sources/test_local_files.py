@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -113,3 +114,32 @@ def test_a_folder_without_training_data(tmp_path):
     (tmp_path / "eval.jsonl").touch()
     with pytest.raises(InputError, match=r"only held-out files \(eval.jsonl\)"):
         find_files(tmp_path, "--data_path x")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{"n": ' + "9" * 5001 + "}", "a.jsonl, line 2: a number that cannot be read"),
+        ("a.json", '[{"n": ' + "9" * 5001 + "}]", "a.json: a number that cannot be read"),
+        ("a.jsonl", '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "a.jsonl, line 1: .* too deep to be read"),
+        ("a.json", "[" * 100_000 + "]" * 100_000, "a.json: .* too deep to be read"),
+        ("a.csv", "prompt,chosen,prompt\na,b,c\n", "a.csv, line 1: the column 'prompt' comes twice; rename one"),
+        ("a.tsv", "prompt\tchosen\na\tb\n", "a.tsv: no kind of file that can be read .* convert it, or rename it"),
+        ("notes.txt", "Some text.\n", "notes.txt: no kind of file that can be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line_without_a_traceback(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        list(read_rows(tmp_path / name))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_json_in_a_file_of_another_name_is_read(tmp_path):
+    (tmp_path / "rows.txt").write_text('{"prompt": "x"}\n')
+    assert [row for _, row in read_rows(tmp_path / "rows.txt")] == [{"prompt": "x"}]
+
+
+def test_what_is_neither_file_nor_folder():
+    with pytest.raises(InputError, match="^--data_path /dev/null: neither a file nor a folder"):
+        find_files(Path("/dev/null"), "--data_path /dev/null")

@@ -36,6 +36,8 @@ def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], 
     """
     if path.is_file():
         return [path], [], []
+    if not path.is_dir():
+        raise InputError(f"{label}: neither a file nor a folder")
     files = sorted(
         file
         for file in path.rglob("*")
@@ -91,6 +93,11 @@ def _reader(file: Path):
     if head.startswith(b"PAR1"):
         return _read_parquet
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first not in (b"[", b"{") and not name.endswith((".json", ".jsonl")):
+        raise InputError(
+            f"{file}: no kind of file that can be read ({', '.join(SUFFIXES[:5])}, the text kinds also as .gz), and no "
+            "JSON by its first character; convert it, or rename it"
+        )
     whole = first == b"[" or (first == b"{" and name.endswith(".json"))
     return _read_json if whole else _read_json_lines
 
@@ -113,11 +120,7 @@ def _read_json_lines(file: Path) -> Iterator[LocatedRow]:
             line = _decode(data, where).strip()
             if not line:
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-            yield where, _object(row, where)
+            yield where, _object(_json(line, where), where)
 
 
 def _read_json(file: Path) -> Iterator[LocatedRow]:
@@ -125,20 +128,31 @@ def _read_json(file: Path) -> Iterator[LocatedRow]:
     with _open(file) as stream:
         text = _decode(stream.read(), str(file))
     try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip()[:1] == "{":
-            yield from _read_json_lines(file)
-            return
-        raise InputError(
-            f"{file}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
-        ) from error
+        document = _json(text, str(file), has_lines=True)
+    except InputError:
+        if text.lstrip()[:1] != "{":
+            raise
+        yield from _read_json_lines(file)
+        return
     if isinstance(document, dict):
         arrays = [value for value in document.values() if isinstance(value, list)]
         document = arrays[0] if len(document) == 1 and arrays else [document]
     for number, row in enumerate(document, 1):
         where = f"{file}, row {number}"
         yield where, _object(row, where)
+
+
+def _json(text: str, where: str, *, has_lines: bool = False) -> object:
+    """What `text` holds. Raises InputError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if has_lines else ""
+        raise InputError(f"{where}{line}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:  # an integer with thousands of digits
+        raise InputError(f"{where}: a number that cannot be read ({error})") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: lists or objects in each other, too deep to be read") from error
 
 
 def _object(row: object, where: str) -> Row:
@@ -154,6 +168,8 @@ def _read_csv(file: Path) -> Iterator[LocatedRow]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
+        if twice := next((name for name in header if header.count(name) > 1), None):
+            raise InputError(f"{file}, line 1: the column {twice!r} comes twice; rename one of them")
         line = reader.line_num + 1  # a row may span lines: its place is where it begins
         for fields in reader:
             where = f"{file}, line {line}"

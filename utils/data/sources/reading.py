@@ -215,6 +215,7 @@ def _examples(
     row_format = source.format or _recognise(first, purpose)
     lenient = row_format.published or isinstance(source, HubSource)
     for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
+        _refuse_half_characters(example, where)
         yield where, example, lenient
 
 
@@ -235,6 +236,20 @@ def _convert(
             dropped["without a response"] += 1
         except RowError as error:
             raise _refusal(where, error) from error
+
+
+def _refuse_half_characters(example: Example, where: str) -> None:
+    """JSON can hold one half of a character that UTF-16 writes in two ("\\ud83d"); no encoding and no tokenizer can."""
+    turns = [example.prompt] if isinstance(example.prompt, str) else [text for _, text in example.prompt]
+    for text in filter(None, (*turns, example.chosen, example.rejected, example.reference)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = text[error.start].encode("ascii", "backslashreplace").decode()
+            before = text[max(error.start - 20, 0) : error.start]
+            raise InputError(
+                f"{where}: the text {before!r} goes on with {half}, half of a character; mend the row or remove it"
+            ) from error
 
 
 def _with_other_columns(example: Example, row: Row, row_format: Format) -> Example:
