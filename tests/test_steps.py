@@ -460,7 +460,7 @@ def test_processes_that_cannot_meet_say_why(world, environment, line):
             env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
     assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1].startswith(line.replace("PORT", port, 1))
+    assert result.stderr.strip().splitlines()[-1].startswith(line.replace("PORT", port, 1))
 
 
 def test_interrupt_leaves_nothing_half_written(world, tmp_path):

@@ -10,7 +10,7 @@ import termios
 import pytest
 
 from utils.output import progress
-from utils.output.progress import PlainProgress, Progress, format_number
+from utils.output.progress import PlainProgress, Progress, Wait, format_number
 
 
 @pytest.fixture
@@ -126,3 +126,17 @@ def test_a_terminal_without_a_size_gets_lines(monkeypatch):
 )
 def test_format_number(value, text):
     assert format_number(value) == text
+
+
+def test_work_within_a_step_says_nothing_at_first_and_then_a_line_now_and_then(capsys, clock):
+    with Wait("held-out rows", 100, is_main=True) as bar:
+        for _ in range(100):
+            clock[0] += 1
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "held-out rows: 10 of 100  00:10" and 4 <= len(lines) <= 9
+    assert list(Wait("rows", None, is_main=True).over("abc")) == ["a", "b", "c"]
+    with Wait("rows", 100, is_main=False) as bar:
+        clock[0] += 1000
+        bar.update()
+    assert capsys.readouterr().err == ""

@@ -11,10 +11,10 @@ import utils.preflight.generation as generation_module
 from utils.data.batches.sizes import Rows
 from utils.generation.decoder import LlamaDecoder
 from utils.generation.hybrid_engine import HybridEngine
+from utils.models.on_meta import build_on_meta
 from utils.parallel import distributed, memory
 from utils.preflight.estimate import estimate
 from utils.preflight.generation import estimate_generation, gathered_for_answers, must_stream, needed_to_gather
-from utils.preflight.model_shape import build_on_meta
 from utils.preflight.phases import Machine, total_of
 from utils.preflight.report import gathering_line
 from utils.preflight.roles import Role, Subject, planned_roles

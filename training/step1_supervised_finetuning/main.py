@@ -42,6 +42,7 @@ from utils.parallel.divergence import DivergenceGuard, check_finite
 from utils.parallel.updates import optimizer_step
 from utils.preflight import dry_run
 from utils.runs.best import save_if_best
+from utils.runs.opening import announce
 from utils.runs.plan import Models, Plan, passes_over_rows
 from utils.runs.session import check_run, open_metrics, save_summary, start_run
 
@@ -72,7 +73,7 @@ def evaluate(engine, loader) -> dict[str, float]:
     """Mean loss per response token over the held-out rows of all ranks, and its exponential, the perplexity."""
     engine.eval()
     sums = {"loss": 0.0, "tokens": 0}
-    for batch in loader:
+    for batch in distributed.wait("held-out rows, batches", len(loader)).over(loader):
         logprobs, _ = engine(**distributed.to_device(batch))
         sums["loss"] -= logprobs.double().sum().item()
         sums["tokens"] += logprobs.numel()
@@ -107,6 +108,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 3. Model
     plan = plan_of(config, models, len(train_rows), distributed.world_size())
+    announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[eval_rows.key])
     engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
 

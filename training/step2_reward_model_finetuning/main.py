@@ -44,6 +44,7 @@ from utils.parallel.divergence import DivergenceGuard
 from utils.parallel.updates import optimizer_step
 from utils.preflight import dry_run
 from utils.runs.best import save_if_best
+from utils.runs.opening import announce
 from utils.runs.plan import Models, Plan, passes_over_rows
 from utils.runs.session import check_run, open_metrics, save_summary, start_run
 
@@ -83,7 +84,8 @@ def evaluate(engine, loader, loss_of, batches: int | None = None) -> dict[str, f
     """Loss, accuracy, margin, and mean and deviation of the scores over held-out pairs of all ranks."""
     engine.eval()
     scores = PairScores()
-    for batch in itertools.islice(loader, batches):
+    count = min(batches or len(loader), len(loader))
+    for batch in distributed.wait("held-out pairs, batches", count).over(itertools.islice(loader, batches)):
         scores.add(*score_pairs(engine, distributed.to_device(batch), loss_of))
     engine.train()
     return scores.metrics()
@@ -112,6 +114,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 3. Model
     plan = plan_of(config, models, len(train_rows), distributed.world_size())
+    announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[eval_rows.key])
     engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
     loss_of = PAIRWISE_LOSSES[config.reward_loss].load()

@@ -43,6 +43,7 @@ from utils.rlhf.scoring import score_tokens
 from utils.rlhf.texts import TextBatches
 from utils.rlhf.updates import update
 from utils.runs.best import save_if_best
+from utils.runs.opening import announce
 from utils.runs.plan import Models, Plan
 from utils.runs.session import check_run, open_metrics, save_summary, start_run
 
@@ -119,6 +120,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 3. Models
     plan = plan_of(config, models, len(prompt_rows), distributed.world_size())
+    announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[prompt_rows.key, *texts.keys])
     roles, reward = build_roles(plan, tokenizer), build_reward(config, tokenizer)
 

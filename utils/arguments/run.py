@@ -24,6 +24,7 @@ from utils.files import atomic_write_text
 ConfigT = TypeVar("ConfigT")
 
 SECONDS_TO_SPEAK = 5.0
+LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # what DeepSpeed's and torch's set for their processes
 NOT_SAVED = ("local_rank",)  # differs between processes
 
 
@@ -172,11 +173,13 @@ def _report(error: Exception | str, exit_code: int, kind: str = "error") -> int:
     An error that all processes meet is printed by the first one of each machine, and the others give it time to do so:
     a launcher ends all processes as soon as one has gone. A `RankError` is printed by the process that met it.
     """
-    line = " ".join(str(error).split())
+    line, apart = " ".join(str(error).split()), ""
+    if any(name in os.environ for name in LAUNCHERS):  # which add lines of their own, and longer ones
+        apart = "\n"
     if isinstance(error, RankError) and _has_others():
-        print(f"{kind}: rank {os.environ['RANK']}: {line}", file=sys.stderr, flush=True)
+        print(f"{apart}{kind}: rank {os.environ['RANK']}: {line}{apart}", file=sys.stderr, flush=True)
     elif os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{kind}: {line}", file=sys.stderr, flush=True)
+        print(f"{apart}{kind}: {line}{apart}", file=sys.stderr, flush=True)
     elif _has_others():
         time.sleep(SECONDS_TO_SPEAK)
     return exit_code

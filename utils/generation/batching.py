@@ -8,6 +8,7 @@ from utils.generation.decoder import LlamaDecoder
 from utils.generation.responses import Ends, Responses, no_responses
 from utils.generation.sampling import SamplingParams, row_keys
 from utils.generation.scheduler import Request, Scheduler
+from utils.parallel import distributed
 
 
 @torch.no_grad()
@@ -59,6 +60,8 @@ def decode(
     for row in sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), identity[row])):
         request = Request(prompts[row], by_limit[limits[row]], key=keys[row], stops=ends.stops)
         numbers[row] = scheduler.add(request)
-    while scheduler.is_busy:
-        scheduler.step()
+    with distributed.wait("answers", len(prompts)) as bar:
+        while scheduler.is_busy:
+            scheduler.step()
+            bar.update(len(scheduler.finished()))
     return scheduler.take(numbers)

@@ -80,7 +80,7 @@ def generate_in_batches(
     starts = list(range(0, len(prompts), slots))
     rounds = int(distributed.all_reduce_scalar(len(starts), "max")) if synced else len(starts)
     batches = []
-    for start in range(0, rounds * slots, slots):
+    for start in distributed.wait("answers, batches", rounds).over(range(0, rounds * slots, slots)):
         batch = prompts[start : start + slots] or [[ends.pad_id]]
         own_seed = distributed.derived_seed(seed, distributed.rank(), start)
         batches.append(generate(model, batch, sampling, ends, seed=own_seed, synced=synced))

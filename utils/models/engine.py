@@ -85,6 +85,7 @@ def _look_at_logits(engine: Engine, role: RoleFlags) -> None:
 
 
 def _load(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, zero: dict, config: StepConfig) -> nn.Module:
+    distributed.log(f"loading the {role.name} ...")
     scalar = functools.partial(load_scalar_model, new_head=role.new_head)
     load = scalar if role.kind == "scalar" else load_causal_lm
     return load(

@@ -3,12 +3,16 @@
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
 
 # Seconds between plain lines: a twentieth of the time the run has taken, within these bounds. A one-minute run says
 # something every five seconds, a day's run once a minute.
 PLAIN_LINE_SECONDS = (5.0, 60.0)
+SECONDS_BEFORE_A_BAR, SECONDS_BEFORE_A_LINE = 3.0, 10.0  # of work within a step
+Piece = TypeVar("Piece")
 
 
 def format_number(value: float) -> str:
@@ -50,6 +54,50 @@ class Progress:
         """Draw the last state and leave it on the screen."""
         self._bar.refresh()
         self._bar.close()
+
+
+class Wait:
+    """What is done of a piece of work within a step: nothing for a few seconds, then a bar, or lines in a log file.
+
+    Args:
+        what: such as "evaluating". total: pieces, None where that is not known.
+        is_main: of other processes nothing is shown.
+    """
+
+    def __init__(self, what: str, total: int | None, *, is_main: bool) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._bar, self._shows_lines = None, is_main and not _has_terminal()
+        self._started = self._time_of_line = time.monotonic()
+        if is_main and not self._shows_lines:
+            self._bar = tqdm(desc=what, total=total, delay=SECONDS_BEFORE_A_BAR, leave=False, file=sys.stderr)
+
+    def update(self, count: int = 1) -> None:
+        """So many more pieces are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._shows_lines and count:
+            now = time.monotonic()
+            interval = min(max((now - self._started) / 5, SECONDS_BEFORE_A_LINE), PLAIN_LINE_SECONDS[1])
+            if now - self._time_of_line >= interval:
+                self._time_of_line = now
+                total = f" of {self._total}" if self._total else ""
+                elapsed = tqdm.format_interval(now - self._started)
+                print(f"{self._what}: {self._done}{total}  {elapsed}", file=sys.stderr, flush=True)
+
+    def over(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """The pieces, each done when the next one is asked for."""
+        with self:
+            for piece in pieces:
+                yield piece
+                self.update()
+
+    def __enter__(self) -> "Wait":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class PlainProgress:

@@ -28,6 +28,7 @@ import deepspeed
 from deepspeed.utils import groups
 
 from utils.errors import InputError, RankError
+from utils.output.progress import Wait
 from utils.parallel import watchdog
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -181,6 +182,11 @@ def warn(message: str) -> None:
     """Print one line of warning to stderr on rank 0."""
     if is_main():
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def wait(what: str, total: int | None = None) -> Wait:
+    """A bar on rank 0 for work that may take long; see `output.progress.Wait`."""
+    return Wait(what, total, is_main=is_main())
 
 
 def barrier() -> None:

@@ -16,9 +16,9 @@ from utils.arguments.roles import RoleFlags
 from utils.kernels.attention import PackedAttention
 from utils.kernels.native import DTYPES, library
 from utils.models.fused_layers import unfuse_layers
+from utils.models.on_meta import build_on_meta
 from utils.models.packed_attention import Group
 from utils.preflight.blocks import Blocks, blocks_of
-from utils.preflight.model_shape import build_on_meta
 
 COUNTED = "counted"
 

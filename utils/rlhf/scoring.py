@@ -4,7 +4,8 @@ import torch
 
 from utils.arguments.generation import RolloutArguments
 from utils.generation.micro_batches import MicroBatch
-from utils.parallel import watchdog
+from utils.output.progress import Wait
+from utils.parallel import distributed, watchdog
 from utils.rlhf.experience import Samples
 from utils.rlhf.roles import Roles
 
@@ -16,13 +17,16 @@ def score_tokens(roles: Roles, batches: list[list[MicroBatch]], config: RolloutA
     The same batches train afterwards, so the first ratio of an update is 1 to the last bit.
     """
     watchdog.alive("scoring")
-    return [[_score(roles, batch, config.temperature) for batch in step] for step in batches]
+    with distributed.wait("log-probabilities and values, micro-batches", sum(map(len, batches))) as bar:
+        return [[_score(roles, batch, config.temperature, bar) for batch in step] for step in batches]
 
 
-def _score(roles: Roles, batch: MicroBatch, temperature: float) -> Samples:
-    return Samples(
+def _score(roles: Roles, batch: MicroBatch, temperature: float, bar: Wait) -> Samples:
+    samples = Samples(
         **vars(batch),
         logprobs=roles.actor.logprobs(batch, temperature=temperature)[0],
         ref_logprobs=roles.reference.logprobs(batch, temperature=temperature)[0],
         values=roles.critic.values(batch) if roles.critic else None,
     )
+    bar.update()
+    return samples

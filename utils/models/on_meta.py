@@ -1,0 +1,51 @@
+"""A model as loading and its engine would make it, from its config.json alone: on the meta device, without any data."""
+
+import copy
+import math
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+
+from utils.arguments.roles import RoleFlags
+from utils.models.causal_lm import CausalLM
+from utils.models.loading import set_dropout
+from utils.models.lora import add_lora
+from utils.models.scalar_head import ScalarHeadModel
+from utils.parallel.zero import TORCH_DTYPES
+
+
+def build_on_meta(
+    config: PreTrainedConfig, role: RoleFlags, dtype: str, *, tokens: int = 0, layers: int | None = None
+) -> CausalLM | ScalarHeadModel:
+    """The model that `models.loading` and `models.engine` would make, without data.
+
+    Args:
+        tokens: of the tokenizer; rows beyond the model's own are added as `--add_eot_token` adds them.
+        layers: build this many instead of all.
+    """
+    config = copy.deepcopy(config)
+    if tokens > config.vocab_size:
+        config.vocab_size = 8 * math.ceil(tokens / 8)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    set_dropout(config, role.dropout)
+    scalar = role.kind == "scalar"
+    if scalar:
+        config.num_labels = 1
+    auto_class = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=TORCH_DTYPES[dtype])
+        wrapped = ScalarHeadModel(model) if scalar else CausalLM(model)
+        add_lora(
+            model,
+            role.lora_dim,
+            module_name=role.lora_module_name,
+            dropout=role.lora_dropout,
+            only_lora=role.only_optimize_lora,
+        )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # peft gives factors the type of a matrix that has data
+            parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
+    return wrapped

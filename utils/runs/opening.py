@@ -1,0 +1,87 @@
+"""What a run is about to do, in a few lines at its start."""
+
+from collections.abc import Iterator
+
+import torch
+
+from utils.arguments.roles import RoleFlags
+from utils.errors import counted
+from utils.models.on_meta import build_on_meta
+from utils.parallel import distributed
+from utils.parallel.zero import effective_stage
+from utils.runs.plan import Plan
+
+MILLION, BILLION = 1e6, 1e9
+
+
+def announce(plan: Plan) -> None:
+    """Print these lines on rank 0, which alone counts parameters."""
+    if distributed.is_main():
+        for line in opening_lines(plan):
+            distributed.log(line)
+
+
+def opening_lines(plan: Plan) -> Iterator[str]:
+    """Where, with which models, for how long, and what is left behind; a line each."""
+    config, processes = plan.config, distributed.world_size()
+    yield f"{plan.title} on {counted(processes, 'process')} ({_device()}), {config.dtype}, seed {config.seed}"
+    for role in plan.roles.values():
+        yield f"{role.name}: {role.path}, {_about(plan, role)}"
+    rows = processes * config.step_rows
+    step = f"{rows} rows ({processes} x {config.micro_batch_rows} x {config.gradient_accumulation_steps})"
+    tokens = f"up to {rows * config.longest_row()[0]:,} tokens"
+    schedule = f"{config.lr_scheduler_type}, {config.num_warmup_steps} of warm-up"
+    if plan.generates:
+        steps = ", ".join(
+            f"{name} {count:,} at {_rate(plan.roles[name])}" for name, count in plan.optimizer_steps.items()
+        )
+        prompts = processes * config.rollout_rows
+        yield f"{counted(plan.length, plan.unit)} of {prompts} prompts; optimiser steps of {step}, {tokens}"
+        yield f"optimiser steps: {steps} ({schedule})"
+    else:
+        rate = _rate(next(iter(plan.roles.values())))
+        yield f"{counted(plan.length, plan.unit)} of {step}, {tokens}; learning rate {rate} ({schedule})"
+    yield f"output: {_output(plan)}"
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} each"
+
+
+def _about(plan: Plan, role: RoleFlags) -> str:
+    """Architecture, size, and how it is trained."""
+    model_config = plan.models[role.name]
+    parameters = list(build_on_meta(model_config, role, plan.config.dtype).parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    text = f"{model_config.model_type} of {_size(total)} parameters"
+    if not role.trains:
+        return f"{text}, frozen"
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    stage = effective_stage(role.zero_stage, plan.config.dtype)
+    lora = f", LoRA {role.lora_dim}" if role.lora_dim else ""
+    return f"{text}{lora}, {'all' if trained == total else _size(trained)} trained, ZeRO {stage}"
+
+
+def _rate(role: RoleFlags) -> str:
+    return f"{role.learning_rate:g}" + (f" (LoRA {role.lora_learning_rate:g})" if role.lora_dim else "")
+
+
+def _output(plan: Plan) -> str:
+    config = plan.config
+    if not config.output_dir:
+        return "none, since no --output_dir is given"
+    stored = {str(plan.models[name].dtype).removeprefix("torch.") for name, role in plan.roles.items() if role.trains}
+    mine = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype]
+    change = "" if stored <= {mine, "None"} else f" (they were read from {', '.join(sorted(stored - {mine}))})"
+    saves = f", a checkpoint every {counted(config.save_interval, plan.unit)}" if config.save_interval else ""
+    return f"{config.output_dir}, weights in {mine}{change}{saves}"
+
+
+def _size(numbers: int) -> str:
+    if numbers >= BILLION:
+        return f"{numbers / BILLION:.2f} billion"
+    return f"{numbers / MILLION:.1f} million" if numbers >= MILLION else f"{numbers:,}"
