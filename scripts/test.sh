@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv with the development requirements, checks the code with ruff and runs the tests. Safe to run again.
-# Flags go on to pytest, for example
+# Sets up .venv with the development requirements, checks the code with ruff and runs the tests, two files at a time.
+# Safe to run again. Flags go on to pytest, for example
 #
 #   bash scripts/test.sh tests/arguments -k yaml
 #   bash scripts/test.sh -m slow
+#   bash scripts/test.sh -m gpu -n 0    # one test at a time, in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,4 +13,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 echo "test: ruff check"
 ruff check .
 echo "test: pytest"
-exec python -m pytest -q "$@"
+exec python -m pytest -q -n 2 --dist loadfile "$@"

@@ -2,10 +2,22 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
+from step_scripts import REPOSITORY
 
 from utils.files import atomic_files, atomic_path
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from utils.files import atomic_files
+
+with atomic_files(sys.argv[1], replacing=[]) as temporary:
+    (temporary / "model").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path):
@@ -39,11 +51,8 @@ def test_files_of_an_earlier_run_that_match_are_removed_and_others_stay(tmp_path
 
 
 def test_files_that_a_killed_process_left_are_removed_by_the_next(tmp_path):
-    if (child := os.fork()) == 0:
-        with atomic_files(tmp_path, replacing=[]) as temporary:
-            (temporary / "model").write_text("half")
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path], cwd=REPOSITORY)
+    assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.rglob("model"))) == 1
     with atomic_files(tmp_path, replacing=[]) as temporary:
         (temporary / "other").write_text("whole")

@@ -1,7 +1,6 @@
 """docs/architecture.md shows how to add things: its examples are added to a copy of the project, and work there."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ import torch
 import transformers
 from step_scripts import REPOSITORY, write_rows
 from tiny_models import save_reward_model
+
+from utils.parallel.launcher import environment_of_its_own
 
 PAGE = REPOSITORY / "docs" / "architecture.md"
 EXAMPLES = {  # what each adds, by its heading, and how many files it may touch
@@ -87,7 +88,7 @@ def run(project: Path, folder: Path, script: str, words: str) -> str:
     result = subprocess.run(
         [sys.executable, str(project / "training" / script / "main.py"), *words.split()],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment_of_its_own() | {"PYTHONPATH": str(project), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=240,

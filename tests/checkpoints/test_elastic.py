@@ -206,7 +206,8 @@ def test_averages_are_divided_anew():
 
 def described(config: dict, world_size: int = 1) -> dict:
     """A run as a checkpoint describes it."""
-    return {"format": STATE_FORMAT, "config": config, "data": [], "world_size": world_size, "libraries": {}}
+    run = {"format": STATE_FORMAT, "purpose": "sft", "config": config, "data": []}
+    return run | {"world_size": world_size, "libraries": {}}
 
 
 def test_rows_of_a_step_must_stay_the_same(tmp_path, capsys):

@@ -242,6 +242,7 @@ def test_sample_answers_of_a_model_that_does_not_fit_whole_are_streamed(paths, t
     engine = make_setup(make_config(paths, actor_zero_stage=3), tiny_tokenizer).actor
     rows = [{"input_ids": list(range(3, 20)), "response_start": start} for start in (5, 9, 0)]
     forwards = []
+    capsys.readouterr()
     engine.module.model.register_forward_hook(lambda *_: forwards.append(engine.module.model.lm_head.weight.numel()))
     whole = answers.greedy_answers(engine, tiny_tokenizer, rows, 8)
     assert len(whole) == 2 and not capsys.readouterr().out and all(forwards)
