@@ -1,4 +1,4 @@
-"""Run or debug a training script from an IDE: one process in this one, or DeepSpeed's launcher from here.
+"""Run or debug a training script from an IDE, in this process or through DeepSpeed's launcher.
 
     python scripts/debug_deepspeed.py training/step1_supervised_finetuning/main.py --model_name_or_path ...
     python scripts/debug_deepspeed.py --num_gpus 2 training/step1_supervised_finetuning/main.py ...
@@ -9,7 +9,7 @@ process without --num_gpus, and in the launcher's processes with it (PyCharm: "A
 With --debug_host, the process of --debug_rank connects to a "Python Debug Server" that waits in PyCharm instead.
 
 A run configuration of DeepSpeed-Chat or alpaca-rlhf works as it is: a path that does not exist and ends in
-step1_*/main.py, step2_*/main.py or step3_*/main.py is taken for the step of that name here.
+step1_*/main.py, step2_*/main.py or step3_*/main.py is replaced by the step of that name here.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--debug_host", help="machine on which a Python Debug Server waits")
     parser.add_argument("--debug_port", type=int, default=5678, help="its port (default: %(default)s)")
     parser.add_argument("--debug_rank", type=int, default=0, help="the rank that connects (default: %(default)s)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher puts it in front of everything
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher puts it before all other arguments
     parser.add_argument("script", help="script to run; relative to the working directory or to the repository")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own flags")
     options = parser.parse_args(argv)
@@ -79,7 +79,7 @@ def _step_named(folder: str) -> Path | None:
 
 
 def _refuse_wrong_flags(options: argparse.Namespace, script: Path) -> None:
-    """Exit with one line for flags that the step does not take: the launcher would bury it under its own."""
+    """Exit with one line for flags that the step rejects; the launcher would bury that line under its own output."""
     from utils.arguments import parse_config
     from utils.arguments.steps import CONFIGS
 
@@ -88,8 +88,8 @@ def _refuse_wrong_flags(options: argparse.Namespace, script: Path) -> None:
 
 
 def _prepare_environment() -> None:
-    """What an activated environment and an installed project give, which a remote interpreter may lack."""
-    tools = str(Path(sys.executable).parent)  # ninja, with which DeepSpeed compiles its extensions
+    """Set the paths that an activated environment and an installed project have; a remote interpreter may lack them."""
+    tools = str(Path(sys.executable).parent)  # holds ninja, with which DeepSpeed compiles its extensions
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")]).rstrip(os.pathsep)
     packages = [str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -99,7 +99,7 @@ def _prepare_environment() -> None:
 
 
 def _launch(options: argparse.Namespace, script: Path) -> None:
-    """Run the launcher in this process. Its workers come back to this file if one of them must connect to a server."""
+    """Run the launcher in this process. With --debug_host its workers run this file again, and one of them connects."""
     command = [str(script), *options.arguments]
     if options.debug_host:
         server = ["--debug_host", options.debug_host, "--debug_port", str(options.debug_port)]

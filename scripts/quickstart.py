@@ -1,4 +1,4 @@
-"""From nothing to an aligned toy model: makes a small world, trains base, SFT, reward model and PPO in it, and reports.
+"""From nothing to an aligned toy model: makes a small world, trains base, SFT, reward model and PPO, and reports.
 
 Every stage is an ordinary command of this project, printed before it runs. At the end a judge that training never saw
 compares the three models on held-out questions. The exit code is 0 only if alignment worked.
@@ -81,13 +81,13 @@ class Stage:
 
 
 def make_stages(files: WorldFiles, folder: Path, seed: int) -> list[Stage]:
-    """Base, SFT, reward model and PPO. The rates are high because the model is tiny; a 7B wants a hundredth of them."""
+    """Base, SFT, reward model and PPO. The rates are high for a tiny model; 7B needs about a hundredth of them."""
     shared = {"dtype": "fp32", "seed": seed, "data_output_path": folder / "cache"}
     supervised = shared | {"max_seq_len": 128, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64}
     base, sft, reward, ppo = (folder / name for name in ("base", "sft", "reward", "ppo"))
     return [
         Stage(
-            "base model: a random LLaMA reads the facts of its world",
+            "base model: a random LLaMA is pre-trained on the facts of its world",
             base,
             STEP1,
             {"model_name_or_path": files.random_model, "data_path": files.pretraining, "data_split": "1,0,0"}
@@ -127,9 +127,10 @@ def make_stages(files: WorldFiles, folder: Path, seed: int) -> list[Stage]:
 
 
 def run_stage(stage: Stage) -> float:
-    """Run a stage to its end and return its seconds. Progress and errors show on stderr.
+    """Run a stage to its end and return the seconds it took. Progress and errors appear on stderr.
 
-    The stage has a process group of its own, so that Ctrl-C reaches it once, from here, and it can end in order.
+    The stage runs in its own process group, so that Ctrl-C reaches it only once, as the SIGINT sent from here, and it
+    can shut down cleanly.
 
     Raises:
         SystemExit(1): it failed.
@@ -195,7 +196,7 @@ def main(config: Config) -> None:
         seconds[stage.folder.name] = run_stage(stage)
         print(f"done in {seconds[stage.folder.name]:.0f} s; log: {stage.log}", flush=True)
 
-    print("\nheld-out questions to base, SFT and PPO\n", flush=True)
+    print("\nasking base, SFT and PPO the held-out questions\n", flush=True)
     models = examine(stages, files, config.seed)
     base, sft, reward, ppo = stages
     report = build_report(*models, json.loads((reward.folder / SUMMARY_FILE).read_text()))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to an aligned toy model: sets up .venv, then trains base, SFT, reward model and PPO, and prints a
-# report. Exit code 0 means that alignment worked. Safe to run again. Flags go on to scripts/quickstart.py, for example
+# report. Exit code 0 means that alignment worked. Safe to run again. Flags are passed to scripts/quickstart.py, such as
 #
 #   bash scripts/quickstart.sh --output_dir /tmp/quickstart
 set -euo pipefail

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Create .venv in the checkout and install into it what a requirements file names, unless that has been done already.
+# Create .venv in the checkout and install a requirements file into it, unless that has been done already.
 #
 #   bash scripts/setup_environment.sh [requirements.txt | requirements-dev.txt]
 #
 # On a machine with NVIDIA GPUs torch comes with CUDA. Elsewhere set TORCH_INDEX_URL to a package index of CPU-only
-# torch wheels to save several gigabytes; without it pip takes what its own configuration offers.
+# torch wheels to save several gigabytes; without it pip uses the index of its own configuration.
 # PYTHON names the interpreter for .venv (default: the first of python3.11, python3.12, python3.13, python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,7 +32,8 @@ has_torch_for_cpus() {
   "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' 2>/dev/null
 }
 
-# What an installation of the file $1 depends on. The location counts: the project itself is installed in place.
+# A checksum of all that an installation of the file $1 depends on. That includes the location, because the project
+# itself is installed in place.
 fingerprint() {
   { cat "$1" pyproject.toml; echo "$PWD" "$torch"; "$environment/bin/python" --version; } | cksum
 }
@@ -62,10 +63,10 @@ fi
 install=("$environment/bin/python" -m pip install --quiet --quiet --disable-pip-version-check)
 torch_pin=$(grep -o 'torch==[0-9.]*' pyproject.toml)
 say "installing $torch_pin ($torch); the first time this takes minutes"
-if has_gpu && has_torch_for_cpus; then # which satisfies the pin: made where there was no GPU, or copied from there
+if has_gpu && has_torch_for_cpus; then # CPU torch satisfies the pin, so pip would keep it
   "${install[@]}" --force-reinstall "$torch_pin"
 elif ! has_gpu && [ -n "${TORCH_INDEX_URL:-}" ]; then
-  # Only torch itself: what it needs comes from the usual index with the next command.
+  # Only torch itself: its dependencies come from the usual index with the next command.
   "${install[@]}" --no-deps --index-url "$TORCH_INDEX_URL" "$torch_pin"
 else
   "${install[@]}" "$torch_pin"

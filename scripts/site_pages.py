@@ -1,7 +1,7 @@
-"""A hook of mkdocs: files outside docs/ become pages of the site, and links between files keep working there.
+"""An mkdocs hook: files outside docs/ become pages of the site, and links between files keep working there.
 
 On GitHub a page links to the files of the repository. On the site a link to a file that is a page leads to that page.
-Any other file is linked to on `repo_url`, where mkdocs.yml names one, and is plain text otherwise.
+A link to any other file leads to `repo_url` if mkdocs.yml sets one, and becomes plain text otherwise.
 """
 
 import posixpath
@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HOME = {"README.md": "index.md"}  # which is no page of the site, but has one in its place
+HOME = {"README.md": "index.md"}  # README.md is not a page of the site; index.md takes its place
 _CODE_OR_LINK = re.compile(r"(?ms)^```.*?^```|`[^`\n]+`(?!\])|(?<!!)\[((?:[^\]`]|`[^`]*`)*)\]\(([^)\s]+)\)")
 
 
 def site_link(target: str, page: str, sources: Mapping[str, str], repo_url: str | None) -> str | None:
-    """Where a link on a page of the site leads; None for nowhere.
+    """The target of a link on a page of the site; None if it has none there.
 
     Args:
-        target: as the file has it, relative to that file.
-        page: of the site, relative to its root. sources: of each page, the file in the repository.
+        target: of the link as written, relative to its file.
+        page: path on the site, relative to its root. sources: the file in the repository of each page.
     """
     path, _, anchor = target.partition("#")
     if not path or ":" in path:
@@ -45,7 +45,7 @@ def rewritten(markdown: str, page: str, sources: Mapping[str, str], repo_url: st
 
 
 def on_files(files, config):
-    """Add the pages from outside of docs/."""
+    """Add the pages whose files are outside docs/."""
     from mkdocs.structure.files import File
 
     for page, source in config.extra["pages"].items():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv with the development requirements, checks the code with ruff and runs the tests, two files at a time.
-# Safe to run again. Flags go on to pytest, for example
+# Safe to run again. Flags are passed to pytest, for example
 #
 #   bash scripts/test.sh tests/arguments -k yaml
 #   bash scripts/test.sh -m slow

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One step with the flags of a preset, through DeepSpeed's launcher.
+# Runs one step with the flags of a preset, through DeepSpeed's launcher.
 #
-#   bash scripts/train.sh [launcher flags] MODEL STEP [flags of the step, which win over the preset's]
+#   bash scripts/train.sh [launcher flags] MODEL STEP [flags of the step, which override the preset's]
 #   bash scripts/train.sh --num_gpus 2 llama2-7b step1 --max_steps 10
 #
-# The preset is scripts/configs/MODEL/STEP.yaml on top of scripts/configs/STEP.yaml. A model is one such file for each of
-# its steps. Every launcher flag takes one value. Paths in flags are relative to the repository. The model goes to $OUTPUT
-# (output/MODEL/STEP), what the run prints is added to $OUTPUT.log.
+# The preset is scripts/configs/MODEL/STEP.yaml on top of scripts/configs/STEP.yaml. To add a model, write one such file
+# for each of its steps. Every launcher flag must have one value. Paths in flags are relative to the repository. The
+# model is written to $OUTPUT (default: output/MODEL/STEP), and what the run prints is appended to $OUTPUT.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,7 +25,7 @@ shift 2
 preset=scripts/configs/$model/$step.yaml
 [ -f "$preset" ] || { echo "error: there is no preset $preset; models: $(cd scripts/configs && echo */)" >&2; exit 2; }
 main=$(echo training/"$step"_*/main.py)
-[ -f "$main" ] || { echo "error: no script belongs to $step: training/${step}_*/main.py" >&2; exit 2; }
+[ -f "$main" ] || { echo "error: there is no script for $step: training/${step}_*/main.py" >&2; exit 2; }
 
 OUTPUT=${OUTPUT:-output/$model/$step}
 mkdir -p "$(dirname "$OUTPUT")"
@@ -33,4 +33,4 @@ mkdir -p "$(dirname "$OUTPUT")"
 deepspeed ${launcher[@]+"${launcher[@]}"} "$main" \
   --config "scripts/configs/$step.yaml" "$preset" \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | (trap '' INT TERM; exec tee -a "$OUTPUT.log") # tee outlives Ctrl-C: a run that saves prints meanwhile
+  "$@" 2>&1 | (trap '' INT TERM; exec tee -a "$OUTPUT.log") # tee survives Ctrl-C: a run that saves still prints

@@ -11,7 +11,7 @@ from utils.checkpoints.shards import open_shard
 
 
 def state_of(checkpoint: Path) -> dict:
-    """Everything a checkpoint holds but the times."""
+    """Everything in a checkpoint except the times."""
     from utils.parallel import distributed
 
     content = json.loads((checkpoint / "state.json").read_text())
@@ -29,7 +29,7 @@ def state_of(checkpoint: Path) -> dict:
 
 
 def same(one, other, place: str = "") -> bool:
-    """Whether two nests of containers hold the same bits; fails with the place of the first difference."""
+    """Whether two nested containers hold the same bits; fails with the place of the first difference."""
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and torch.equal(one, other), place
     elif isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""Fixtures for every test: real data where it lies beside the checkout, LLaMA-2's tokenizer, tiny tokenizers."""
+"""Fixtures for every test: real data if it is beside the checkout, LLaMA-2's tokenizer, tiny tokenizers."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ TINY_TEXT = [
 
 
 def pytest_configure(config):
-    """An NVIDIA GPU is seen by the tests marked `gpu` alone, and they by `-m gpu`: the others pin what a CPU does."""
+    """Only tests marked `gpu` see an NVIDIA GPU, and only `-m gpu` runs them: the others pin what a CPU computes."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; programs and processes of the tests inherit it
 
@@ -103,13 +103,13 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def gpt_tokenizer():
-    """The same in GPT-2's manner: nothing is prepended, and pad is EOS."""
+    """The same as GPT-2 has it: nothing is prepended, and pad is EOS."""
     return _byte_level_tokenizer(add_bos=False, pad_is_eos=True)
 
 
 @pytest.fixture(autouse=True)
 def keep_process_group(monkeypatch):
-    """Scripts that tests run in this process leave its process group standing: DeepSpeed cannot make a second one."""
+    """Scripts that tests run in this process do not destroy its process group: DeepSpeed cannot make a second one."""
     import torch
 
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)

@@ -1,4 +1,4 @@
-"""Argument lists that people arrive with: a random sample of DeepSpeed-Chat's training scripts, and alpaca-rlhf's own.
+"""Argument lists that users bring along: a random sample of DeepSpeed-Chat's training scripts, and alpaca-rlhf's own.
 
 Only the arguments of main.py, with shell variables replaced by their defaults. `local_rank` is what the launcher adds.
 """

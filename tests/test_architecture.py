@@ -1,4 +1,4 @@
-"""The shape of the house, read off the syntax trees: imports point one way, and names say what modules hold."""
+"""The structure of the project, read from syntax trees: imports point one way, and names say what modules contain."""
 
 import ast
 from pathlib import Path
@@ -14,10 +14,10 @@ ORDER = [
     *("errors", "files", "hub", "arguments", "output", "kernels", "algorithms", "parallel", "data", "checkpoints"),
     *("models", "runs", "generation", "rewards", "rlhf", "preflight", "toy"),
 ]
-# What a package must not import although its place in the order, or a library's weight, would allow it.
+# What a package must not import, although the order above would allow it.
 FORBIDDEN_IMPORTS = {
     "utils": ["training", "scripts", "tests"],
-    "utils.arguments": ["torch", "transformers", "datasets", "peft", "numpy"],  # `--help` answers at once
+    "utils.arguments": ["torch", "transformers", "datasets", "peft", "numpy"],  # `--help` answers immediately
     "utils.kernels": ["utils.arguments", "utils.output", "transformers"],
     "utils.algorithms": ["utils.arguments", "utils.output", "transformers", "datasets", "peft"],
     "utils.data": ["utils.output", "peft"],
@@ -138,7 +138,7 @@ def deepest(node: ast.AST) -> int:
 
 @pytest.mark.parametrize("path", SOURCES, ids=by_name)
 def test_no_traps(path):
-    """No pickle, no shell, no bare except, and no exception swallowed without a word."""
+    """No pickle, no shell, no bare except, and no handler that silently swallows every exception."""
     assert not any(within(module, forbidden) for module in imported_modules(path) for forbidden in FORBIDDEN_MODULES)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ExceptHandler):

@@ -1,4 +1,4 @@
-"""The benchmarks: each runs on a toy without peers, and its figures are those of hand-made measurements."""
+"""The benchmarks: each runs on a toy without peers, and its figures agree with those worked out by hand."""
 
 import importlib
 import json
@@ -176,7 +176,7 @@ def test_in_fp32_no_response_depends_on_its_company(script, tmp_path):
 
 
 def test_ties_by_hand(script):
-    """Words of probability 0.2, 0.3 and 0.5: at the number 0.25 the choice of the second is right, by 0.05 of mass."""
+    """Words of probability 0.2, 0.3 and 0.5: the random number 0.25 chooses the second, by a margin of 0.05."""
     independence = script("independence")
     contexts = []
 

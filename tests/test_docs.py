@@ -34,7 +34,7 @@ OTHER_FLAGS = {
     "--num_gpus", "--nproc_per_node", "--debug_host", "--debug_port", "--debug_rank", "--help", "--repo-type",
     "--local-dir", "--include", "--world_size", "--device_memory", "--rows",
 }  # fmt: skip
-# What stands for any name in the path of a command.
+# Placeholders for any name in the path of a command.
 PLACEHOLDERS = {"MODEL": "*", "stepK": "step[123]"}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
@@ -71,7 +71,7 @@ def links(text: str) -> list[str]:
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """The words of the commands in a page, without those that leave something out."""
+    """The words of the commands in a page, without commands that are abbreviated with `...`."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if "..." not in line]
 

@@ -122,7 +122,7 @@ def test_step_2_trains_on_the_new_format_with_the_new_loss(project, folder):
     run(project[0], folder, "step2_reward_model_finetuning", STEP2)
     rows = [row for row in metrics(folder / "reward") if "train/loss" in row]
     assert len(rows) == 2
-    for row in rows:  # no pair is apart by 1 yet
+    for row in rows:  # no pair's scores differ by 1 yet
         assert row["train/loss"] == pytest.approx(1 - row["train/margin"], abs=1e-4)
 
 

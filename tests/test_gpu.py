@@ -66,7 +66,7 @@ def assert_same_responses(found, expected, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lora", [None, "fused", "unfused"])
 def test_graphs_of_decode_steps_follow_what_moves_and_equal_eager_steps(dtype, lora):
-    """Recorded once per shape: other prompts and weights changed in place only replay; what moves is recorded anew."""
+    """Recorded once per shape: other prompts and weights changed in place only replay; what moves is recorded again."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(SIZES["llama"](97)).eval()
     for parameter in model.parameters():
@@ -80,7 +80,7 @@ def test_graphs_of_decode_steps_follow_what_moves_and_equal_eager_steps(dtype, l
     graphed, eager = LlamaDecoder(keep_copies=True), LlamaDecoder(keep_copies=True, cuda_graphs=False)
 
     def compare(prompts: list[list[int]], seed: int, *, slots: int = 4, limit: int = 60) -> int:
-        """The number of graphs that stand after a call of each decoder, whose responses agree."""
+        """The number of graphs that exist after a call of each decoder, whose responses agree."""
         sampling = SamplingParams(max_new_tokens=limit, temperature=0.9, top_k=40, top_p=0.95, min_new_tokens=3)
         found = []
         for decoder in (graphed, eager):
@@ -100,7 +100,7 @@ def test_graphs_of_decode_steps_follow_what_moves_and_equal_eager_steps(dtype, l
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
     assert recorded[0] > 0 and recorded[1:] == recorded[:1] * 3
-    for parameter in model.parameters():  # as those that ZeRO-3 gathers; where they were lies something else then
+    for parameter in model.parameters():  # like gathered ZeRO-3 weights; their old memory then holds something else
         old = parameter.data
         parameter.data = old.clone()
         old.zero_()

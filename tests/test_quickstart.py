@@ -1,4 +1,4 @@
-"""The quickstart's commands, its bad ends, and a whole run on a world so small that alignment must fail."""
+"""The quickstart's commands, its failures, and a whole run on a world so small that alignment must fail."""
 
 import dataclasses
 import importlib.util

@@ -86,7 +86,7 @@ def test_every_model_has_three_steps():
     assert len(MODEL_SCRIPTS) == 3 * len(folders)
     presets = {path.parent.name for path in (REPOSITORY / "scripts" / "configs").glob("*/step[123].yaml")}
     assert presets == names
-    # All start through train.sh: tests/checkpoints/test_stopping.py shows that what it prints outlives a signal.
+    # All start through train.sh: tests/checkpoints/test_stopping.py shows that its output survives a signal.
     assert all("/../train.sh" in script.read_text(encoding="utf-8").splitlines()[-1] for script in MODEL_SCRIPTS)
 
 
@@ -123,7 +123,7 @@ def test_model_scripts_pass_failures_on(checkout):
 
 
 def test_a_model_is_one_file_for_each_of_its_steps(checkout, monkeypatch):
-    """The file of the model wins over what all models share, and the command line over both."""
+    """The file of the model overrides what all models share, and the command line overrides both."""
     preset = checkout / "scripts" / "configs" / "my-model" / "step1.yaml"
     preset.parent.mkdir()
     preset.write_text("model_name_or_path: models/mine\nlora_dim: 8\nmax_seq_len: 99\n")
@@ -259,7 +259,7 @@ def test_setup_takes_torch_from_the_cpu_index_only_without_gpus(setup):
 
 
 def test_torch_for_cpus_does_not_stay_where_a_gpu_appears(setup):
-    """It satisfies the pin, so that pip would leave it, and every run would be on the CPU."""
+    """It satisfies the pin, so that pip would keep it, and every run would be on the CPU."""
     setup.run()
     setup.gpus("GPU 0: NVIDIA H200")
     for has_cuda, options in (("0", ["--force-reinstall"]), ("1", [])):  # of the probe: 0 is a torch without CUDA

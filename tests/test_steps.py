@@ -116,7 +116,7 @@ def test_step1_packing_gives_the_loss_and_gradients_of_the_rows_by_themselves(
     assert packed["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
     assert packed["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-4)
     for key, value in weights.items():
-        if "k_proj.bias" not in key:  # softmax does not see it: its gradient is rounding alone, which Adam enlarges
+        if "k_proj.bias" not in key:  # softmax is invariant to it: its gradient is rounding alone, which Adam enlarges
             torch.testing.assert_close(packed_weights[key], value, atol=2e-5, rtol=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_step1_packing_gives_the_loss_and_gradients_of_the_rows_by_themselves(
 def test_zero3_saves_a_model_larger_than_what_deepspeed_gathers_ahead(
     world, tmp_path, tiny_tokenizer, step, monkeypatch
 ):
-    """An evaluation leaves weights in flight, for a backward pass that does not come; saving gathers the same ones."""
+    """An evaluation leaves weights in flight, prefetched for a backward pass that does not come; saving needs them."""
     import utils.models.engine as training_engine
 
     def small_limits(*arguments, **options):
@@ -208,7 +208,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_model(world, tmp_path, monkeypa
 
 
 def test_a_kl_that_is_not_finite_leaves_its_price(world, tmp_path, monkeypatch):
-    """`--on_nan skip` goes on after a rollout that cannot train."""
+    """`--on_nan skip` continues after a rollout that cannot train."""
     script = load_step(3)
     original = script.rollout_metrics
     monkeypatch.setattr(script, "rollout_metrics", lambda *arguments: original(*arguments) | {"ppo/kl_k1": math.nan})
@@ -444,8 +444,8 @@ def test_a_refusal_on_two_ranks_is_one_line_and_a_failing_exit(world):
 @pytest.mark.parametrize(
     ("environment", "line"),
     [
-        ({"RANK": "5", "WORLD_SIZE": "2"}, "error: rank 5: the environment says RANK=5 of WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "error: port PORT of this machine, at which the processes are to meet"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "error: rank 5: the environment has RANK=5 with WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "error: port PORT of this machine, at which the processes must connect"),
     ],
     ids=["rank", "port"],
 )

@@ -1,4 +1,4 @@
-"""The ways a run stops on purpose, and words for messages.
+"""Exceptions that end a run on purpose, and a helper for the wording of messages.
 
 `utils.arguments.run.run` turns the errors into one line on stderr and an exit code.
 """
@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class RankError(InputError):
-    """An `InputError` of one process alone, while the others wait for it: that process prints it, with its rank."""
+    """An `InputError` that one process alone meets while the others wait for it: it prints the error with its rank."""
 
 
 class DoesNotFit(RuntimeError):
@@ -21,7 +21,7 @@ class DivergenceError(RuntimeError):
 
 
 class RunStopped(RuntimeError):
-    """A signal asked the run to stop, and it did so after a whole step that it saved. Exit code 75."""
+    """A signal asked the run to stop: it finished the current step, saved it and stopped. Exit code 75."""
 
 
 def counted(count: int, noun: str) -> str:

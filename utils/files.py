@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: they are written beside their final place and renamed into it."""
+"""Atomic writes: a file is written beside its destination and renamed into place, so it appears whole or not at all."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_UNFINISHED = ".unfinished.tmp"  # always the same, so that what a killed process leaves does not stay for ever
+_UNFINISHED = ".unfinished.tmp"  # a fixed name, so that the next write removes what a killed process left behind
 
 
 @contextlib.contextmanager
@@ -42,9 +42,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_files(folder: str | os.PathLike, *, replacing: Sequence[str]) -> Iterator[Path]:
     """Yield a temporary folder; if the block succeeds, rename each of its files into `folder`, beside what is there.
 
-    What in `folder` matches one of the glob patterns `replacing` and was not written anew belongs to what is being
-    replaced, and is removed. If the block raises, `folder` stays as it was. All get the usual mode of new files, which
-    some writers (safetensors) do not give them. Of several processes only one may write into `folder`.
+    Entries of `folder` that match one of the glob patterns `replacing` and were not written again belong to the old
+    version and are removed. If the block raises, `folder` stays as it was. All files get the usual mode of new files,
+    which some writers (safetensors) do not set. Only one process at a time may write into `folder`.
     """
     folder = Path(folder)
     temporary = folder / _UNFINISHED
@@ -81,7 +81,7 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def try_writing(folder: Path) -> None:
-    """`make_writable`, but a folder that was missing is missing again afterwards; OSError where it cannot be made."""
+    """Like `make_writable`, but folders that it had to create are removed again. Raises OSError in the same cases."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         make_writable(folder)
@@ -92,7 +92,7 @@ def try_writing(folder: Path) -> None:
 
 
 def make_writable(folder: Path) -> None:
-    """Make `folder` if it is missing, and try that files can be made in it; OSError where they cannot."""
+    """Create `folder` if it is missing, and test that files can be created in it. Raises OSError where they cannot."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it can be asked at all, before a library spends half a minute on finding out."""
+"""The Hugging Face hub: a quick check whether it can be reached, which a library takes half a minute to find out."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 
 def is_reachable(timeout_s: float = 3.0) -> bool:
-    """Whether the hub can be asked: not switched off by HF_HUB_OFFLINE, and its host (or a proxy is set) answers."""
+    """Whether the hub can be reached: HF_HUB_OFFLINE does not forbid it, and its host answers or a proxy is set."""
     if is_switched_off():
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("ALL_PROXY"):
@@ -31,7 +31,7 @@ def is_switched_off() -> bool:
 
 
 def host() -> str:
-    """Name of the machine that answers for the hub."""
+    """Host name of the hub's endpoint."""
     return _endpoint().hostname or ""
 
 
@@ -56,10 +56,10 @@ def offline() -> Iterator[None]:
 
 
 def looks_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
-    """Whether a name that is no existing path was meant as one: the hub's names have one slash at most, inside.
+    """Whether a name that is not an existing path was meant as one: names on the hub have at most one, inner slash.
 
     Args:
-        suffixes: endings of files that are looked for.
+        suffixes: file name endings that mark a name as a path.
     """
     in_existing_folder = "/" in name and Path(name).expanduser().parent.is_dir()
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -1,4 +1,4 @@
-"""Contenders of a comparison, ours and peers. Each repetition is a process, measured by the operating system."""
+"""Contenders of a comparison, ours and peers. Each repetition is a separate process, measured from outside."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from scripts.benchmarks.report import MEMORY
+from scripts.benchmarks.report import MEMORY, ReportArguments
 from utils.arguments import Arguments, flag
 from utils.errors import InputError
 from utils.output.metrics import METRICS_FILE, read_metrics
@@ -29,10 +29,10 @@ Contender = Callable[[], Measures]
 
 
 @dataclass(kw_only=True)
-class ContenderArguments(Arguments):
+class ContenderArguments(ReportArguments):
     """The contenders."""
 
-    contenders: list[str] = flag([], "names from the table to run alone; left out, all that are there")
+    contenders: list[str] = flag([], "names from the table to run; default: all that are available")
     threads: int = flag(0, "threads of each contender; 0 = one for each core", at_least=0)
 
 
@@ -43,7 +43,7 @@ class TrlArguments(Arguments):
     trl_python: str | None = flag(None, "python of an environment with TRL")
 
     def trl(self, advice: str = "pip install trl") -> str | None:
-        """Its interpreter, or None with a line that says how to give one.
+        """Its interpreter; None, with a line that says how to give one, if the flag is not set.
 
         Raises:
             InputError: there is no such file.
@@ -61,7 +61,7 @@ class DeepSpeedChatArguments(Arguments):
     deepspeed_chat_python: str | None = flag(None, "python of an environment with deepspeed and transformers 4.46")
 
     def deepspeed(self) -> tuple[str, str] | None:
-        """Its interpreter and its checkout, or None with a line that says how to give them.
+        """Its interpreter and its checkout; None, with a line that says how to give them, if a flag is not set.
 
         Raises:
             InputError: one of them is not there.
@@ -80,14 +80,14 @@ class DeepSpeedChatArguments(Arguments):
 def _interpreter(path: str | None, name: str) -> str | None:
     if path and not Path(path).is_file():
         raise InputError(f"{name} {path}: no such file; give the python of an environment with the peer installed")
-    return path and str(Path(path).absolute())  # not resolved: an environment's python is a link out of it
+    return path and str(Path(path).absolute())  # not resolved: the python of an environment is a symlink to one outside
 
 
 def run_process(command: Sequence[str], log: Path, threads: int, environment: Mapping[str, str]) -> float:
-    """Run `command` to its end and return its peak memory in GiB: on a GPU what it took there, else resident memory.
+    """Run `command` to its end and return its peak memory in GiB: GPU memory if there is a GPU, else resident memory.
 
     Raises:
-        InputError: it failed; the message ends with the last lines of its output, which `log` holds.
+        SystemExit: it failed; the message ends with the last lines of its output, which is in `log`.
     """
     threads = threads or len(os.sched_getaffinity(0))
     variables = environment_of_its_own()
@@ -98,8 +98,8 @@ def run_process(command: Sequence[str], log: Path, threads: int, environment: Ma
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=variables | environment, cwd=log.parent
         )
-        # The peak of this process alone, where getrusage would give the largest of all. It counts from the fork on,
-        # which is no more than this script itself takes and less than any contender, since all of them import torch.
+        # The peak of this process alone; getrusage would give the largest of all. It includes the time between fork and
+        # exec, when it is that of this script, which is less than any contender takes, since all of them import torch.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -110,7 +110,7 @@ def run_process(command: Sequence[str], log: Path, threads: int, environment: Ma
 
 @contextmanager
 def gpu_memory():
-    """Yield a dictionary whose "GiB" is, after the block, the most GPU memory in use within it beyond that before."""
+    """Yield a dictionary whose "GiB" is, after the block, the peak of GPU memory in use less what was in use before."""
     peak = {"GiB": 0.0}
     if not torch.cuda.is_available():
         yield peak
@@ -136,13 +136,13 @@ def _gpu_in_use() -> float:
 
 
 class Runner:
-    """Runs contenders, each in a process and a folder of its own, and keeps the versions of the peers' libraries."""
+    """Runs contenders, each in a separate process and folder, and keeps the versions of the peers' libraries."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         """
         Args:
-            folder: that the contenders' folders are made in.
-            threads: of each contender; 0 = one for each core.
+            folder: parent of the contenders' folders.
+            threads: number for each contender; 0 = one for each core.
         """
         self.folder, self.threads = folder, threads
         self.versions: dict[str, dict[str, str]] = {}
@@ -151,9 +151,9 @@ class Runner:
         """Run a step's main.py as its users do; return the rows of its metrics.jsonl and its peak memory.
 
         Args:
-            name: of the folder for output and logs.
+            name: folder for output and logs.
             script: folder below training/.
-            flags: of the command line; True for a switch, a list for several values.
+            flags: those of the command line; True for a switch, a list for several values.
         """
         folder = self.folder / name
         command = [sys.executable, str(REPOSITORY / "training" / script / "main.py")]
@@ -170,8 +170,8 @@ class Runner:
         """Run an adapter of peers/ under the peer's own interpreter; return the steps it measured and its peak memory.
 
         Args:
-            name: of the peer, for its versions.
-            setting: what the adapter reads from its JSON file, but for "scratch", a folder that it may write to.
+            name: name of the peer, under which its versions are kept.
+            setting: what the adapter reads from its JSON file, except "scratch", a folder that it may write to.
         """
         folder = self.folder / adapter
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,14 +187,14 @@ class Runner:
 
 
 def our_rates(rows: Sequence[dict], amounts: Mapping[str, float]) -> Measures:
-    """`amounts` per second of the second of two passes, from the times at which rows of metrics.jsonl were written."""
+    """`amounts` per second in the second of two passes, from the times at which rows of metrics.jsonl were written."""
     times = [row["time"] for row in rows if "train/loss" in row]
     seconds = times[-1] - times[len(times) // 2 - 1]
     return {f"{name}/s": amount / seconds for name, amount in amounts.items()}
 
 
 def peer_rates(steps: Sequence[dict[str, float]]) -> Measures:
-    """What an adapter counted in its steps, per second of the second of two passes."""
+    """What an adapter counted in its steps, per second, in the second of two passes."""
     second = steps[len(steps) // 2 :]
     sums = {name: sum(step[name] for step in second) for name in second[0]}
     seconds = sums.pop("seconds")
@@ -222,8 +222,10 @@ def interleave(contenders: Mapping[str, Contender], repeats: int, chosen: Sequen
     return measured
 
 
-def measure(config, contenders: Callable[[Any, Runner], dict[str, Contender]]) -> tuple[dict[str, dict], dict]:
-    """Interleave what `contenders(config, runner)` gives, in a temporary folder; also the versions of the peers."""
+def measure(
+    config: ContenderArguments, contenders: Callable[[Any, Runner], dict[str, Contender]]
+) -> tuple[dict[str, dict], dict]:
+    """Interleave what `contenders(config, runner)` returns, in a temporary folder; also returns the peers' versions."""
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(Path(folder), config.threads)
         measured = interleave(contenders(config, runner), config.repeats, config.contenders)

@@ -3,18 +3,18 @@
     python -m scripts.benchmarks.generation                       # the 15 M model, answers of equal length
     python -m scripts.benchmarks.generation --tail                # long-tailed lengths
     python -m scripts.benchmarks.generation --model 60M --batch 32
-    python -m scripts.benchmarks.generation --lora 16             # LoRA merged into copies (ours), and beside
+    python -m scripts.benchmarks.generation --lora 16             # ours with LoRA merged into copies, and unmerged
     python -m scripts.benchmarks.generation --model 1B --batch 64 --prompt 256 --answer 256   # on a GPU
 
-Random weights; EOS never comes, so that each response has the length the protocol says. With `--tail`, lengths are
-drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and all stop at them: `generate` runs
-until the longest of a batch is done, the others refill slots. All run in one process, in turn; ours takes the weights
-anew each time, as in a rollout; the manager of continuous batching starts before the clock does, and stops before the
-next contender's turn: its thread, even idle, slows down whatever else computes in the process.
+Weights are random and EOS is never sampled, so that each response has its planned length. With `--tail`, lengths are
+drawn from a long-tailed distribution (log-normal, median a quarter of `--answer`) and all contenders stop at them:
+`generate` runs until the longest of a batch is done, the others refill slots. All run in one process, in turn. Ours
+loads the weights again each time, as in a rollout. The manager of continuous batching starts before the time is taken
+and stops before the next contender's turn: its thread, even idle, slows down whatever else computes in the process.
 
-The roofline is the time that the machine needs at least: a prefill pass costs its floating-point operations at the rate
+The roofline is the least time that the machine needs: a prefill pass costs its floating-point operations at the rate
 of a large matrix product, a decode step those or the reading of weights and KV cache at the memory's bandwidth,
-whichever takes longer. Both are measured here. Weights that fit in a cache are read faster than that.
+whichever takes longer. Both are measured here. Weights that fit in a processor's cache are read faster than that.
 """
 
 import copy
@@ -42,8 +42,8 @@ from utils.models.lora import add_lora
 from utils.parallel import distributed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PAGE = 32  # tokens of a page of the continuous batching's cache
-PREFILL_TOKENS = 4096  # of a pass, here and there
+PAGE = 32  # tokens of a page of continuous batching's cache
+PREFILL_TOKENS = 4096  # in one pass, for ours and for continuous batching
 PATIENCE = 120  # seconds
 NO_EOS = -1
 
@@ -64,7 +64,7 @@ class Config(ReportArguments):
 
 
 def answer_lengths(config: Config, rows: int) -> list[int]:
-    """How long each answer is to become."""
+    """The length of each answer, in tokens."""
     if not config.tail:
         return [config.answer] * rows
     drawn = torch.randn(rows).mul(0.8).exp() * config.answer / 4
@@ -73,7 +73,7 @@ def answer_lengths(config: Config, rows: int) -> list[int]:
 
 @contextmanager
 def continuous_batching(config: Config, model: torch.nn.Module) -> Iterator[ContinuousBatchingManager]:
-    """A manager of `transformers`' continuous batching, with as many slots and as much prefill at once as ours has."""
+    """A manager of `transformers`' continuous batching, with as many slots and prefill tokens in a pass as ours."""
     pages = config.batch * math.ceil((config.prompt + config.answer) / PAGE)
     batching = ContinuousBatchingConfig(
         page_size=PAGE,
@@ -97,11 +97,11 @@ def contenders(
     prompts: list[list[int]],
     lengths: list[int],
 ) -> dict[str, Callable[[], float]]:
-    """Functions that answer all the prompts, each row to its length, and return the seconds, by who does it."""
+    """For each contender a function that answers all the prompts, each row to its length, and returns the seconds."""
     words = model.config.vocab_size
     decoder = LlamaDecoder(keep_copies=True)
     counts: list[int] = []
-    plain_model = copy.deepcopy(model)  # continuous batching exchanges the attention of its model
+    plain_model = copy.deepcopy(model)  # continuous batching replaces the attention of its model
 
     def ours(lora: Literal["fused", "unfused"]) -> None:
         decoder.load(model, Loading(lora=lora))
@@ -122,7 +122,7 @@ def contenders(
             generate(model, prompts[part], sampling, Ends(words, 0), seed=0)
 
     def answered(manager: ContinuousBatchingManager, limits: list[int]) -> int:
-        """New tokens of answers of the given lengths to the first prompts."""
+        """Answer the first prompts with the given lengths; the number of new tokens."""
         for prompt, limit in zip(prompts, limits):
             manager.add_request(prompt, max_new_tokens=limit, eos_token_id=NO_EOS)
         tokens = 0
@@ -141,22 +141,22 @@ def contenders(
             raise SystemExit(f"error: transformers' continuous batching gave {counts[-1]} tokens, not {sum(lengths)}")
         return seconds
 
-    everyone = {
+    functions = {
         "ours": lambda: timed(lambda: ours("fused")),
         "generate": lambda: timed(one_batch_after_another),
     }
-    if config.lora:  # merged into copies above, beside the weights here
-        return everyone | {"ours, unfused": lambda: timed(lambda: ours("unfused"))}
-    return everyone | {"continuous batching": continuous}
+    if config.lora:  # the first merges LoRA into copies, this one applies it unmerged
+        return functions | {"ours, unfused": lambda: timed(lambda: ours("unfused"))}
+    return functions | {"continuous batching": continuous}
 
 
 def roofline(config: Config, model: torch.nn.Module, lengths: list[int]) -> tuple[float, str]:
-    """Seconds that the whole work takes at least on this machine, and in words how fast the machine is."""
+    """The least seconds that the whole work takes on this machine, and the machine's speed in words."""
     shape, device, dtype = model.config, distributed.device(), DTYPES[config.dtype]
     bytes_per_second, operations_per_second = bandwidth(device), matmul_rate(device, dtype)
     head = shape.vocab_size * shape.hidden_size
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    # a layer's attention: 4 operations for each query unit and token before it, 2 numbers of each key-value unit read
+    # attention: 4 operations for each query unit and earlier token; for each of the latter, keys and values are read
     attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
     cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
 
@@ -183,12 +183,12 @@ def main(config: Config) -> None:
     least, speed = roofline(config, model, lengths)
     if config.lora:
         add_lora(model, config.lora)
-        for parameter in model.parameters():  # not the rotary frequencies, a buffer
+        for parameter in model.parameters():  # not the rotary frequencies, which are a buffer
             parameter.data = parameter.data.to(DTYPES[config.dtype])
-    everyone = contenders(config, model, prompts, lengths)
-    times: dict[str, list[float]] = {name: [] for name in everyone}
+    functions = contenders(config, model, prompts, lengths)
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(config.repeats + 1):
-        for name, function in everyone.items():
+        for name, function in functions.items():
             seconds = function()
             if repetition:  # the first is a warm-up
                 times[name].append(seconds)

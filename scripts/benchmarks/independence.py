@@ -1,16 +1,16 @@
-"""Whether a response depends on the rows that decode beside it: how often, and how near a tie it was each time.
+"""How often a response depends on the other rows of its batch, and how near a tie the choice was each time.
 
     python -m scripts.benchmarks.independence                     # the 15 M model, bf16
     python -m scripts.benchmarks.independence --dtype fp32        # every count should be 0 on a CPU
     python -m scripts.benchmarks.independence --model_path /models/llama2-7b   # trained weights, on a GPU
 
-A row's tokens follow from the seed, its prompt and the weights alone, except that sums of another shape may be rounded
-in another way, which turns a choice that was nearly a tie. Each row is decoded once in a full batch and again in other
-company, and compared up to the first token that differs; what follows differs for that reason alone.
+A row's tokens depend on the seed, its prompt and the weights alone, except that in batches of another shape sums may be
+rounded differently, which can flip a choice that was nearly a tie. Each row is decoded once in a full batch and again
+in other batches, and compared up to the first token that differs; later tokens differ for that reason alone.
 
-How near a tie was is measured with fp32 arithmetic on the same weights and context. Greedy: the difference of both
-tokens' logits, in nats. Sampling: a token is chosen where a random number falls in the cumulative distribution; the
-tie is how far that number lies outside the interval of the token that it should not have hit, in probability.
+How near a tie a choice was is measured with fp32 arithmetic on the same weights and context. Greedy: the difference of
+both tokens' logits, in nats. Sampling: a token is chosen by where a random number falls in the cumulative distribution;
+the measure is how far, in probability, that number lies outside the interval of the token that it should not have hit.
 """
 
 import copy
@@ -52,11 +52,11 @@ class Config(ReportArguments):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers in other company against those of the full batch.
+    """Answers decoded in another batch against those of the full batch.
 
     Attributes:
         rows, differing: how many there are, and how many of them differ anywhere.
-        compared: tokens up to and with each row's first difference.
+        compared: tokens up to and including each row's first difference.
         ties: how near a tie each first difference was.
     """
 
@@ -101,7 +101,7 @@ def compare(
 
 
 def main(config: Config) -> None:
-    """Decode in different company, print the table and append it to the results."""
+    """Decode in different batches, print the table and append it to the results."""
     distributed.init_distributed()
     torch.manual_seed(SEED)
     dtype = TORCH_DTYPES[config.dtype]
@@ -134,13 +134,13 @@ def main(config: Config) -> None:
         ).tokens.tolist()
         return dict(zip(rows, found))
 
-    everyone = range(config.rows)
-    companies = {
-        f"{config.batch} at a time, again": lambda greedy: answers(everyone, greedy, config.batch),
-        f"{config.batch} at a time, every third row": lambda greedy: answers(everyone[::3], greedy, config.batch),
-        f"{config.batch // 4} at a time": lambda greedy: answers(everyone, greedy, config.batch // 4),
-        "each alone": lambda greedy: answers(everyone, greedy, 1),
-        "rounded up to buckets": lambda greedy: answers(everyone, greedy, config.batch, buckets=True),
+    all_rows = range(config.rows)
+    batches = {
+        f"{config.batch} at a time, again": lambda greedy: answers(all_rows, greedy, config.batch),
+        f"{config.batch} at a time, every third row": lambda greedy: answers(all_rows[::3], greedy, config.batch),
+        f"{config.batch // 4} at a time": lambda greedy: answers(all_rows, greedy, config.batch // 4),
+        "each alone": lambda greedy: answers(all_rows, greedy, 1),
+        "rounded up to buckets": lambda greedy: answers(all_rows, greedy, config.batch, buckets=True),
     }
     what = config.model_path or f"{config.model}, random weights"
     report = Report(
@@ -148,17 +148,17 @@ def main(config: Config) -> None:
         f"tokens each, {torch.get_num_threads()} threads"
     )
     for greedy, unit in ((True, "nats"), (False, "probability")):
-        keys = None if greedy else row_keys(SEED, everyone)
-        expected = answers(everyone, greedy, config.batch)
+        keys = None if greedy else row_keys(SEED, all_rows)
+        expected = answers(all_rows, greedy, config.batch)
         table = []
-        for name, company in companies.items():
-            found = compare(exact, prompts, expected, company(greedy), keys)
+        for name, decoded in batches.items():
+            found = compare(exact, prompts, expected, decoded(greedy), keys)
             share = found.differing / found.compared
             widest = f"{max(found.ties):.2g}" if found.ties else "-"
             table.append((name, f"{found.differing} of {found.rows}", f"{share:.3%}", widest))
-        header = ("company", "rows that differ", "share of tokens", f"widest tie, {unit}")
+        header = ("batch", "rows that differ", "share of tokens", f"widest tie, {unit}")
         report.table("Greedy" if greedy else "Sampling", table, header)
-    report.remark("Share of tokens: near-ties that turned, of the tokens compared.")
+    report.remark("Share of tokens: near-ties that were flipped, of the tokens compared.")
     report.close(config.results)
 
 

@@ -3,10 +3,10 @@
     python -m scripts.benchmarks.kill_and_resume                              # 25 kills, one process
     python -m scripts.benchmarks.kill_and_resume --kills 5 --processes 2 --zero_stage 3
 
-A tiny random world is made, PPO runs on it once without interruption, then once more under fire (SIGKILL): a third of
+A tiny random world is made, PPO runs on it once without interruption, then once more with kills (SIGKILL): a third of
 the kills come while a checkpoint is being written, a third while the program starts or loads one, a third while it
-trains. After each kill every folder that bears a checkpoint's name must be whole. At the end the weights of both runs
-must be equal bit for bit, and so must their metrics but for times. The exit code is 0 only then.
+trains. After each kill every folder with the name of a checkpoint must be whole. At the end the weights of both runs
+must be equal bit for bit, and so must their metrics except for times. The exit code is 0 only then.
 """
 
 import os
@@ -32,8 +32,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STEP2 = REPOSITORY / "training" / "step2_reward_model_finetuning" / "main.py"
 STEP3 = REPOSITORY / "training" / "step3_rlhf_finetuning" / "main.py"
 MOMENTS = ("saving", "starting", "training")
-ITERATIONS_PER_KILL = 2  # at most so many are waited for, so that the run does not end before the last kill
-SECONDS_FOR_ONE = 600.0  # a program that has not come so far by then hangs
+ITERATIONS_PER_KILL = 2  # a kill waits for at most so many, so that the run does not end before the last kill
+SECONDS_FOR_ONE = 600.0  # a run that needs longer for one wait hangs
 CLOCKS = ("time", "throughput")
 
 
@@ -45,7 +45,7 @@ class Config(Arguments):
     processes: int = flag(1, "processes of the run", at_least=1)
     zero_stage: int = flag(0, "ZeRO stage of actor and critic", at_least=0, at_most=3)
     lora_dim: int = flag(0, "rank of the LoRA matrices of both; 0 = no LoRA", at_least=0)
-    seed: int = flag(1, "seed of the world and of the moments", at_least=0)
+    seed: int = flag(1, "seed of the world and of the times of kills", at_least=0)
     output_dir: str = flag(str(REPOSITORY / "output" / "kill_and_resume"), "folder for everything; must not exist")
 
     def check(self) -> None:
@@ -73,7 +73,7 @@ def make_world(config: Config) -> list[str]:
 
 
 def start(argv: Sequence[str], output: Path, processes: int) -> subprocess.Popen:
-    """Step 3 in a session of its own, so that all its processes can be killed together."""
+    """Start step 3 in a new session, so that all its processes can be killed together."""
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(STEP3), *argv, "--output_dir", str(output)]
     with open(output.with_suffix(".log"), "ab") as log:
@@ -81,7 +81,7 @@ def start(argv: Sequence[str], output: Path, processes: int) -> subprocess.Popen
 
 
 def finish(argv: Sequence[str], output: Path, processes: int) -> float:
-    """Run to the end; the seconds that took. Raises SystemExit if the run fails."""
+    """Run to the end and return the seconds that it took. Raises SystemExit if the run fails."""
     started = time.monotonic()
     if code := start(argv, output, processes).wait(timeout=SECONDS_FOR_ONE):
         raise SystemExit(f"the run ended with exit code {code}: see {output.with_suffix('.log')}")
@@ -94,7 +94,7 @@ def wait_for_moment(process: subprocess.Popen, output: Path, moment: str, chance
     saved = _newest(checkpoints)
     if moment == "starting":
         seconds = chance.uniform(0.5, 6.0)
-        while time.monotonic() - begun < seconds and _newest(checkpoints) == saved:  # a fast start is over before
+        while time.monotonic() - begun < seconds and _newest(checkpoints) == saved:  # a fast start ends earlier
             time.sleep(0.002)
         return
     left = chance.randint(1, ITERATIONS_PER_KILL)
@@ -118,7 +118,7 @@ def check_whole(checkpoints: Path) -> None:
 
 
 def kill_and_resume(argv: Sequence[str], folder: Path, *, kills: int, processes: int, seed: int) -> list[tuple]:
-    """Run step 3 with the flags `argv` once in peace and once with `kills` kills; compare the two.
+    """Run step 3 with the flags `argv` once undisturbed and once with `kills` kills; compare the two.
 
     Returns:
         For each kill: (number, moment, step of the newest checkpoint, what the kill left half-written).
@@ -147,7 +147,7 @@ def kill_and_resume(argv: Sequence[str], folder: Path, *, kills: int, processes:
 
 
 def compare(whole: Path, killed: Path) -> None:
-    """Raise SystemExit unless weights and metrics (but for times) of two finished runs are equal."""
+    """Raise SystemExit unless weights and metrics (except for times) of two finished runs are equal."""
     for role in ("actor", "critic", "actor_ema"):
         file = Path(role) / "model.safetensors"
         if (whole / file).exists() and (whole / file).read_bytes() != (killed / file).read_bytes():

@@ -1,10 +1,10 @@
-"""Log-probabilities of tokens: time and memory of ours, of log_softmax, and of torch's chunked cross-entropy.
+"""Time and memory of token log-probabilities: ours, log_softmax, and torch's chunked cross-entropy.
 
     python -m scripts.benchmarks.logprobs
     python -m scripts.benchmarks.logprobs --tokens 8192 --vocabulary 128256 --hidden 4096       # on a GPU
 
-All three take hidden states and the weight of the vocabulary projection. `log_softmax` makes the logits, turns them
-into fp32 and leaves the backward pass to autograd. Memory is what a pass takes beyond what is there before it.
+All three take hidden states and the weight of the vocabulary projection. `log_softmax` computes the logits, casts
+them to fp32 and leaves the backward pass to autograd. Memory is what a pass takes beyond what is in use before it.
 """
 
 import statistics
@@ -82,7 +82,7 @@ def ratio(theirs: float, ours: float) -> str:
 
 
 def main(config: Config) -> None:
-    """Measure every way at every size, print a table for each size and append them to the results."""
+    """Measure every contender at every size, print a table for each size and append them to the results."""
     device = distributed.device()
     report = Report(
         f"hidden {config.hidden}, vocabulary {config.vocabulary:,}, {config.dtype}, {torch.get_num_threads()} threads; "

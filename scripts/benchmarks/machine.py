@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: its name for the report, a stopwatch, and what it can do at most."""
+"""The machine that a benchmark runs on: its description for the report, a stopwatch, and its peak rates."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 ROUNDS = 5  # of which the fastest counts
-RESET_PEAK = Path("/proc/self/clear_refs")  # "5" written to it sets the peak to what is in use now
+RESET_PEAK = Path("/proc/self/clear_refs")  # "5" written to it resets the peak to the memory in use now
 
 
 def describe() -> str:
@@ -32,9 +32,9 @@ def timed(function: Callable[[], object]) -> float:
 
 
 def peak_memory(function: Callable[[], object]) -> float:
-    """MiB that `function` takes at most beyond what is in use before; on a CPU resident memory, read from Linux.
+    """Peak MiB that `function` takes beyond what is in use before; on a CPU resident memory, as Linux reports it.
 
-    NaN where the system does not tell.
+    NaN where the system does not report it.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -43,7 +43,7 @@ def peak_memory(function: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not RESET_PEAK.exists():
         return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not given back would not be counted when used again
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that was not returned would not be counted when used again
     RESET_PEAK.write_text("5", encoding="ascii")
     before = _status("VmRSS")
     function()
@@ -51,7 +51,7 @@ def peak_memory(function: Callable[[], object]) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second that the memory gives at most: the faster of a sum and a copy of 1 GiB (CPU: 256 MiB)."""
+    """Peak memory bandwidth in bytes per second: the faster of a sum and a copy of 1 GiB (CPU: 256 MiB)."""
     elements = 2**28 if device.type != "cpu" else 2**26
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)

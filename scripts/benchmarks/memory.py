@@ -1,11 +1,11 @@
-"""Is the preflight right? Predicted against measured peak memory of real runs of the three steps, on this CPU.
+"""Is the memory estimate right? Predicted against measured peak memory of real runs of the three steps, on this CPU.
 
     python -m scripts.benchmarks.memory                     # all configurations, about ten minutes on two idle cores
     python -m scripts.benchmarks.memory --only sft-bf16 ppo-lora
 
-Every configuration is a step's main.py run twice in processes of its own: with `--dry_run`, whose prediction is read
-from its output, and for real, a few optimiser steps on random models and data. Measured is the greatest resident
-memory that the system reports of a process when it has ended (`ru_maxrss`), the larger one of two ranks.
+For every configuration a step's main.py is run twice, in separate processes: with `--dry_run`, whose prediction is read
+from its output, and for real, a few optimiser steps on random models and data. Measured is the peak resident memory
+that the system reports for a process when it has ended (`ru_maxrss`); of two ranks, the larger one.
 """
 
 import json
@@ -45,7 +45,7 @@ HEADER = ("configuration", "step", "model", "processes", "flags", "predicted", "
 
 @dataclass(frozen=True)
 class Run:
-    """A run to predict and to measure; `length` is that of the data's rows, half of it prompt."""
+    """A run to predict and to measure; `length` is the tokens of a row of the data, half of them prompt."""
 
     step: int
     size: str
@@ -107,7 +107,7 @@ RUNS = {
 class Config(Arguments):
     """Memory benchmark."""
 
-    only: list[str] = flag([], "names of the configurations to run; left out, all")
+    only: list[str] = flag([], "names of the configurations to run; default: all")
     output_dir: str = flag(str(REPOSITORY / "output" / "memory"), "folder for models, data and the table")
 
     def check(self) -> None:
@@ -116,7 +116,7 @@ class Config(Arguments):
 
 
 def make_models(folder: Path) -> None:
-    """Random language and reward models with a tokenizer of whole words, unless they are there."""
+    """Make random language and reward models with a whole-word tokenizer, unless they exist."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{number}": number for number in range(4, VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -188,7 +188,7 @@ def start(words: list[str], rank: int, run: Run, port: int, log: Path) -> subpro
 
 
 def peak_bytes(words: list[str], run: Run, log: Path) -> int:
-    """Run all ranks; the greatest resident memory of any of them.
+    """Run all ranks and return the largest peak resident memory of any of them.
 
     Raises:
         InputError: a rank failed; the message names its log.

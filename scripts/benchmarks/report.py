@@ -1,4 +1,4 @@
-"""What a benchmark shows and leaves behind: a table on the screen, and a section of RESULTS.md with the machine."""
+"""The output of a benchmark: tables on the terminal, and a section of RESULTS.md that also describes the machine."""
 
 import datetime
 import platform
@@ -29,14 +29,14 @@ class ReportArguments(Arguments):
 
 
 def median(values: Sequence[float], digits: int = 2) -> str:
-    """The median, with the range behind it where there is one: `2.31 (2.25 to 2.40)`."""
+    """The median, followed by the range if there are several values: `2.31 (2.25 to 2.40)`."""
     middle = f"{statistics.median(values):,.{digits}f}"
     spread = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if len(values) > 1 else ""
     return middle + spread
 
 
 def ratios(measured: Mapping[str, Mapping], speed: str, *, higher_is_faster: bool) -> list[tuple[str, ...]]:
-    """Rows (contender of ours, peer, how many times as fast, share of its memory), of medians.
+    """Ratios of medians, as rows (contender of ours, peer, how many times as fast, share of its memory).
 
     Args:
         measured: name -> measure -> its values; the names of our own contenders begin with "ours".
@@ -60,7 +60,7 @@ class Report:
         """
         Args:
             work: what was measured, in a line.
-            versions: of the libraries of each peer.
+            versions: library versions of each peer.
         """
         self.work, self.versions = work, dict(versions or {})
         self.parts: list[str] = []
@@ -74,7 +74,7 @@ class Report:
     def compare(
         self, measured: Mapping[str, Mapping], speed: str, *, higher_is_faster: bool = True, note: str = ""
     ) -> None:
-        """The table of `ratios` and a note below it, if contenders of ours and peers have run."""
+        """Add the table of `ratios` and a note below it, if both contenders of ours and peers have run."""
         if rows := ratios(measured, speed, higher_is_faster=higher_is_faster):
             self.table("Ratios of medians", rows, ("ours", "peer", "times as fast", "share of its memory"))
             if note:
@@ -86,7 +86,7 @@ class Report:
         self.parts.append(f"{text}\n")
 
     def close(self, path: str) -> None:
-        """Append the section to the file at `path`, which is made if missing; an empty path appends nothing."""
+        """Append the section to the file at `path`, which is created if missing; an empty path appends nothing."""
         own = {"Python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
         libraries = {"ours": own, **self.versions}
         named = [

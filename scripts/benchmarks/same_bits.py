@@ -8,7 +8,7 @@ quickstart with seed 1. A small random LLaMA with LLaMA-2's tokenizer starts the
 of every safetensors file that a run leaves in its output folder, and every number of `metrics.jsonl` that is not a
 time. The exit code is 0 if everything agrees, 1 if not.
 
-Results of a checkout whose work tree is clean are kept by its commit in --output_dir, and not computed again.
+Results of a checkout whose work tree is clean are cached by commit in --output_dir, and not computed again.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ STEPS = {
 }
 DATA, TOKENIZER = "hh_rlhf_harmless_1800.jsonl", "llama2_tokenizer.model"
 TEXT = "alpaca_eval_gpt4_pairs.jsonl"
-CLOCKS = ("time", "throughput/")  # beginnings of the keys whose values depend on the clock
+CLOCKS = ("time", "throughput/")  # prefixes of the keys whose values depend on the clock
 RATES = "_per_second"
 
 Flags = dict[str, Any]
@@ -53,7 +53,7 @@ class Config(Arguments):
     before: str = flag(help="checkout to compare with")
     after: str = flag(str(REPOSITORY), "checkout that is compared, by default the one that this script is in")
     data: str = flag(help=f"folder with {DATA} and {TOKENIZER}")
-    cases: list[str] = flag([], "names of cases to run alone; left out, all of them")
+    cases: list[str] = flag([], "names of the cases to run; default: all")
     output_dir: str = flag(str(REPOSITORY / "output" / "same_bits"), "folder for runs and results")
 
     def check(self) -> None:
@@ -63,7 +63,7 @@ class Config(Arguments):
 
 @dataclass(frozen=True)
 class Case:
-    """A chain of the three steps with further flags for each, or the quickstart."""
+    """A chain of the three steps with extra flags for each, or the quickstart."""
 
     processes: int = 1
     flags: dict[str, Flags] = field(default_factory=dict)
@@ -80,7 +80,7 @@ def _grid_case(stage: int, lora: bool, processes: int) -> Case:
 
 
 def all_cases() -> dict[str, Case]:
-    """ZeRO stages with and without LoRA on one process and two, and the features that a step has besides."""
+    """ZeRO stages with and without LoRA on one process and two, and other features of the steps."""
     cases = {
         f"zero{stage}{'_lora' if lora else ''}{'_two' if processes == 2 else ''}": _grid_case(stage, lora, processes)
         for processes, stage, lora in itertools.product((1, 2), (0, 2, 3), (False, True))
@@ -147,7 +147,7 @@ def words(flags: Flags) -> list[str]:
 
 
 def run_case(checkout: Path, name: str, case: Case, data: Path, model: Path, folder: Path) -> dict[str, Any]:
-    """Run a case with the code in `checkout`; the sums of all tensors and the metrics it leaves, by path.
+    """Run a case with the code in `checkout`; the checksums of all tensors and the metrics that it writes, by path.
 
     Raises:
         SystemExit: a run failed.
@@ -208,7 +208,7 @@ def write_model(folder: Path, data: Path) -> Path:
 
 
 def commit(checkout: Path) -> str:
-    """The commit of a checkout without changes; empty with changes, or where it is no checkout."""
+    """The commit of a checkout; empty if it has uncommitted changes or is no git checkout."""
     status = ["git", "-C", str(checkout), "status", "--porcelain", "--untracked-files=no"]
     head = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     if subprocess.run(status, capture_output=True, text=True).stdout.strip():
@@ -217,7 +217,7 @@ def commit(checkout: Path) -> str:
 
 
 def result(checkout: Path, name: str, case: Case, config: Config, model: Path) -> dict[str, Any]:
-    """`run_case`, or what an earlier run of the same commit has left."""
+    """The result of `run_case`, or the cached one of an earlier run of the same commit."""
     output, known = Path(config.output_dir).resolve(), commit(checkout)
     kept = output / "results" / (known or "unknown") / f"{name}.json"
     if known and kept.is_file():
@@ -230,7 +230,7 @@ def result(checkout: Path, name: str, case: Case, config: Config, model: Path) -
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What is not alike, a line each; metrics that only one of them has do not count."""
+    """What differs, one line each; metrics that only one of them has are ignored."""
     lines = [f"{key} is only {'before' if key in before else 'after'}" for key in sorted(before.keys() ^ after.keys())]
     for key in sorted(before.keys() & after.keys()):
         old, new = before[key], after[key]

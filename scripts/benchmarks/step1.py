@@ -4,9 +4,8 @@
         --trl_python trl/bin/python \\
         --deepspeed_chat DeepSpeedExamples --deepspeed_chat_python deepspeed_chat/bin/python
 
-Every contender is a process of its own, runs as its users run it, and is given the same rows, as token ids: two passes,
-of which the second is timed. Tokens are those that are not padding; response tokens are those that ours and TRL's loss
-is about.
+Every contender is a separate process, runs as its users run it, and gets the same rows, as token ids: two passes, of
+which the second is timed. Tokens do not include padding; response tokens are those in the loss of ours and of TRL.
 """
 
 import functools
@@ -24,19 +23,19 @@ from scripts.benchmarks.contenders import (
     our_rates,
     peer_rates,
 )
-from scripts.benchmarks.report import MEMORY, Report, ReportArguments, median
+from scripts.benchmarks.report import MEMORY, Report, median
 from scripts.benchmarks.workload import WorkArguments, two_passes
 from utils.arguments import flag, run
 
 NOTE = (
-    "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones; TRL, as it comes, keeps fp32 weights and casts "
-    "them each time (autocast); its checkpointing of activations is off. DeepSpeed-Chat's loss is over prompts as well."
+    "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones; TRL by default keeps fp32 weights and casts "
+    "them in each pass (autocast); its activation checkpointing is off. DeepSpeed-Chat's loss includes the prompts."
 )
 SPEED, RESPONSES = "tokens/s", "response tokens/s"
 
 
 @dataclass(kw_only=True)
-class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArguments, ReportArguments):
+class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArguments):
     """Step 1."""
 
     rows: int = flag(48, "rows of the data, each of which is read twice", at_least=1)
@@ -46,7 +45,7 @@ class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArgum
 
 
 def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
-    """All that can run, by name."""
+    """All contenders that can run, by name."""
     flags, setting = two_passes(
         "sft", config, runner.folder, rows=config.rows, batch=config.batch, length=config.length
     )
@@ -62,18 +61,18 @@ def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
         steps, memory = runner.run_peer(name, adapter, python, setting | changes)
         return peer_rates(steps) | memory
 
-    everyone: dict[str, Contender] = {
+    available: dict[str, Contender] = {
         "ours": functools.partial(ours, "ours"),
         "ours, packing": functools.partial(ours, "ours-packing", packing=True),
         "ours, budget": functools.partial(ours, "ours-budget", max_tokens_per_batch=config.budget),
     }
     if python := config.trl():
-        everyone["TRL"] = functools.partial(peer, "TRL", "trl_sft", python, packing=False)
-        everyone["TRL, packing"] = functools.partial(peer, "TRL", "trl_sft", python, packing=True)
+        available["TRL"] = functools.partial(peer, "TRL", "trl_sft", python, packing=False)
+        available["TRL, packing"] = functools.partial(peer, "TRL", "trl_sft", python, packing=True)
     if given := config.deepspeed():
         name, (python, checkout) = "DeepSpeed-Chat", given
-        everyone[name] = functools.partial(peer, name, "deepspeed_chat", python, checkout=checkout, step=1)
-    return everyone
+        available[name] = functools.partial(peer, name, "deepspeed_chat", python, checkout=checkout, step=1)
+    return available
 
 
 def main(config: Config) -> None:

@@ -2,8 +2,8 @@
 
     python -m scripts.benchmarks.step2 --data pairs.jsonl --tokenizer tokenizer.model --trl_python trl/bin/python
 
-Both run as their users run them, a process each, on the same pairs, given as token ids: two passes, of which the second
-is timed.
+Both run as their users run them, in separate processes, on the same pairs, given as token ids: two passes, of which the
+second is timed.
 """
 
 import functools
@@ -20,7 +20,7 @@ from scripts.benchmarks.contenders import (
     our_rates,
     peer_rates,
 )
-from scripts.benchmarks.report import MEMORY, Report, ReportArguments, median
+from scripts.benchmarks.report import MEMORY, Report, median
 from scripts.benchmarks.workload import WorkArguments, two_passes
 from utils.arguments import flag, run
 
@@ -28,7 +28,7 @@ SPEED, TOKENS = "pairs/s", "tokens/s"
 
 
 @dataclass(kw_only=True)
-class Config(WorkArguments, ContenderArguments, TrlArguments, ReportArguments):
+class Config(WorkArguments, ContenderArguments, TrlArguments):
     """Step 2."""
 
     pairs: int = flag(48, "pairs of the data, each of which is read twice", at_least=1)
@@ -38,7 +38,7 @@ class Config(WorkArguments, ContenderArguments, TrlArguments, ReportArguments):
 
 
 def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
-    """All that can run, by name."""
+    """All contenders that can run, by name."""
     flags, setting = two_passes(
         "preference", config, runner.folder, rows=config.pairs, batch=config.batch, length=config.length
     )
@@ -54,13 +54,13 @@ def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
         steps, memory = runner.run_peer("TRL", "trl_reward", python, setting)
         return peer_rates(steps) | memory
 
-    everyone: dict[str, Contender] = {
+    available: dict[str, Contender] = {
         "ours": functools.partial(ours, "ours"),
         "ours, budget": functools.partial(ours, "ours-budget", max_tokens_per_batch=config.budget),
     }
     if python := config.trl():
-        everyone["TRL"] = functools.partial(trl, python)
-    return everyone
+        available["TRL"] = functools.partial(trl, python)
+    return available
 
 
 def main(config: Config) -> None:

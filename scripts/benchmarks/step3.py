@@ -5,11 +5,11 @@
         --deepspeed_chat DeepSpeedExamples --deepspeed_chat_python deepspeed_chat/bin/python
     python -m scripts.benchmarks.step3 --mean_answer 32 --answer 128 --generation_batches 4     # long-tailed lengths
 
-Every contender is a process of its own, runs as its users run it, and is given the same prompts, as token ids. The
-first iteration is left out, the others are averaged. DeepSpeed-Chat generates greedily for LLaMA; with "sampling" in
-its name its `generate` was made to sample. TRL trains fp32 weights under autocast, or bf16 weights alone. With
---mean_answer, the actor's weights end an answer after that many tokens on average (a geometric distribution), which
-needs sampling.
+Every contender is a separate process, runs as its users run it, and gets the same prompts, as token ids. The first
+iteration is left out, the others are averaged. DeepSpeed-Chat generates greedily for LLaMA; in the contender with
+"sampling" in its name, its `generate` is patched to sample. TRL trains fp32 weights under autocast, or bf16 weights
+only. With --mean_answer, the actor's weights are set so that a sampled answer ends after that many tokens on average (a
+geometric distribution), which needs sampling.
 """
 
 import functools
@@ -26,7 +26,7 @@ from scripts.benchmarks.contenders import (
     TrlArguments,
     measure,
 )
-from scripts.benchmarks.report import MEMORY, Report, ReportArguments, median
+from scripts.benchmarks.report import MEMORY, Report, median
 from scripts.benchmarks.workload import (
     SEED,
     SPLITS,
@@ -42,14 +42,14 @@ from utils.arguments import flag, run
 LEARNING_RATE = 1e-6
 NOTE = (
     "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones. TRL has fp32 weights and trains under autocast, "
-    "or has bf16 weights alone. All make one pass over a rollout. DeepSpeed-Chat pads prompts to the longest allowed."
+    "or has bf16 weights only. All make one pass over a rollout. DeepSpeed-Chat pads prompts to the maximum length."
 )
 PHASES = ("generation", "scoring", "training")
 ITERATION, LENGTH = "iteration", "tokens per answer"
 
 
 @dataclass(kw_only=True)
-class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArguments, ReportArguments):
+class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArguments):
     """Step 3."""
 
     trl_python: str | None = flag(
@@ -65,7 +65,7 @@ class Config(WorkArguments, ContenderArguments, TrlArguments, DeepSpeedChatArgum
 
 
 def averages(steps: Sequence[dict[str, float]]) -> Measures:
-    """Mean seconds by phase and mean length of an answer, of steps with sums of both; scoring is what remains."""
+    """Mean seconds of each phase and mean length of an answer over `steps`; scoring is the remaining time."""
     means = {name: statistics.mean(step[name] for step in steps) for name in ("seconds", "generation", "training")}
     scoring = means["seconds"] - means["generation"] - means["training"]
     length = sum(step["response tokens"] for step in steps) / sum(step["sequences"] for step in steps)
@@ -87,7 +87,7 @@ def our_steps(rows: Sequence[dict]) -> list[dict[str, float]]:
 
 
 def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
-    """All that can run, by name."""
+    """All contenders that can run, by name."""
     rollout = config.batch * config.generation_batches
     count = rollout * (config.iterations + 1)
     folder = runner.folder
@@ -124,20 +124,20 @@ def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
         steps, memory = runner.run_peer(name, adapter, python, work)
         return averages(steps[1:]) | memory
 
-    everyone: dict[str, Contender] = {
+    available: dict[str, Contender] = {
         "ours": functools.partial(ours, "ours"),
         "ours, budget": functools.partial(ours, "ours-budget", max_tokens_per_batch=config.budget),
     }
     if python := config.trl("pip install trl==1.12.0"):
-        everyone["TRL"] = functools.partial(peer, "TRL", "trl_ppo", python, weights="fp32")
-        everyone["TRL, bf16 weights"] = functools.partial(peer, "TRL", "trl_ppo", python, weights="bf16")
+        available["TRL"] = functools.partial(peer, "TRL", "trl_ppo", python, weights="fp32")
+        available["TRL, bf16 weights"] = functools.partial(peer, "TRL", "trl_ppo", python, weights="bf16")
     if given := config.deepspeed():
         python, checkout = given
         chat = functools.partial(peer, "DeepSpeed-Chat", "deepspeed_chat", python, checkout=checkout, step=3)
         if not config.mean_answer:
-            everyone["DeepSpeed-Chat"] = functools.partial(chat, sampling=False)
-        everyone["DeepSpeed-Chat, sampling"] = functools.partial(chat, sampling=True)
-    return everyone
+            available["DeepSpeed-Chat"] = functools.partial(chat, sampling=False)
+        available["DeepSpeed-Chat, sampling"] = functools.partial(chat, sampling=True)
+    return available
 
 
 def main(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The work of the benchmarks: random models, a tokenizer, and rows of real text or of text made here."""
+"""The workload of the benchmarks: random models, a tokenizer, and rows of real or generated text."""
 
 import json
 import math
@@ -31,7 +31,7 @@ Size = Literal["toy", "15M", "60M", "1B", "7B"]
 SEED = 1234
 LEARNING_RATE = 1e-5  # of steps 1 and 2
 SPLITS = {"sft": "1,0,0", "preference": "0,1,0", "prompts": "0,0,1"}  # all rows to the step in question
-EOS_DIRECTION = 0.5  # of hidden unit 0 in every embedding, against 0.02 of the others
+EOS_DIRECTION = 0.5  # value of hidden unit 0 in every embedding; the others have a deviation of 0.02
 
 
 @dataclass(kw_only=True)
@@ -39,13 +39,13 @@ class WorkArguments(Arguments):
     """The work."""
 
     model: Size = flag("15M", "size of the LLaMA, whose weights are random")
-    data: str | None = flag(None, "file of rows that the steps read (Alpaca, pairs, ...); left out, text made here")
-    tokenizer: str | None = flag(None, "tokenizer.model or folder; left out, one trained on the text")
+    data: str | None = flag(None, "file of rows that the steps read (Alpaca, pairs, ...); default: generated text")
+    tokenizer: str | None = flag(None, "tokenizer.model or folder; default: one trained on the text")
 
     @property
     def text(self) -> str:
         """What the rows are, in words."""
-        return "text from a file" if self.data else "made text"
+        return "text from a file" if self.data else "generated text"
 
 
 def llama_config(size: str, positions: int, vocabulary: int = 0) -> transformers.LlamaConfig:
@@ -68,8 +68,9 @@ def save_language_model(
     """A random causal LM in fp32 and its tokenizer.
 
     Args:
-        mean_length: of sampled responses, in tokens. Their lengths then follow a geometric distribution: whatever came
-            before, the next token is EOS with probability 1 / mean_length. 0 leaves EOS as unlikely as any token.
+        mean_length: mean length of sampled responses, in tokens. Their lengths follow a geometric distribution:
+            whatever came before, the next token is EOS with probability 1 / mean_length. 0 leaves EOS as unlikely as
+            any token.
     """
     torch.manual_seed(SEED)
     config = llama_config(size, positions, max(SIZES[size][-1], len(tokenizer)))
@@ -101,7 +102,7 @@ def _save(folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBa
 
 @torch.no_grad()
 def _set_mean_length(model: torch.nn.Module, eos_id: int, mean_length: float) -> None:
-    """Give EOS the logit that makes its probability 1 / mean_length, by a hidden unit that is the same everywhere."""
+    """Give EOS the logit that makes its probability 1 / mean_length, by a hidden unit that is equal everywhere."""
     vocabulary = model.config.vocab_size
     model.get_input_embeddings().weight[:, 0] = EOS_DIRECTION
     unit = model.model(torch.randint(3, vocabulary, (4, 32))).last_hidden_state[..., 0].mean()
@@ -112,7 +113,7 @@ def _set_mean_length(model: torch.nn.Module, eos_id: int, mean_length: float) ->
 
 
 def made_rows(count: int) -> list[dict[str, str]]:
-    """Prompts with a chosen and a rejected response, of words that do not exist.
+    """Prompts with a chosen and a rejected response, of invented words.
 
     Word frequencies follow Zipf's law; lengths are log-normal, as those of real instructions and answers.
     """
@@ -136,7 +137,7 @@ def made_rows(count: int) -> list[dict[str, str]]:
 
 
 def prepare_rows(folder: Path, data: str | None, count: int) -> list[dict]:
-    """Fill `folder` with `count` rows to train on and one held out, from the file `data` or made here; return them.
+    """Fill `folder` with `count` rows to train on and one held out, from the file `data` or generated; return them.
 
     Raises:
         InputError: the file has fewer rows.
@@ -146,7 +147,7 @@ def prepare_rows(folder: Path, data: str | None, count: int) -> list[dict]:
     else:
         rows = [row for _, row in read_rows(Path(data))]
         if len(rows) <= count:
-            raise InputError(f"--data {data} has {len(rows)} rows; this needs {count + 1}: lower the work")
+            raise InputError(f"--data {data} has {len(rows)} rows; this needs {count + 1}: reduce the workload")
         rows = random.Random(SEED).sample(rows, count + 1)
     for name, part in (("train", rows[:count]), ("eval", rows[count:])):
         atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
@@ -157,7 +158,14 @@ def prepare_tokenizer(folder: Path, path: str | None, rows: Sequence[dict]) -> P
     """The tokenizer at `path`, or a small one trained on the values of `rows`, which fits the toy model."""
     if path is None:
         path = str(folder / "tokenizer.model")
-        train_tokenizer((str(value) for row in rows for value in row.values()), path, vocab_size=SIZES["toy"][-1])
+        texts = (str(value) for row in rows for value in row.values())
+        try:
+            train_tokenizer(texts, path, vocab_size=SIZES["toy"][-1])
+        except RuntimeError as error:  # sentencepiece's, for a vocabulary smaller than the set of characters
+            raise InputError(
+                f"--data: its text has more different characters than the small tokenizer made here: give --tokenizer "
+                f"({str(error).strip().splitlines()[-1]})"
+            ) from error
     return load_tokenizer(path)
 
 
@@ -168,7 +176,7 @@ def tokenized_rows(
     length: int,
     cache: Path,
 ) -> list[dict]:
-    """The rows of `prepare_rows` as the step tokenises them, for peers to be given the same ids.
+    """The rows of `prepare_rows` as the step tokenises them, so that peers get the same ids.
 
     Args:
         length: --max_seq_len, or for "prompts" --max_prompt_seq_len.
@@ -199,9 +207,9 @@ def two_passes(
 
     Args:
         folder: for data, tokenizer and model.
-        rows: of the data, each of which is read twice.
+        rows: number of rows, each of which is read twice.
         batch: rows of an optimiser step.
-        length: of a row in tokens, at most.
+        length: maximum tokens of a row.
     """
     data, cache = folder / "data", folder / "cache"
     raw = prepare_rows(data, config.data, rows)

@@ -2,6 +2,6 @@
 # Step 1 for LLaMA-2 13B: full fine-tuning on one machine with 8 GPUs of 80 GB.
 # Its flags are in scripts/configs/llama2-13b/step1.yaml.
 #
-#   bash scripts/llama2-13b/step1.sh [further flags, which win over the file's]
+#   bash scripts/llama2-13b/step1.sh [further flags, which override the file's]
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../train.sh" llama2-13b step1 "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Step 1 for LLaMA-2 70B: full fine-tuning on 4 machines with 8 GPUs of 80 GB each.
-# HOSTFILE lists the machines, one line each such as: worker-1 slots=8. All see the repository, .venv and the output at
-# the same path, and ssh works between them without a password.
+# HOSTFILE lists the machines, one line each such as: worker-1 slots=8. All must have the repository, .venv and the
+# output at the same path, and ssh between them must work without a password.
 # Its flags are in scripts/configs/llama2-70b/step1.yaml.
 #
-#   bash scripts/llama2-70b/step1.sh [further flags, which win over the file's]
+#   bash scripts/llama2-70b/step1.sh [further flags, which override the file's]
 set -euo pipefail
 : "${HOSTFILE:?set it to a file that lists the machines}"
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../train.sh" --hostfile "$HOSTFILE" llama2-70b step1 "$@"

@@ -2,6 +2,6 @@
 # Step 1 for LLaMA-2 7B with LoRA, on one GPU of 40 GB or more.
 # Its flags are in scripts/configs/llama2-7b-lora/step1.yaml.
 #
-#   bash scripts/llama2-7b-lora/step1.sh [further flags, which win over the file's]
+#   bash scripts/llama2-7b-lora/step1.sh [further flags, which override the file's]
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../train.sh" --num_gpus 1 llama2-7b-lora step1 "$@"

@@ -2,6 +2,6 @@
 # Step 2 for LLaMA-2 7B: a reward model on one machine with 8 GPUs of 80 GB.
 # Its flags are in scripts/configs/llama2-7b/step2.yaml.
 #
-#   bash scripts/llama2-7b/step2.sh [further flags, which win over the file's]
+#   bash scripts/llama2-7b/step2.sh [further flags, which override the file's]
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../train.sh" llama2-7b step2 "$@"

@@ -2,6 +2,6 @@
 # Step 1 for OPT-350M: full fine-tuning on one GPU of 16 GB or more.
 # Its flags are in scripts/configs/opt-350m/step1.yaml.
 #
-#   bash scripts/opt-350m/step1.sh [further flags, which win over the file's]
+#   bash scripts/opt-350m/step1.sh [further flags, which override the file's]
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../train.sh" --num_gpus 1 opt-350m step1 "$@"

@@ -1,4 +1,4 @@
-"""GAE against its definition, and whitening that does not care how a rollout is spread over ranks."""
+"""GAE against its definition, and whitening that does not depend on how a rollout is spread over ranks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The KL estimators against the divergence itself, and where the reward of a response lands."""
+"""The KL estimators against the divergence itself, and the token that receives the score of a response."""
 
 import math
 
@@ -119,7 +119,7 @@ def test_normalize_scores():
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_gradients_are_finite_where_the_estimate_saturates(estimator):
-    """It will be a loss: exp of 199 is infinite, and 0 times infinity is NaN."""
+    """As in a loss: exp of 199 is infinite, and 0 times infinity is NaN."""
     logprobs = torch.tensor([[-199.0, -0.1, -1.0, 0.0]], requires_grad=True)
     reference = torch.tensor([[0.0, -199.0, -1.5, -1000.0]])
     kl = kl_penalty(logprobs, reference, estimator, clamp=10.0)

@@ -92,7 +92,7 @@ def test_uniform_logits_have_the_highest_entropy():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_words_and_large_logits(dtype):
-    """203 words are whole vectors and a rest; the identity's logits are the hidden states themselves."""
+    """203 words do not fill the last vector; the identity's logits are the hidden states themselves."""
     logits = torch.randn(40, 203, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 40)[:, None]
     logits = logits.to(dtype).requires_grad_()
     targets = torch.arange(40) * 5 + 7

@@ -1,4 +1,4 @@
-"""Masks come from lengths and the first EOS, and what lies behind a mask stays there."""
+"""Masks come from lengths and the first EOS, and masked values have no effect."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_response_mask_ends_with_the_first_eos():
         [
             [5, 6, EOS, 0, 0],  # padded with a token of its own
             [5, 6, EOS, EOS, EOS],  # padded with EOS, as is usual with LLaMA
-            [EOS, 7, 7, 7, 7],  # ends at once; what follows does not count, whatever it is
+            [EOS, 7, 7, 7, 7],  # ends immediately; what follows does not count
             [5, 6, 7, 8, EOS],  # EOS in the last column
             [5, 0, 7, 8, 9],  # cut by the length limit; the padding token's id may occur inside a response
         ]

@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand, and the properties that keep PPO honest."""
+"""Losses against numbers worked out by hand, and the properties that PPO relies on."""
 
 import math
 
@@ -96,7 +96,7 @@ def test_policy_loss_of_extreme_ratios_stays_finite(dtype, advantage):
 
 @pytest.mark.parametrize("kind", ["approx_kl_k1", "approx_kl_k3"])
 def test_approximate_kl_averages_to_the_divergence_from_the_old_policy(kind):
-    """Each word of the vocabulary as a row of its own, weighted by the old policy that would have sampled it."""
+    """Each word of the vocabulary as a separate row, weighted by the old policy that would have sampled it."""
     old, new = torch.randn(2, 10, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
     mask = torch.ones(1, 1, dtype=torch.bool)
     average = sum(
@@ -234,7 +234,7 @@ def test_losses_of_half_precision_inputs_are_fp32(dtype):
 
 
 def test_statistics_are_of_the_true_ratio_and_the_loss_of_the_bounded_one():
-    """A policy that explodes is to be seen: e^20 in every run would look like one and the same."""
+    """A policy that explodes must show in the metrics: the bounded ratio would be e^20 in every such run."""
     old, mask = torch.zeros(1, 3), torch.tensor([[True, True, True]])
     new = torch.tensor([[30.0, -25.0, 0.0]], requires_grad=True)
     loss, stats = policy_loss(new, old, torch.tensor([[-1.0, 1.0, 1.0]]), mask, 0.2, 3.0)

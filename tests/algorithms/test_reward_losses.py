@@ -102,7 +102,7 @@ def test_token_span_loss_equals_deepspeed_chat_on_pairs_of_equal_length():
 
 
 def test_token_span_loss_when_one_answer_continues_the_other():
-    """The longer answer goes on with the very token that pads the shorter: the masks alone tell where they part."""
+    """The longer answer continues with the token that pads the shorter: only the masks show where they diverge."""
     ids = torch.tensor([[9, 10, 2, 2, 2]])
     values = torch.tensor([[0.0, 1.0, 2.0, 4.0, 1.0]]), torch.tensor([[0.0, 1.0, 2.0, 50.0, 60.0]])
     masks = torch.tensor([[1, 1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 0, 0]])
@@ -117,7 +117,7 @@ def test_token_span_loss_of_identical_answers_is_log_2():
 
 
 def test_losses_of_the_table_read_what_they_need_of_the_pairs():
-    """Chosen rows first; the score is the value at the last token of the response, whatever padding says."""
+    """Chosen rows first; the score is the value at the last token of the response, whatever the padding is."""
     pairs = Pairs(
         values=torch.tensor([[9.0, 1.0, 2.0, 7.0], [9.0, 3.0, 8.0, 8.0]]),
         input_ids=torch.tensor([[5, 6, 2, 0], [5, 2, 0, 0]]),

@@ -144,17 +144,17 @@ def test_parsing_touches_no_disk(tmp_path, monkeypatch):
         (
             2,
             ["--enable_tensorboard"],
-            "--enable_tensorboard needs a place: give --tensorboard_path or --output_dir",
+            "--enable_tensorboard needs a folder: give --tensorboard_path or --output_dir",
         ),
         (2, ["--add_eot_token", "--eot_token", ""], "--eot_token is empty: name the token that --add_eot_token adds"),
         (3, ["--actor_zero_stage", "-1"], "--actor_zero_stage: unknown choice '-1'; choose from 0, 1, 2, 3"),
         (3, ["--min_new_tokens", "300"], "--min_new_tokens 300 is more than --max_answer_seq_len 256"),
         (3, ["--enable_test_mode"], "--enable_test_mode needs to know when to stop: give --test_stop_step"),
-        (3, ["--stop_strings", "a", ""], "--stop_strings: an empty text would end every answer at once"),
+        (3, ["--stop_strings", "a", ""], "--stop_strings: an empty text would end every answer immediately"),
         (
             3,
             ["--inference_tp_size", "2"],
-            "--inference_tp_size 2 shares a partitioned actor: give --actor_zero_stage 3",
+            "--inference_tp_size 2 needs a partitioned actor: give --actor_zero_stage 3",
         ),
         (
             3,
@@ -200,7 +200,7 @@ def test_a_rollout_smaller_than_an_optimiser_step_grows_to_its_size():
     config = parse_config(load_step(3).Config, [*MODELS[3], "--gradient_accumulation_steps", "2"])
     refuse_unavailable(config)
     assert (config.asked_rollout_rows, config.step_rows, config.rollout_rows) == (16, 32, 32)
-    assert remarks(config)[0].startswith("--generation_batches 1 counts as 2: an optimiser step takes 32 sequences")
+    assert remarks(config)[0].startswith("--generation_batches 1 is raised to 2: an optimiser step needs 32 sequences")
     larger = parse_config(load_step(3).Config, [*MODELS[3], "--generation_batches", "4"])
     assert (larger.step_rows, larger.rollout_rows) == (16, 64) and not remarks(larger)
 
@@ -224,9 +224,9 @@ def test_flags_that_change_nothing_are_named():
 
 
 def test_no_flag_is_ignored_in_silence():
-    """Each flag is read somewhere, under its own name or without its role, or remarked upon."""
+    """Each flag is read somewhere, under its own name or that without its role, or a remark is made about it."""
     utils = [path for path in (REPOSITORY / "utils").rglob("*.py") if "arguments" not in path.parts]
-    arguments = [REPOSITORY / "utils" / "arguments" / name for name in ("rules.py", "steps.py")]  # no flags' texts
+    arguments = [REPOSITORY / "utils" / "arguments" / name for name in ("rules.py", "steps.py")]  # without help texts
     readers = [*utils, *STEPS.values(), *arguments]
     text = "\n".join(path.read_text(encoding="utf-8") for path in readers)
     for step in STEPS:
@@ -251,7 +251,7 @@ def test_saved_step_configuration_reads_back(step, tmp_path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_help_of_a_step(step, capsys):
-    """Every flag has a text, no group or flag appears twice, and the step's idea comes first."""
+    """Every flag has a help text, no group or flag appears twice, and the description of the step comes first."""
     module = load_step(step)
     with pytest.raises(SystemExit):
         parse_config(module.Config, ["--help"], description=module.__doc__)

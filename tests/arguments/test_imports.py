@@ -34,7 +34,7 @@ def stand_ins(folder: Path, code: str) -> Path:
 
 @pytest.fixture
 def refusing(tmp_path) -> Path:
-    # Not an ImportError, which whoever can do without the library would catch.
+    # Not an ImportError, which code with a fallback for a missing library would catch.
     return stand_ins(tmp_path, "raise RuntimeError(f'{__name__} is imported')\n")
 
 
@@ -57,7 +57,7 @@ def test_help_and_misspelt_flags_are_answered_without_heavy_libraries(step, refu
     result = run_python(str(STEPS[step]), first=refusing)
     assert result.returncode == 2 and "_name_or_path is required: " in result.stderr
 
-    # A command line that can be read goes on to the libraries: they are not just out of sight.
+    # A valid command line does import the libraries: the stand-ins are in effect.
     result = run_python(str(STEPS[step]), *MODELS[step], first=refusing)
     assert result.returncode == 1 and " is imported" in result.stderr.splitlines()[-1]
 

@@ -238,7 +238,7 @@ def test_broken_yaml_names_the_line(tmp_path, capsys):
 )
 def test_a_key_that_comes_twice_is_refused_with_its_line(text, line, key, tmp_path, capsys):
     path = write_yaml(tmp_path, text)
-    assert refusal(capsys, "--config", path) == f"--config {path}, line {line}: not valid YAML: {key!r} comes twice"
+    assert refusal(capsys, "--config", path) == f"--config {path}, line {line}: not valid YAML: {key!r} appears twice"
 
 
 def test_unreadable_yaml(tmp_path, capsys):

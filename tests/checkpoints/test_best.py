@@ -14,19 +14,19 @@ from utils.runs.best import save_if_best
 
 
 def evaluations(folder, key: str) -> list[float]:
-    """Of a run: those during and after training."""
+    """The evaluations of a run during and after training."""
     return [row[key] for row in read_metrics(folder / "metrics.jsonl") if key in row and row["step"] > 0]
 
 
 def make_folder(folder: str | Path) -> str:
-    """What saving a model leaves at least: the folder, in which the score is then written."""
+    """Stands in for saving a model: makes the folder, in which the score is then written."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     return str(folder)
 
 
 def test_step1_keeps_the_lowest_perplexity(world, tmp_path):
     changes = {"eval_interval": 1, "num_sample_generations": 0, "learning_rate": 1.0, "max_steps": 8}
-    run_step(1, flags(world, 1, tmp_path, keep_best=True, num_warmup_steps=50, **changes))  # too fast in the end
+    run_step(1, flags(world, 1, tmp_path, keep_best=True, num_warmup_steps=50, **changes))  # too high a rate in the end
     losses = evaluations(tmp_path, "eval/loss")
     assert min(losses) < losses[-1]
     best = tmp_path / "best"
@@ -60,7 +60,7 @@ def test_step3_keeps_the_highest_score(world, tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_after_its_end_does_not_forget_its_last_evaluation(world, tmp_path, monkeypatch):
-    """Which came after its last checkpoint. Not even a resumed run may write over a better model."""
+    """Which came after its last checkpoint. Not even a resumed run may overwrite a better model."""
     losses = iter([5.0, 2.0, 1.8, 1.9, 1.85])  # before; after steps 1 and 2; in the longer run after steps 3 and 4
     monkeypatch.setattr(load_step(1), "evaluate", lambda *_: {"eval/loss": next(losses), "eval/perplexity": 1.0})
     changes = {"keep_best": True, "eval_interval": 1, "save_interval": 1, "num_sample_generations": 0}

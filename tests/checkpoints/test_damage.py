@@ -1,4 +1,4 @@
-"""What is not a whole checkpoint of this very run is named and not used, and no stranger's pickle is ever read."""
+"""What is not a whole checkpoint of this run is named and not used, and no foreign pickle is ever read."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def refusal(world, output: Path, capsys, *, loads_model: bool = False, **changes
 
 
 def rewrite_manifest(checkpoint: Path) -> None:
-    """Make the manifest describe what is there: what only somebody who may write the folder can do."""
+    """Make the manifest describe what is there, which takes write access to the folder."""
     (checkpoint / folders.MANIFEST).unlink()
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     content = json.dumps({"files": folders.file_records(checkpoint, files)})
@@ -114,7 +114,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(world, finished, outp
     warnings = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and str(newest) in warnings[0] and message in warnings[0]
     assert "checkpoint-2, after step 2 of 3" in printed.out
-    assert not isinstance(folders.read_manifest(newest), str)  # written anew by step 3
+    assert not isinstance(folders.read_manifest(newest), str)  # rewritten by step 3
     assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
@@ -220,7 +220,7 @@ def test_a_pickle_where_ours_belongs_is_not_executed_even_with_a_fitting_manifes
     rewrite_manifest(newest)
     assert "rank-0.safetensors is not a safetensors file" in refusal(world, output, capsys, loads_model=True)
     assert not (tmp_path / "executed").exists()
-    with pytest.raises(RankError):  # of several processes the one whose file this is says so
+    with pytest.raises(RankError):  # with several processes, the one that reads the file reports it
         checkpoints._open_tensors(newest / "rank-0.safetensors")
 
 
@@ -267,7 +267,7 @@ def test_flags_that_do_not_change_what_is_computed_may_differ(world, output, cap
 
 
 def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(world, output, capsys):
-    """One of a version of the package that did not have it yet."""
+    """The checkpoint is of a version that did not have the flag yet."""
     newest = output / "checkpoints" / "checkpoint-3"
     content = json.loads((newest / "state.json").read_text())
     for name in ("weight_decay", "lora_module_name"):
@@ -293,8 +293,19 @@ def test_a_checkpoint_of_version_0_1_is_refused_by_name(world, output, capsys, m
     assert (str(newest) in line) == (wanted == "auto")
 
 
+def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(world, output, capsys):
+    newest = output / "checkpoints" / "checkpoint-3"
+    content = json.loads((newest / "state.json").read_text())
+    content["run"]["format"] = 99
+    (newest / "state.json").write_text(json.dumps(content))
+    rewrite_manifest(newest)
+    assert "another version of this project (format 99 of state.json, this version reads 2)" in refusal(
+        world, output, capsys
+    )
+
+
 def test_a_checkpoint_of_another_step_is_refused_as_such(world, output, capsys):
-    """And not for one of its flags."""
+    """And not because of one of its flags."""
     script = load_step(2)
     argv = flags(world, 2, output, resume_from_checkpoint="auto", save_interval=1)
     with pytest.raises(SystemExit) as stop:
@@ -392,7 +403,7 @@ def test_a_full_disk_stops_every_rank_and_leaves_earlier_checkpoints(world, tmp_
 
 
 def share(folder: str) -> list[str]:
-    """What is said of a folder that both ranks see, and of one that each has for itself."""
+    """The outcomes for a folder that both ranks share, and for one that each has for itself."""
     from utils.checkpoints.search import check_shared
     from utils.parallel import distributed
 

@@ -1,4 +1,4 @@
-"""Resuming on another number of processes or ZeRO stage: the state is that of the checkpoint, and the run goes on."""
+"""Resuming on another number of processes or ZeRO stage: the state is that of the checkpoint, and the run continues."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def full_state(engine) -> dict:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
     if stage in (1, 2):
-        optimizer._hp_optimizer_states_linked = False  # its own linking misses all groups but the first
+        optimizer._hp_optimizer_states_linked = False  # DeepSpeed's own linking only covers the first group
         optimizer._lazy_init_hp_params_optimizer_state()
     state = {"steps": {float(values["step"]) for values in base.state.values() if values}}
     state["rates"] = engine.get_lr(), [group["lr"] for group in optimizer.param_groups]
@@ -81,7 +81,7 @@ def check_equal(found: dict, expected: dict, place: str) -> None:
 
 
 def save_layouts(folder: str, output: str, layouts: list[Layout], steps: list[int]) -> None:
-    """Each after its number of `steps`."""
+    """Save each layout after its number of `steps`."""
     from utils.checkpoints.engine_state import EngineWriter
     from utils.parallel import distributed
 
@@ -99,7 +99,7 @@ def save_layouts(folder: str, output: str, layouts: list[Layout], steps: list[in
 
 
 def load_layouts(folder: str, output: str, layouts: list[Layout]) -> None:
-    """Every engine gets the state of the one that was saved under its number, and can be trained on."""
+    """Every engine gets the state of the one that was saved under its number, and can train further."""
     from utils.checkpoints.engine_state import load_engine
 
     for number, layout in enumerate(layouts):
@@ -150,7 +150,7 @@ def run_it(processes: int, step: int, argv: list[str]) -> None:
 
 
 def changes_of(step: int, stage: int, lora: int, rows: int) -> dict:
-    """Flags of a run whose processes have `rows` rows per step, without dropout, which has no bits in common."""
+    """Flags of a run whose processes have `rows` rows per step, without dropout, whose masks would differ."""
     shared = {"max_steps": 4, "save_interval": 2, "save_total_limit": 0, "lr_scheduler_type": "linear"}
     if step == 1:
         return shared | {"zero_stage": stage, "lora_dim": lora, "per_device_train_batch_size": rows}

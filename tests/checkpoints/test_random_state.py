@@ -1,4 +1,4 @@
-"""Random numbers go on where they were saved, also those that no step of a run happens to draw today."""
+"""Random numbers continue where they were saved, also those of generators that no step uses at present."""
 
 import random
 
@@ -10,7 +10,7 @@ from utils.checkpoints.random_state import random_state, set_random_state
 
 
 def draw() -> tuple[float, ...]:
-    """Of each generator one number, then a normal one: of these python and numpy make two and keep one for later."""
+    """One number of each generator, then a normal one: python and numpy draw two of these and keep one for later."""
     uniform = (random.random(), float(np.random.random()), torch.rand(()).item())
     return (*uniform, random.gauss(0, 1), float(np.random.normal()), torch.randn(()).item())
 
@@ -25,7 +25,7 @@ def test_every_generator_goes_on_where_it_was():
 
 
 def first_numbers_of_a_rank() -> list[float]:
-    """Of a run that begins, after its models were built with the same numbers on all ranks."""
+    """Those of a new run, after its models were built with the same numbers on all ranks."""
     from utils.arguments import SftConfig
     from utils.checkpoints import Checkpoints
     from utils.parallel import distributed

@@ -11,11 +11,11 @@ from step_scripts import flags, run_step, write_rows
 
 from utils.output.metrics import read_metrics
 
-STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) lie between
+STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) end between
 
 
 def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **others) -> dict:
-    """Flags that put every kind of state to use: dropout, momentum, schedule, KL controller, average, text."""
+    """Flags that use every kind of state: dropout, momentum, schedule, KL controller, average, text."""
     shared = {"max_steps": STEPS[step], "save_interval": STEPS_BEFORE[step], "save_total_limit": 0, "dtype": dtype}
     shared |= others
     if step < 3:
@@ -27,7 +27,7 @@ def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **other
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """The rows of a run without what a clock says."""
+    """The rows of a run without what depends on the clock."""
     clocks = ("time", "time/", "throughput/", "train/response_tokens_per_second", "train/pairs_per_second")
     return [
         {name: value for name, value in row.items() if not name.startswith(clocks)}
@@ -36,7 +36,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
-    """Run to the end; put back what was there after `STEPS_BEFORE`, as a kill leaves it; resume; compare."""
+    """Run to the end; restore the files to those after `STEPS_BEFORE`, as a kill leaves them; resume; compare."""
     from utils.parallel import distributed
 
     whole, cut = Path(folder) / "whole", Path(folder) / "cut"

@@ -29,7 +29,7 @@ def load_script(path: str) -> ModuleType:
 
 
 def start(step: int, argv: list[str], *, ranks: int = 1) -> subprocess.Popen:
-    """A run in a session of its own, so that a signal to its group reaches all its processes as Ctrl-C does."""
+    """A run in its own session, so that a signal to its group reaches all its processes as Ctrl-C does."""
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", "29712"]
     command = [sys.executable, *(launcher if ranks > 1 else []), str(STEPS[step]), *argv]
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Generation on a CPU has three ways to compute the same thing; a GPU takes the last."""
+"""Generation on a CPU has three ways to compute the same thing; a GPU uses the last."""
 
 import pytest
 

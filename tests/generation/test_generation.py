@@ -1,4 +1,4 @@
-"""The decode engine against `transformers`, and against itself in other company."""
+"""The decode engine against `transformers`, and against itself in other batches."""
 
 import copy
 
@@ -69,7 +69,7 @@ def greedy_of_transformers(model, prompts, limit: int = 24, eos_id: int = EOS) -
 
 
 def a_token_that_ends_some(model) -> int:
-    """An id to take for EOS: greedy responses hold it at different places, some not at all."""
+    """An id to use as EOS: greedy responses contain it at different positions, some not at all."""
     answers = greedy_of_transformers(model, PROMPTS, eos_id=VOCABULARY)
     places = {token: {answer.index(token) for answer in answers if token in answer} for token in range(VOCABULARY)}
     return max(places, key=lambda token: len(places[token]))
@@ -169,7 +169,7 @@ def test_the_prefill_budget_changes_nothing(monkeypatch):
 
 
 def test_looking_at_finished_rows_less_often_changes_nothing(monkeypatch):
-    """As on a GPU, where every look waits for the device."""
+    """As on a GPU, where every check waits for the device."""
     model = make_model()
     together = run(model, PROMPTS, SAMPLED)
     monkeypatch.setattr(scheduler, "CHECK_INTERVAL", {"cpu": 5})
@@ -198,7 +198,7 @@ def test_padding_rows_and_lengths_up_to_buckets_changes_nothing(monkeypatch, slo
 
 
 class Recorded:
-    """Stands for a CUDA graph on a CPU: a replay is the recorded call itself, with the numbers it was given then."""
+    """Stands in for a CUDA graph on a CPU: a replay is the recorded call itself, with its arguments at that time."""
 
     made = 0
 
@@ -242,7 +242,7 @@ def test_recorded_steps_give_the_same_tokens_from_call_to_call(monkeypatch):
 
 @pytest.mark.parametrize("lora", ["fused", "unfused"])
 def test_graphs_are_dropped_when_any_weight_that_a_step_reads_has_moved(monkeypatch, lora):
-    """As on a GPU, where matrices are read in place but for those with LoRA fused in, whose copies stay in place."""
+    """As on a GPU, where matrices are read in place, except those with LoRA fused in, whose copies stay in place."""
     monkeypatch.setattr(decoder_module, "JOIN_ON", ())
     monkeypatch.setattr(Recorded, "made", 0)
     model = make_model(attention_bias=True, mlp_bias=True)
@@ -268,7 +268,7 @@ def test_graphs_are_dropped_when_any_weight_that_a_step_reads_has_moved(monkeypa
 
 
 def test_a_recorder_is_not_used_again_once_its_graphs_are_gone():
-    """Their memory is gone with them, and torch's allocator fails where one records into it again."""
+    """Their memory is gone with them, and torch's allocator fails if a graph is recorded into it again."""
     recorders = []
 
     def recorder():
@@ -307,13 +307,13 @@ def test_a_step_that_cannot_be_recorded_ends_the_run_and_says_how_to_do_without(
         failing(torch.OutOfMemoryError("CUDA out of memory"))
     try:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    except torch.OutOfMemoryError:  # what ends the recording fails as well, in other words
+    except torch.OutOfMemoryError:  # the end of the recording fails as well, with another error
         with pytest.raises(RuntimeError, match="capture was invalidated"):
             failing(RuntimeError("capture was invalidated"))
 
 
 def test_many_short_rows_and_few_long_ones_share_one_memory_and_its_graphs(monkeypatch):
-    """As rollouts and evaluations, which take turns: after one of each, nothing is allocated or recorded anew."""
+    """As rollouts and evaluations, which take turns: after one of each, nothing is allocated or recorded again."""
     monkeypatch.setattr(Recorded, "made", 0)
     model, many, long = make_model(), prompts_of([3] * 16), prompts_of([60] * 4)
     decoder = LlamaDecoder()
@@ -496,7 +496,7 @@ def test_what_generation_will_take_is_what_it_takes(monkeypatch, lora):
 
 @pytest.mark.parametrize("lora", ["fused", "unfused"])
 def test_one_base_may_carry_an_adapter_for_each_role(lora):
-    """Whichever is asked for is applied, also where the others are the active ones of peft."""
+    """The requested adapter is applied, even where peft's active ones are the others."""
     model = with_lora(make_model())
     first = responses(run(model, PROMPTS, GREEDY, lora=lora))
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"])

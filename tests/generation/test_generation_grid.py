@@ -61,7 +61,7 @@ def compare_all(paths: dict[str, dict[str, str]]) -> int:
         for config in configs:
             hybrid = HybridEngine(actor, tokenizer, config)
             assert (hybrid.decoder is not None) == config.enable_hybrid_engine
-            assert responses(hybrid.respond(PROMPTS, GREEDY, seed=0)) == expected, (name, way)
+            assert responses(hybrid.answer(PROMPTS, GREEDY, seed=0)) == expected, (name, way)
     return len(combinations)
 
 

@@ -53,7 +53,7 @@ def test_a_thousand_switches_leave_the_base_weights_bit_identical(paths, tiny_to
             torch.nn.init.normal_(parameter, std=0.1)
     before, first = base_digest(setup), None
     for turn in range(1000):
-        found = responses(setup.hybrid.respond([[5, 6]], SamplingParams(max_new_tokens=1, greedy=True), seed=turn))
+        found = responses(setup.hybrid.answer([[5, 6]], SamplingParams(max_new_tokens=1, greedy=True), seed=turn))
         first = first or found
         assert found == first and setup.actor.module.training
     assert base_digest(setup) == before
@@ -62,7 +62,7 @@ def test_a_thousand_switches_leave_the_base_weights_bit_identical(paths, tiny_to
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_optimizer_state_waits_on_the_host_and_comes_back_bit_identical(paths, tiny_tokenizer, stage, dtype):
-    """The host is another place in memory here: no byte of the moments stays, and training goes on as without."""
+    """Here the host is another place in CPU memory: no byte of the moments stays, and training is unaffected."""
     outcomes = []
     for offload in (False, True):
         config = make_config(paths, actor_zero_stage=stage, actor_lora_dim=2, dtype=dtype)
@@ -75,7 +75,7 @@ def test_optimizer_state_waits_on_the_host_and_comes_back_bit_identical(paths, t
                 before = [zero._bytes_of(storage).clone() for storage in storages]
                 with zero.optimizer_on_host(setup.actor, pin_memory=False):
                     assert not any(storage.nbytes() for storage in storages)
-                    setup.hybrid.respond(prompts, GREEDY, seed=0)
+                    setup.hybrid.answer(prompts, GREEDY, seed=0)
                 assert all(torch.equal(zero._bytes_of(s), b) for s, b in zip(storages, before, strict=True))
                 master = 0 if dtype == "fp32" and stage == 0 else 4  # bytes of a number's master weight
                 assert turn == 0 or sum(map(len, before)) >= (8 + master) * trained
@@ -96,7 +96,7 @@ def test_the_optimizer_is_moved_only_where_that_is_asked_for_and_means_something
         with monkeypatch.context() as patch:
             patch.setattr(torch.accelerator, "is_available", lambda has_gpu=has_gpu: has_gpu)
             calls.clear()
-            setup.hybrid.respond([[5]], GREEDY, seed=0)
+            setup.hybrid.answer([[5]], GREEDY, seed=0)
         assert calls == [setup.actor] * (asked and has_gpu)
 
 
@@ -117,10 +117,10 @@ def test_out_of_memory_names_the_flags_that_lower_it(paths, tiny_tokenizer, monk
 
     monkeypatch.setattr(setup.decoder, "prefill", fail)
     with pytest.raises(RankError, match=r"out of memory in generation.*--per_device_generation_batch_size.*--max_ans"):
-        setup.hybrid.respond([[5]], GREEDY, seed=0)
+        setup.hybrid.answer([[5]], GREEDY, seed=0)
     error = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
     with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
-        setup.hybrid.respond([[5]], GREEDY, seed=0)
+        setup.hybrid.answer([[5]], GREEDY, seed=0)
 
 
 @pytest.mark.parametrize("enable", [True, False])
@@ -128,10 +128,10 @@ def test_stop_strings_of_the_flag_end_answers(paths, tiny_tokenizer, enable):
     config = make_config(paths, enable_hybrid_engine=enable)
     setup = make_setup(config, tiny_tokenizer)
     prompts = make_prompts(config, len(tiny_tokenizer))
-    free = responses(setup.hybrid.respond(prompts, GREEDY, seed=0))
+    free = responses(setup.hybrid.answer(prompts, GREEDY, seed=0))
     stop = tiny_tokenizer.decode(free[0][4:6])
     setup = make_setup(make_config(paths, enable_hybrid_engine=enable, stop_strings=[stop]), tiny_tokenizer)
-    found = setup.hybrid.respond(prompts, GREEDY, seed=0)
+    found = setup.hybrid.answer(prompts, GREEDY, seed=0)
     assert found.stopped[0] == Stop.STRING and found.ended[0] and len(responses(found)[0]) <= 6
     assert stop in tiny_tokenizer.decode(responses(found)[0])
     assert all(mine == row[: len(mine)] for mine, row in zip(responses(found), free, strict=True))
@@ -141,7 +141,7 @@ def test_unpinned_copies_are_freed_between_rollouts(paths, tiny_tokenizer, monke
     monkeypatch.setattr(decoder_module, "can_pack", lambda weight: False)
     for unpin in (False, True):
         setup = make_setup(make_config(paths, unpin_actor_parameters=unpin), tiny_tokenizer)
-        setup.hybrid.respond([[5]], GREEDY, seed=0)
+        setup.hybrid.answer([[5]], GREEDY, seed=0)
         assert (len(setup.decoder._copies) == 0) == unpin
 
 
@@ -176,7 +176,7 @@ def outcomes_of(way: dict, paths, tokenizer, sizes: list[list[int]]) -> list:
         mine = prompts[: counts[distributed.rank()]]
         # the second rank's responses are far shorter
         sampling = SamplingParams(max_new_tokens=30 if distributed.rank() == 0 else 4, greedy=not setup.decoder)
-        found.append(responses(setup.hybrid.respond(mine, sampling, seed=turn)))
+        found.append(responses(setup.hybrid.answer(mine, sampling, seed=turn)))
         for parameter in setup.actor.module.parameters():
             assert parameter.ds_persist or parameter.ds_status.name == "NOT_AVAILABLE"
         if turn == 0:
@@ -226,11 +226,11 @@ def test_weights_that_do_not_fit_are_streamed_with_one_warning(paths, tiny_token
     setup = make_setup(make_config(paths, actor_zero_stage=3), tiny_tokenizer)
     needed = memory.weight_bytes(setup.actor.module.model)
     assert needed == 4 * sum(parameter.ds_numel for parameter in setup.actor.module.parameters())
-    whole = responses(setup.hybrid.respond([[5, 6, 7]], GREEDY, seed=0))
+    whole = responses(setup.hybrid.answer([[5, 6, 7]], GREEDY, seed=0))
     assert not capsys.readouterr().err
     monkeypatch.setattr(memory, "free_memory", lambda: needed)  # enough for the weights, but not for anything else
     for _ in range(2):
-        assert responses(setup.hybrid.respond([[5, 6, 7]], GREEDY, seed=0)) == whole
+        assert responses(setup.hybrid.answer([[5, 6, 7]], GREEDY, seed=0)) == whole
     warning = capsys.readouterr().err
     assert warning.count("warning:") == 1 and "--stream_generation_weights on" in warning
     assert setup.hybrid._must_stream([[5]], sampling_params(setup.config))

@@ -85,7 +85,7 @@ def test_a_large_vocabulary_is_searched_like_a_small_one(vocabulary):
     weights = torch.rand(64, vocabulary, generator=generator, dtype=torch.float32).pow(8)
     weights[:, ::3] = 0.0
     weights[0] = 0.0
-    weights[0, 77] = 1e-20  # everything on one word
+    weights[0, 77] = 1e-20  # all of the weight on one word
     quantiles = torch.linspace(0, 1 - 2.0**-23, 64)[:, None]
     found = invert(weights, quantiles)
     assert found[0] == 77 and (weights.gather(1, found[:, None]) > 0).all()
@@ -99,7 +99,7 @@ def test_a_large_vocabulary_is_searched_like_a_small_one(vocabulary):
 @pytest.mark.parametrize("vocabulary", [7, 5000])  # searched in one level, and in blocks of which the last is not full
 @pytest.mark.parametrize("greedy", [False, True])
 def test_logits_that_are_not_numbers_give_a_word_of_the_vocabulary(vocabulary, greedy):
-    """A model that has diverged is found by its loss, not by an index out of bounds, which takes a GPU down."""
+    """A model that has diverged must show in its loss, not in an index out of bounds, which is fatal on a GPU."""
     logits = torch.randn(3, vocabulary)
     logits[0] = float("nan")
     logits[1, -1] = float("nan")

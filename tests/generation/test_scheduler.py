@@ -1,4 +1,4 @@
-"""The scheduler: requests that come and go while others run, each with parameters of its own."""
+"""The scheduler: requests that come and go while others run, each with its own parameters."""
 
 import random
 
@@ -56,7 +56,7 @@ def result(scheduler: Scheduler, number: int) -> tuple[list[int], int, torch.Ten
 
 
 def alone(decoder: LlamaDecoder, requests: list[Request], ends: Ends) -> list[tuple]:
-    """Each request with no other beside it."""
+    """Each request by itself."""
     scheduler = Scheduler(decoder, ends, slots=1, **SIZES)
     results = []
     for request in requests:
@@ -150,7 +150,7 @@ def test_a_cancelled_request_leaves_the_others_alone(when):
     for i, number in enumerate(numbers):
         if i != cancelled:
             assert result(scheduler, number)[:2] == expected[i][:2]
-    again = [scheduler.add(request) for request in requests]  # the room of all is free again
+    again = [scheduler.add(request) for request in requests]  # all slots are free again
     while scheduler.is_busy:
         scheduler.step()
     assert [result(scheduler, number)[:2] for number in again] == [tokens[:2] for tokens in expected]

@@ -1,4 +1,4 @@
-"""Stop strings: where a text first holds one, however its tokens cut it."""
+"""Stop strings: where a text first contains one, however it is split into tokens."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def responses(found) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(found.tokens, found.mask, strict=True)]
 
 
-@pytest.mark.parametrize("interval", [1, 5])  # 5: as on a GPU, rows are looked at only now and then
+@pytest.mark.parametrize("interval", [1, 5])  # 5: as on a GPU, rows are checked only now and then
 @pytest.mark.parametrize("slots", [2, 6])
 def test_a_row_stops_where_its_text_first_holds_a_stop_string(model, tiny_tokenizer, monkeypatch, slots, interval):
     monkeypatch.setattr(scheduler, "CHECK_INTERVAL", {"cpu": interval})

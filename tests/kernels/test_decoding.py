@@ -1,4 +1,4 @@
-"""The operations of a decode step against the same mathematics in fp64, at sizes that do not fill a vector too."""
+"""The operations of a decode step against the same mathematics in fp64, also at sizes that do not fill a vector."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_residual_and_norm_are_those_of_transformers_to_the_bit(dtype, threads, 
         wanted = norm(expected)
     if dtype == torch.float32:
         torch.testing.assert_close(normed, wanted, atol=1e-6, rtol=1e-6)
-    else:  # the sum of squares is added up in another order, which may turn a rounding
+    else:  # the sum of squares is added up in another order, which may change a rounding
         assert (normed != wanted).float().mean() < 0.01
         torch.testing.assert_close(normed, wanted, atol=0, rtol=2**-7)
 
@@ -93,7 +93,7 @@ def test_a_token_attends_to_its_own_past_alone(dtype, threads, query_heads, kv_h
         keys[row, :, :, position:], values[row, :, position:] = 1e4, -1e4
     others = keys[-1].clone(), values[-1].clone()
     projected = torch.randn(rows, (query_heads + 2 * kv_heads) * size).to(dtype)
-    found = decoding.attend(
+    found = decoding.decode_attention(
         projected, cos, sin, positions, keys, values, query_heads=query_heads, scale=1 / math.sqrt(size)
     )
 
@@ -118,7 +118,7 @@ def test_prompts_are_what_their_tokens_are_one_by_one(dtype, threads, query_head
     step_keys, step_values = keys.clone(), values.clone()
     found = decoding.attend_prompts(projected, cos, sin, keys, values, query_heads=query_heads, scale=0.2)
     for place in range(width):
-        one = decoding.attend(
+        one = decoding.decode_attention(
             projected[:, place].contiguous(), cos, sin, torch.full((rows,), place), step_keys, step_values,
             query_heads=query_heads, scale=0.2,
         )  # fmt: skip
@@ -173,7 +173,7 @@ def test_tokens_are_those_that_pytorch_chooses(dtype, threads, monkeypatch, samp
 
 
 def test_the_last_words_are_found_and_words_without_weight_never():
-    """Weight on the ends of blocks alone: rounding must lead to no other word."""
+    """Only words at the ends of blocks have weight: rounding must not select another one."""
     words = 128 * 5 + 3
     allowed = torch.tensor([0, 127, 128, 511, 639, 642])
     logits = torch.full((words,), -math.inf)

@@ -1,4 +1,4 @@
-"""The compiled library: where it is kept, when it is made anew, and what happens on machines that cannot make it."""
+"""The compiled library: where it is kept, when it is rebuilt, and what happens on machines that cannot build it."""
 
 import os
 import shutil

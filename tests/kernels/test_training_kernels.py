@@ -1,4 +1,4 @@
-"""The compiled layers of training against those of transformers: values, gradients, and what they keep for them."""
+"""The compiled layers of training against those of transformers: values, gradients, and what they save."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def check(fused, reference, inputs: list[torch.Tensor], dtype: torch.dtype) -> N
         assert (ours - right).norm() <= 1.05 * (theirs - right).norm() + 1e-9
         torch.testing.assert_close(ours, right, atol=0.05, rtol=0.05)
     torch.testing.assert_close(found[0], layers[0], atol=0.0, rtol=2**-7)  # a unit in the last place,
-    assert (found[0] != layers[0]).double().mean() < 0.03  # and that seldom: they round where transformers rounds
+    assert (found[0] != layers[0]).double().mean() < 0.03  # and only rarely: they round where transformers rounds
 
 
 def norm_of_transformers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_rms_norm(rows, size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 8), (5, 3, 48), (9, 2, 32), (4, 2, 64)])
 def test_rotary(rows, heads, size, dtype):
-    """The two halves of `cos` and `sin` differ here, so that the transposed map is told from the opposite angle."""
+    """The two halves of `cos` and `sin` differ here, so that the transposed map can be told from the opposite angle."""
     cos, sin = (numbers(rows, size, seed=seed).bfloat16().to(dtype) for seed in (1, 2))
     check(
         lambda x: training.rotary(x, cos, sin),

@@ -1,4 +1,4 @@
-"""What is remarked upon when a model is made ready for training."""
+"""Remarks that are made when a model is prepared for training."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from utils.models.engine import _warmup_remark
         ("cosine", 4, 5, ""),
         ("cosine", 5, 5, "never reaches its peak"),
         ("constant_with_warmup", 100, 5, "100 but 5 optimiser steps"),
-        ("constant", 4, 5, "changes nothing"),
+        ("constant", 4, 5, "has no effect"),
         ("cosine", 100, 0, "never trains"),  # an actor that only watches its critic warm up
     ],
 )

@@ -30,7 +30,7 @@ def model_and_batch(dtype: torch.dtype, *, lora: int = 0, checkpointing: bool = 
     for name, parameter in model.named_parameters():
         parameter.data.mul_(5.0 if "norm" not in name else torch.rand_like(parameter) + 0.5)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     wrapped = CausalLM(model).train()
     add_lora(model, lora)
     for name, parameter in model.named_parameters():

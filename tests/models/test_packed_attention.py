@@ -10,7 +10,7 @@ import utils.models.packed_attention as module
 from utils.kernels import native
 from utils.kernels.shapes import rounded_rows
 from utils.models.loading import load_causal_lm, load_scalar_model
-from utils.models.packed_attention import PACKED, pack
+from utils.models.packed_attention import PACKED, packed_layout
 from utils.parallel.zero import zero_config
 from utils.preflight.activations import saved_storages
 
@@ -22,7 +22,7 @@ def masks(*rows: str) -> torch.Tensor:
 
 
 def test_layout_puts_the_longest_sequence_first_and_knows_where_each_token_came_from():
-    layout = pack(masks("..xx.", "xxxxx", ".....", "...xx", "xxx.."))
+    layout = packed_layout(masks("..xx.", "xxxxx", ".....", "...xx", "xxx.."))
     assert layout.index.tolist() == [5, 6, 7, 8, 9, 20, 21, 22, 2, 3, 18, 19]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1]]
     assert layout.boundaries.tolist() == [0, 5, 8, 10, 12] and layout.longest == 5
@@ -102,7 +102,7 @@ def each_alone(states, lengths, scaling):
 def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone(heads, size, scaling):
     """Several groups, one of them uneven, and tokens behind the last sequence, which get zeros."""
     lengths, spare = [41, 29, 4, 1, 17], 5
-    layout = pack(torch.arange(41) < torch.tensor(sorted(lengths, reverse=True))[:, None])
+    layout = packed_layout(torch.arange(41) < torch.tensor(sorted(lengths, reverse=True))[:, None])
     lengths.sort(reverse=True)
     assert layout.groups[0].places is not None and len(layout.groups) > 1
     generator = torch.Generator().manual_seed(0)
@@ -111,7 +111,7 @@ def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone(hea
         for count in (heads[0], heads[1], heads[1])
     ]
     weights = torch.randn(states[0].shape, generator=generator)
-    found, _ = module.attend(
+    found, _ = module.attend_packed(
         None, *(state.transpose(0, 1)[None] for state in states), None, scaling=scaling, layout=layout
     )
     assert not found[0, sum(lengths) :].any()
@@ -124,12 +124,12 @@ def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone(hea
 @pytest.mark.usefixtures("operations")
 def test_packed_attention_in_bf16_rounds_its_results_alone():
     lengths = [130, 65, 64]
-    layout = pack(torch.arange(130) < torch.tensor(lengths)[:, None])
+    layout = packed_layout(torch.arange(130) < torch.tensor(lengths)[:, None])
     states = [torch.randn(1, 2, 259, 48, generator=torch.Generator().manual_seed(place)) for place in range(3)]
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         inputs = [state.bfloat16().to(dtype).requires_grad_() for state in states]
-        attended, _ = module.attend(None, *inputs, None, layout=layout)
+        attended, _ = module.attend_packed(None, *inputs, None, layout=layout)
         results.append([attended, *torch.autograd.grad(attended.float().square().sum(), inputs)])
     for found, expected in zip(*results, strict=True):
         assert (found.float() - expected).norm() < 0.01 * expected.norm()
@@ -138,14 +138,14 @@ def test_packed_attention_in_bf16_rounds_its_results_alone():
 @pytest.mark.skipif(native.library() is None, reason="this machine compiles no operations")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_operation_keeps_its_inputs_alone_and_does_not_depend_on_threads(dtype):
-    layout = pack(torch.arange(200) < torch.tensor([[200], [150], [30]]))
+    layout = packed_layout(torch.arange(200) < torch.tensor([[200], [150], [30]]))
     states = [torch.randn(1, 2, 380, 8).to(dtype).requires_grad_() for _ in range(3)]
-    kept = saved_storages(lambda: module.attend(None, *states, None, layout=layout)[0])
+    kept = saved_storages(lambda: module.attend_packed(None, *states, None, layout=layout)[0])
     assert sum(kept.values()) == 3 * 2 * 380 * 8 * dtype.itemsize
     before, results = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        attended = module.attend(None, *states, None, layout=layout)[0]
+        attended = module.attend_packed(None, *states, None, layout=layout)[0]
         results.append([attended, *torch.autograd.grad(attended.float().square().sum(), states)])
     torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
@@ -218,7 +218,7 @@ def test_the_saved_model_knows_nothing_of_packing(tiny_tokenizer, tmp_path):
 def test_varlen_kernel_equals_padded_groups_with_its_gradients(key_heads, dtype, monkeypatch):
     """The kernel in 16 bits against the padded groups in fp32, from the same numbers."""
     mask = masks("xxxxxxxx" * 4, "xxx....." * 1 + "........" * 3, "xxxxxxxx" * 2 + "........" * 2).cuda()
-    layout, heads = pack(mask), (4, key_heads, key_heads)
+    layout, heads = packed_layout(mask), (4, key_heads, key_heads)
     generator = torch.Generator("cuda").manual_seed(0)
     states = [
         torch.randn(1, count, len(layout.index), 64, generator=generator, device="cuda").to(dtype) for count in heads
@@ -229,7 +229,7 @@ def test_varlen_kernel_equals_padded_groups_with_its_gradients(key_heads, dtype,
     results = []
     for inputs in (states, [state.float() for state in states]):
         inputs = [state.requires_grad_() for state in inputs]
-        attended, _ = module.attend(None, *inputs, None, scaling=0.125, layout=layout)
+        attended, _ = module.attend_packed(None, *inputs, None, scaling=0.125, layout=layout)
         gradients = torch.autograd.grad((attended.float() * weights).sum(), inputs)
         results.append([tensor.float() for tensor in (attended, *gradients)])
     assert len(calls) == 1, "only the first of the two takes the kernel"

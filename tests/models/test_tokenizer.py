@@ -78,7 +78,7 @@ def test_missing_pad_becomes_unk_or_eos(tiny_tokenizer, tmp_path):
     config.pop("pad_token")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     backend = json.loads((tmp_path / "tokenizer.json").read_text())
-    backend["padding"] = None  # a trace of the last call, which names the pad token too
+    backend["padding"] = None  # left over from the last call, which names the pad token too
     (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
     assert load_tokenizer(tmp_path).pad_token == "</s>"
 

@@ -1,4 +1,4 @@
-"""Weights that are missing, cut short or only pointed to are refused before anything is loaded."""
+"""Weights that are missing, cut short or only Git LFS pointers are refused before anything is loaded."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_a_missing_shard_is_named(folder):
 def test_a_shard_that_was_cut_short_is_named(folder):
     file = folder / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    assert "model-00001-of-00002.safetensors cannot be read whole" in refusal(folder)
+    assert "model-00001-of-00002.safetensors cannot be read in full" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])

@@ -17,7 +17,7 @@ def writer(output_dir, **options):
 
 
 def strict_rows(path):
-    """Rows of a file by the letter of the JSON standard, which knows neither NaN nor Infinity."""
+    """Rows of a file strictly by the JSON standard, which has neither NaN nor Infinity."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")

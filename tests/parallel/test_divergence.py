@@ -1,4 +1,4 @@
-"""NaN and infinities: the run stops, or the step is skipped on every rank alike, and a file tells what it was."""
+"""NaN and infinities: the run stops, or the step is skipped on every rank alike, and a file records what it was."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def folder(tmp_path_factory) -> str:
 def check_reports(reports: list[dict], rank: int) -> None:
     assert [report["step"] for report in reports] == ["step 1", "step 2", "step 3"]
     assert all(report["rank"] == rank and report["rows"] == IDS[2:].tolist() for report in reports[:2])
-    assert reports[2]["rank"] == 0 and reports[2]["rows"] == IDS.tolist()  # no loss tells where it came from
+    assert reports[2]["rank"] == 0 and reports[2]["rows"] == IDS.tolist()  # no loss shows where it came from
     assert [report["loss"] for report in reports[:2]] == ["nan", "inf"]
 
 

@@ -98,7 +98,7 @@ def launch(kind: str, program: str = PROGRAM) -> list[tuple[int, str]]:
 def test_a_process_that_sleeps_is_named(kind, where):
     results = launch(kind)
     assert [code for code, _ in results] == [EXIT_CODE, EXIT_CODE], results
-    (line,) = [line for _, (_, errors) in results for line in errors.splitlines() if "nothing has moved" in line]
+    (line,) = [line for _, (_, errors) in results for line in errors.splitlines() if "no progress for" in line]
     assert f"rank 1 is at step 2, {where} pass" in line
     assert "while rank 0 waits for others at step 2, backward pass" in line
 
@@ -114,7 +114,7 @@ def test_waiting_for_a_slow_process_is_no_stall():
 
 
 def test_a_run_that_ends_while_the_watchdog_speaks_ends_well():
-    """A thread of the interpreter that is inside the store at the very end would abort the process."""
+    """A thread that is inside the store when the interpreter exits would abort the process."""
     assert [code for code, _ in launch("", ENDS)] == [0, 0]
 
 
@@ -126,10 +126,10 @@ def test_the_message_names_who_is_behind():
     waiting = report(9, "step 3", waits=True)
     message = stall_message({0: waiting, 1: report(7, "step 2"), 2: waiting}, 3, 3600.0)
     assert message == (
-        "error: nothing has moved for 60 minutes: rank 1 is at step 2, file.py line 7, while rank 0 (and 1 more, up to "
+        "error: no progress for 60 minutes: rank 1 is at step 2, file.py line 7, while rank 0 (and 1 more, up to "
         "rank 2) waits for others at step 3, file.py line 9 (--stall_timeout)"
     )
     level = stall_message({0: waiting, 1: report(9, "step 3"), 2: waiting}, 3, 60.0)
-    assert "rank 1 is at step 3" in level and "while rank 0" in level  # all as far, but one does not wait
+    assert "rank 1 is at step 3" in level and "while rank 0" in level  # all at the same step, but one is not waiting
     assert "rank 0 (and 2 more, up to rank 2) waits" in stall_message({0: waiting, 1: waiting, 2: waiting}, 3, 60.0)
     assert "60 seconds: rank 2 has reported nothing, while rank 0" in stall_message({0: waiting, 1: waiting}, 3, 60.0)

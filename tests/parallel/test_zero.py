@@ -17,7 +17,7 @@ STEPS = ((2, 1, 3, 2), 1e-2)  # micro-batches of each optimiser step, learning r
 
 
 def train_beside_plain_torch(folder: str, stage: int, dtype: str, max_grad_norm: float) -> dict[str, list[float]]:
-    """Train an engine on this rank's share and a plain AdamW on everybody's; differences after each step."""
+    """Train an engine on this rank's share and a plain AdamW on that of all ranks; differences after each step."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from utils.parallel import distributed, updates, zero
@@ -83,7 +83,7 @@ def folder(tmp_path_factory):
     return str(path)
 
 
-# (stage, dtype, gradient norm limit): clipping everywhere once, and off once
+# (stage, dtype, gradient norm limit): clipping at stages 1 and 3, none at stages 0 and 2
 CASES = [
     (stage, dtype, 0.5 if stage in (1, 3) else 0.0) for stage, dtype in itertools.product(range(4), ("fp32", "bf16"))
 ]
@@ -184,7 +184,7 @@ def test_gradients_are_reduced_in_place_in_pieces_and_not_at_all_by_one_process(
 
 
 def test_offloading_at_stage_0_runs_at_stage_1(monkeypatch):
-    """DeepSpeed offloads none at stage 0, and its optimiser for host memory would get parameters of the device."""
+    """DeepSpeed does not offload at stage 0, and its optimiser for the CPU would get parameters on the device."""
     assert (
         "offload_optimizer" not in zero.zero_config(0, "fp32", offload=True)["zero_optimization"]
     )  # nothing to offload from

@@ -18,6 +18,7 @@ from utils.errors import DoesNotFit, InputError
 from utils.preflight.advice import advise
 from utils.preflight.estimate import estimate
 from utils.preflight.phases import Machine
+from utils.preflight.report import ORDER
 from utils.preflight.roles import Subject
 
 MIB = 2**20
@@ -45,7 +46,7 @@ def test_dry_run_reports_without_weights_and_writes_nothing(world, tmp_path, ste
     printed = capsys.readouterr().out
     assert not output.exists()
     phases = ["generation", "scoring", "actor training", "critic training"] if step == 3 else ["evaluation", "training"]
-    for word in ("base of the process", "in all", *phases):  # a tiny model's own items round to nothing
+    for word in ("base of the process", "total", *phases):  # a tiny model's own items round to nothing
         assert word in printed, word
     assert numbers["predicted_peak_bytes"] > 100 * MIB  # the process itself
     assert f"optimiser steps: {numbers['optimiser_steps']}" in printed and "fits in the" in printed
@@ -90,7 +91,7 @@ LLAMA = transformers.LlamaConfig(
 
 
 def advice_for(step: int, share: float, *, world_size: int = 1, device_type: str = "cuda", **changes):
-    """Advice where a process has `share` of what it needs; with the config and what decides it."""
+    """The advice for a process that has `share` of the memory it needs, preceded by what it was computed from."""
     names = ("actor_model_name_or_path", "critic_model_name_or_path") if step == 3 else ("model_name_or_path",)
     config = load_step(step).Config(**dict.fromkeys(names, "somewhere"), **changes)
     subject = Subject(load_step(step).plan_of, dict.fromkeys(config.roles(), LLAMA), 0, Rows(1000))
@@ -106,6 +107,19 @@ def test_every_advice_helps_and_the_last_resort_fits(step, share):
     _, _, machine, now, advice = advice_for(step, share, world_size=8)
     assert advice and all(a.after.peak < now.peak for a in advice)
     assert any(a.after.peak <= machine.memory for a in advice)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+@pytest.mark.parametrize("zero", [{}, {"zero": 3}])
+def test_every_item_of_an_estimate_has_a_row(step, device_type, zero):
+    """Otherwise the rows would not add up to the total."""
+    stages = ("actor_zero_stage", "critic_zero_stage") if step == 3 else ("zero_stage",)
+    changes = dict.fromkeys(stages, zero.get("zero", 0))
+    if step == 3:
+        changes |= {"enable_ema": True, "unsupervised_dataset_name": "text.jsonl"}
+    now = advice_for(step, 1.0, world_size=2, device_type=device_type, **changes)[3]
+    assert {name for phase in now.phases for name in phase.items} <= set(ORDER)
 
 
 def test_advised_flags_give_the_estimate_that_the_advice_promises():

@@ -1,4 +1,4 @@
-"""Memory of generation: the engine's own decision whether to stream, sharing, and the optimiser out of the way."""
+"""Memory of generation: the engine's own decision whether to stream, sharing, and the optimiser in host memory."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from utils.preflight.generation import estimate_generation, gathered_for_answers
 from utils.preflight.phases import Machine, total_of
 from utils.preflight.report import gathering_line
 from utils.preflight.roles import Role, Subject, planned_roles
-from utils.preflight.workload import MicroBatch, training_batch
+from utils.preflight.workload import BatchShape, training_batch
 
 LLAMA = transformers.LlamaConfig(
     vocab_size=32_000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
@@ -52,7 +52,7 @@ def generation(*arguments, **changes) -> dict[str, float]:
     return next(phase.items for phase in estimated(*arguments, **changes).phases if phase.name == "generation")
 
 
-def role_and_batch(step: int, config, name: str, on: Machine, model=LLAMA) -> tuple[Role, MicroBatch]:
+def role_and_batch(step: int, config, name: str, on: Machine, model=LLAMA) -> tuple[Role, BatchShape]:
     """The role of that name, and the micro-batch that it is planned for."""
     subject = subject_of(step, config, model)
     plan = subject.plan(config, on)

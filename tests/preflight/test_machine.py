@@ -1,4 +1,4 @@
-"""What a process of a machine takes before any model is there."""
+"""The memory that a process takes before any model is loaded."""
 
 from utils.preflight import machine
 from utils.preflight.machine import cpu_machine

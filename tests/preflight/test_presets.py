@@ -15,7 +15,7 @@ from utils.preflight.roles import Subject
 CONFIGS = REPOSITORY / "scripts" / "configs"
 PRESETS = sorted(CONFIGS.glob("*/step*.yaml"))
 NUMBERS = {"one": 1, "two": 2, "all": 1}
-GIB_OF_A_GB = 0.98 * 2**30  # of a card's label, what a process can have: 79.2 GiB of an H100 with 80 GB
+GIB_OF_A_GB = 0.98 * 2**30  # usable for each GB on a card's label: an H100 with 80 GB has 79.2 GiB
 
 
 def llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None = None) -> transformers.LlamaConfig:

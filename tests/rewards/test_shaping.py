@@ -1,4 +1,4 @@
-"""Sources of scores: what they are given, what becomes of what they give, and what their failures say."""
+"""Sources of scores: what they receive, how their scores become rewards, and the messages of their failures."""
 
 import pytest
 import torch

@@ -76,7 +76,7 @@ def test_an_estimator_sees_the_rollout_in_its_order_however_it_is_cut(estimates_
     for row, (advantages, rewards) in outcomes[0].items():
         mean = {0: 4.0, 1: 6.0}[int(groups[row])]
         assert advantages == [shaped[row].item() - mean] * lengths[row]
-        expected = torch.full((lengths[row],), -0.1 * 0.5)  # the price of 0.5 nats, and the score at the end
+        expected = torch.full((lengths[row],), -0.1 * 0.5)  # the penalty for 0.5 nats, and the score at the end
         expected[-1] += shaped[row]
         torch.testing.assert_close(torch.tensor(rewards), expected)
     for table in SEEN:

@@ -1,4 +1,4 @@
-"""Rows come together in other minibatches in every epoch but the first, and stay what they are."""
+"""Every epoch but the first groups the rows into other minibatches, and the rows stay unchanged."""
 
 import pytest
 import torch

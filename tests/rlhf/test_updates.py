@@ -90,7 +90,7 @@ def test_reference_and_reward_never_move_and_the_critic_has_its_own_head(paths, 
     assert "model.score.weight" in changed(before["critic"], modules["critic"])
     after = weights(modules["critic"])
     iterate(setup, seed=8)
-    assert len(changed(after, modules["critic"])) == len(after)  # nothing puts the reward head back
+    assert len(changed(after, modules["critic"])) == len(after)  # nothing restores the reward head
 
 
 def test_shared_reference_is_the_sft_model(paths, tiny_tokenizer):
@@ -278,7 +278,7 @@ def distances_from_the_average(paths, tokenizer_path) -> tuple[float, float, int
     from utils.parallel.zero import gathered
 
     def whole(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The parameters whose parts these are."""
+        """The whole parameters, of which `parts` are this rank's shards."""
         gathered_parts = [[torch.empty_like(part) for _ in range(2)] for part in parts]
         for part, both in zip(parts, gathered_parts, strict=True):
             torch.distributed.all_gather(both, part.contiguous())

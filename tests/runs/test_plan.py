@@ -40,7 +40,7 @@ def test_supervised_steps(step, rows, world_size, flags, length):
     ("rows", "world_size", "flags", "rollouts", "actor", "critic"),
     [
         (64, 1, {}, 4, 4, 4),
-        (79, 1, {}, 4, 4, 4),  # prompts that fill no rollout are left
+        (79, 1, {}, 4, 4, 4),  # prompts that do not fill a rollout are left over
         (64, 2, {}, 2, 2, 2),
         (64, 1, {"generation_batches": 2, "ppo_epochs": 3}, 2, 12, 12),
         (64, 1, {"gradient_accumulation_steps": 2}, 2, 2, 2),  # the rollout grows to an optimiser step

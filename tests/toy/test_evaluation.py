@@ -1,4 +1,4 @@
-"""Answers and their numbers from tiny random models, against the same numbers taken one row at a time."""
+"""Answers and their numbers from tiny random models, against the same numbers computed one row at a time."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from utils.models.tokenizer import load_tokenizer
-from utils.toy.evaluation import Examiner, load_policy, respond, response_logprobs
+from utils.toy.evaluation import Examiner, answer_logprobs, generate_answers, load_policy
 from utils.toy.files import WorldSizes, write_world
 from utils.toy.world import dialogue_prompt
 
@@ -65,8 +65,8 @@ def test_kl_of_the_reference_to_itself_is_zero_and_of_another_model_is_not(exami
 def test_logprobs_one_row_at_a_time(examiner):
     model, tokenizer = examiner.reference, examiner.tokenizer
     prompts = [tokenizer(dialogue_prompt(question))["input_ids"] for question in QUESTIONS]
-    responses = respond(model, tokenizer, prompts, 8, greedy=False, seed=4)
-    for prompt, response, batched in zip(prompts, responses, response_logprobs(model, prompts, responses), strict=True):
+    responses = generate_answers(model, tokenizer, prompts, 8, greedy=False, seed=4)
+    for prompt, response, batched in zip(prompts, responses, answer_logprobs(model, prompts, responses), strict=True):
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         expected = [logprobs[len(prompt) - 1 + place, token].item() for place, token in enumerate(response)]
@@ -76,7 +76,7 @@ def test_logprobs_one_row_at_a_time(examiner):
 def test_reward_is_the_normalised_score_at_the_last_token(examiner):
     model, tokenizer = examiner.reference, examiner.tokenizer
     prompts = [tokenizer(dialogue_prompt(question))["input_ids"] for question in QUESTIONS]
-    responses = respond(model, tokenizer, prompts, 8, greedy=True, seed=0)
+    responses = generate_answers(model, tokenizer, prompts, 8, greedy=True, seed=0)
     for answer, prompt, response in zip(examiner.ask(model, QUESTIONS, greedy=True), prompts, responses, strict=True):
         with torch.no_grad():
             hidden = examiner.reward.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]

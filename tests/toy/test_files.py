@@ -1,4 +1,4 @@
-"""The world on disk: the same bytes for the same seed, readable by the ordinary loaders, a model that opens."""
+"""The world on disk: the same bytes for the same seed, readable by the ordinary loaders, a model that loads."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Answers that step 3 prints, as `show_answers` formats them, find their iteration and their judge score."""
+"""Answers that step 3 prints, as `show_answers` formats them, get their iteration and their judge score."""
 
 import pytest
 

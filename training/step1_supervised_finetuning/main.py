@@ -14,7 +14,7 @@ from utils.arguments import SftConfig as Config
 from utils.arguments import parse_first, run
 
 if __name__ == "__main__":
-    CONFIG = parse_first(Config, __doc__)  # --help and typing errors are answered before the imports below
+    CONFIG = parse_first(Config, __doc__)  # --help and mistyped flags are handled before the slow imports
 
 import functools
 import math
@@ -55,7 +55,7 @@ PANELS = {
 
 
 def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
-    """What a run on so many training rows and processes is about to do."""
+    """The plan of a run on so many training rows and processes."""
     steps = passes_over_rows(config, rows, world_size)
     return Plan(
         title="step 1: SFT",
@@ -136,7 +136,7 @@ def main(config: Config) -> dict[str, float]:
                 logprobs, _ = engine(**batch)
                 return -logprobs.sum() / tokens
 
-            learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
+            learning_rate = engine.get_lr()[0]  # before the step, which advances the schedule
             loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
             metrics = {
                 "train/loss": loss,

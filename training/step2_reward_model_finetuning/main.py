@@ -1,8 +1,8 @@
 """Step 2: the reward model. A language model with a scalar head learns which of two responses people prefer.
 
 The loss is -log sigmoid(chosen - rejected) on the scores at the last response tokens (`--reward_loss last_token`), in
-fp32, averaged over the pairs of an optimiser step. Mean and deviation of the scores of held-out chosen responses are
-stored with the model: step 3 normalises its rewards with them.
+fp32, averaged over the pairs of an optimiser step. Mean and standard deviation of the scores of held-out chosen
+responses are stored with the model: step 3 normalises its rewards with them.
 
     one GPU     python training/step2_reward_model_finetuning/main.py \\
                     --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward
@@ -14,7 +14,7 @@ from utils.arguments import RewardModelConfig as Config
 from utils.arguments import parse_first, run
 
 if __name__ == "__main__":
-    CONFIG = parse_first(Config, __doc__)  # --help and typing errors are answered before the imports below
+    CONFIG = parse_first(Config, __doc__)  # --help and mistyped flags are handled before the slow imports
 
 import functools
 import itertools
@@ -57,7 +57,7 @@ PANELS = {
 
 
 def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
-    """What a run on so many training pairs and processes is about to do."""
+    """The plan of a run on so many training pairs and processes."""
     steps = passes_over_rows(config, rows, world_size)
     return Plan(
         title="step 2: reward model",
@@ -81,7 +81,7 @@ def score_pairs(engine, batch, loss_of) -> tuple[torch.Tensor, torch.Tensor, tor
 
 @torch.no_grad()
 def evaluate(engine, loader, loss_of, batches: int | None = None) -> dict[str, float]:
-    """Loss, accuracy, margin, and mean and deviation of the scores over held-out pairs of all ranks."""
+    """Loss, accuracy, margin, mean and standard deviation of the scores over held-out pairs of all ranks."""
     engine.eval()
     scores = PairScores()
     count = min(batches or len(loader), len(loader))
@@ -144,7 +144,7 @@ def main(config: Config) -> dict[str, float]:
                 margins.append((chosen - rejected).detach())
                 return losses.sum() / pairs
 
-            learning_rate = engine.get_lr()[0]  # before the step, which moves the schedule on
+            learning_rate = engine.get_lr()[0]  # before the step, which advances the schedule
             loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)
             margin = torch.cat(margins)
             sums = distributed.all_reduce_dict({"margin": margin.sum(), "correct": (margin > 0).sum()})

@@ -1,7 +1,7 @@
 """Step 3: PPO. The SFT model (actor) learns to write responses that the reward model scores higher.
 
-Each iteration samples one response per prompt, rewards it with the reward model's score at its last token minus a price
-on its distance (KL) to the SFT model, and improves actor and critic with clipped updates over a few epochs.
+Each iteration samples one response per prompt, rewards it with the reward model's score at its last token minus a
+penalty on its distance (KL) to the SFT model, and improves actor and critic with clipped updates over a few epochs.
 
     one GPU     python training/step3_rlhf_finetuning/main.py --actor_model_name_or_path output/sft \\
                     --critic_model_name_or_path output/reward --data_path prompts.jsonl --output_dir output/ppo
@@ -14,7 +14,7 @@ from utils.arguments import PpoConfig as Config
 from utils.arguments import parse_first, run
 
 if __name__ == "__main__":
-    CONFIG = parse_first(Config, __doc__)  # --help and typing errors are answered before the imports below
+    CONFIG = parse_first(Config, __doc__)  # --help and mistyped flags are handled before the slow imports
 
 import time
 
@@ -64,7 +64,7 @@ BAR = ["ppo/score_mean", "ppo/kl_k1", "ppo/value_loss", "throughput/tokens_per_s
 
 
 def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
-    """What a run on so many prompts and processes is about to do."""
+    """The plan of a run on so many prompts and processes."""
     rollouts = config.max_steps or None
     if rollouts is None and rows is not None:
         per_epoch = batches_per_epoch(rows, config.rollout_rows, world_size, drop_last=True)

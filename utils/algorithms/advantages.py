@@ -1,7 +1,7 @@
 """Generalised advantage estimation, and whitening over a rollout that is spread over ranks.
 
 Means and variances travel as moments, `[count, sum, sum of squares]`: those of two micro-batches or of two ranks simply
-add, and everyone then normalises with the same numbers. Normalising per sequence instead would erase the difference
+add, and all ranks then normalise with the same numbers. Normalising per sequence instead would erase the difference
 between good and bad answers.
 """
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RewardedTokens:
-    """A whole rollout of this rank, N responses of up to R tokens: what an estimator makes advantages of.
+    """A whole rollout of this rank, N responses of up to R tokens: the input of an advantage estimator.
 
     An estimator is a function of this and of the flags, and a row of `ADVANTAGE_ESTIMATORS` in
     `utils.arguments.choices`. It returns advantages and returns, both (N, R) fp32 and zero outside the mask.
     """
 
-    rewards: Tensor  # (N, R) per token: the price of KL, and the score at the last token
+    rewards: Tensor  # (N, R) per token: the KL penalty, plus the score at the last token
     values: Tensor | None  # (N, R) of the state in which the token was chosen; None without a critic
     mask: Tensor  # (N, R) bool, true on the tokens of the response
-    scores: Tensor  # (N,) of the whole response, shaped, without the price of KL
+    scores: Tensor  # (N,) of the whole response, shaped, without the KL penalty
     groups: Tensor  # (N,) int64, equal for responses to the same prompt
 
 
@@ -101,13 +101,13 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor | float, var: Tensor | float, s
 
 
 def explained_variance(returns_moments: Tensor, residual_moments: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one that says a constant, below if worse.
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one, negative if worse.
 
     Args:
         returns_moments: (3,) `masked_moments(returns, mask)`, summed over batches and ranks.
         residual_moments: (3,) `masked_moments(returns - values, mask)`, summed likewise.
     Returns:
-        float64 scalar; 0 when the returns do not vary, where the quotient says nothing.
+        float64 scalar; 0 when the returns do not vary and the quotient is meaningless.
     """
     _, returns_var = moments_to_mean_var(returns_moments)
     _, residual_var = moments_to_mean_var(residual_moments)

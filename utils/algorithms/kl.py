@@ -1,4 +1,4 @@
-"""The reward PPO maximises: the score of the whole response at its last token, minus a KL price on every token."""
+"""The reward PPO maximises: the score of the whole response at its last token, minus a KL penalty on every token."""
 
 import math
 
@@ -23,7 +23,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: fl
         estimator: "k1", "k2" or "k3".
         clamp: estimates are kept within +-clamp, so that a single token cannot outweigh the score.
     Returns:
-        (B, R) fp32; outside the response mask whatever the inputs give. Its gradient is finite everywhere.
+        (B, R) fp32; outside the response mask its values depend on the inputs there. The gradient is finite everywhere.
     Raises:
         ValueError: unknown estimator.
     """
@@ -47,7 +47,7 @@ def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_ctl: float) -
         scores: (B,) score per sequence, already normalised and clipped.
         kl: (B, R) from `kl_penalty`.
         mask: (B, R) response mask; a row without any true entry gets no reward at all.
-        kl_ctl: price of a nat.
+        kl_ctl: KL coefficient.
     Returns:
         (B, R) fp32, zero outside the mask.
     """
@@ -59,17 +59,17 @@ def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_ctl: float) -
 
 
 def adaptive_kl_ctl(kl_ctl: float, observed_kl: float, target: float, horizon: float, num_samples: int) -> float:
-    """The next KL price: raised when the policy strays further than `target`, lowered when less (Ziegler et al. 2019,
-    section 2.2):
+    """The next KL coefficient: raised when the policy strays further than `target`, lowered when less (Ziegler et al.
+    2019, section 2.2):
 
         error   = clip(observed_kl / target - 1, -0.2, 0.2)
         kl_ctl' = kl_ctl * (1 + error * num_samples / horizon)
 
     Args:
         observed_kl: mean over sequences of the KL summed over their tokens, in nats, unclamped. `target` likewise.
-        horizon: samples over which the price can change by about 20 %.
+        horizon: samples over which the coefficient can change by about 20 %.
         num_samples: sequences in this rollout, over all ranks. More than `horizon` count as `horizon`, since the
-            price would turn negative at five times that.
+            coefficient would turn negative at more than five times that.
     Raises:
         ValueError: `observed_kl` is not finite.
     """
@@ -80,5 +80,5 @@ def adaptive_kl_ctl(kl_ctl: float, observed_kl: float, target: float, horizon: f
 
 
 def normalize_scores(scores: Tensor, mean: float, std: float, clip: float) -> Tensor:
-    """(scores - mean) / std within +-clip, (B,) fp32. `mean` and `std` are step 2's; 0 and 1 leave only the clip."""
+    """(scores - mean) / std within +-clip, (B,) fp32. `mean` and `std` are step 2's; 0 and 1 only clip."""
     return ((scores.float() - mean) / max(std, 1e-8)).clamp(-clip, clip)

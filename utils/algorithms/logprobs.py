@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens from hidden states, without a (tokens x vocabulary) tensor in fp32.
 
-    N   positions       H   hidden units       V   words       logits = hidden @ weight.T (+ bias), (N, V)
+    N   positions       H   hidden units       V   vocabulary       logits = hidden @ weight.T (+ bias), (N, V)
 
 Logits exist in the model's dtype only, a chunk at a time, and in fp32 only for the few rows that a pass is working on.
 The backward pass is written out: with p = softmax(logits / t), l = log p, and upstream gradients g of the
@@ -19,8 +19,8 @@ from utils.kernels import vocabulary as vocabulary_kernels
 from utils.kernels.native import usable
 
 CHUNK = 1 << 25  # logits of one matrix product: 64 MiB in 16 bits
-KEPT = 1 << 26  # logits kept for the backward pass; of more than that, chunks are computed a second time
-BLOCK = {"cpu": 1 << 18}  # logits in fp32 at once; on a CPU what its cache holds
+KEPT = 1 << 26  # logits kept for the backward pass; if there are more, chunks are recomputed instead
+BLOCK = {"cpu": 1 << 18}  # logits in fp32 at a time; on a CPU as many as its cache holds
 
 
 def token_logprobs(
@@ -76,7 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 rows = slice(chunk.start + block.start, chunk.start + block.stop)
                 wide = logits[block].float()
                 if temperature != 1.0:
-                    wide = wide / temperature  # not in place: fp32 logits are the kept ones
+                    wide = wide / temperature  # not in place: `.float()` does not copy logits that are fp32
                 normalizer[rows] = wide.logsumexp(-1)
                 at_target[rows] = wide.gather(-1, targets[rows, None]).squeeze(-1)
                 if with_entropy:
@@ -130,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _added(total: Tensor | None, part: Tensor, parts: int) -> Tensor:
-    """`total + part`, in fp32 where more than one part is to come."""
+    """`total + part`, in fp32 if there is more than one part."""
     if total is None:
         return part.float() if parts > 1 else part
     return total.add_(part)

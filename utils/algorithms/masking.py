@@ -44,7 +44,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def left_aligned(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The mask and other (B, T) tensors with the real tokens of each row, which are contiguous, in its first columns.
 
-    Recurrent layers read padding on the left as tokens; behind the last token nothing can see it.
+    Recurrent layers read padding on the left as tokens; padding behind the last token affects none of them.
     """
     first = attention_mask.int().argmax(1, keepdim=True)
     columns = torch.arange(attention_mask.size(1), device=attention_mask.device) + first

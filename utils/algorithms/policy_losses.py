@@ -2,7 +2,7 @@
 
 Token losses return `sum over the mask / denominator`, where `denominator` is the number of tokens of the whole
 optimiser step: every micro-batch, on every rank. The micro-batch losses of a step then add up to the token mean over
-the global batch, however ragged the parts are. An engine that averages gradients over ranks or accumulation steps
+the global batch, however uneven the parts are. An engine that averages gradients over ranks or accumulation steps
 divides once more, which the caller undoes by scaling the denominator.
 
 Their statistics are detached scalar sums that add over micro-batches and ranks, to be divided by `tokens` in the end;
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from utils.algorithms.masking import masked_sum
 
-# exp(20) = 4.9e8: beyond this the policy has left its old self for good, and an infinite ratio would turn the zero
+# exp(20) = 4.9e8: beyond this the policy is far from the old one in any case, and an infinite ratio would turn the zero
 # gradient of a clipped token into 0 * inf = nan.
 MAX_LOG_RATIO = 20.0
-MAX_SHOWN_LOG_RATIO = 70.0  # of statistics: sums of exp(70) are finite in fp32
+MAX_SHOWN_LOG_RATIO = 70.0  # in statistics: sums of exp(70) are finite in fp32
 
 
 def policy_loss(
@@ -34,12 +34,12 @@ def policy_loss(
         logprobs, old_logprobs: (B, R) log-probabilities of the response tokens now and at rollout time.
         advantages: (B, R).
         mask: (B, R) response mask.
-        cliprange: the ratio counts between 1 - cliprange and 1 + cliprange.
+        cliprange: the ratio is clipped to between 1 - cliprange and 1 + cliprange.
         denominator: tokens of the whole optimiser step.
     Returns:
         The loss and the sums `tokens`, `policy_loss`, `approx_kl_k1`, `approx_kl_k3` (estimates of KL(old || new)),
-        `clip_count` (tokens whose gradient the clip removed), `ratio_sum`, and the maximum `ratio_max`. They are those
-        of the true ratio, also where the loss bounds it.
+        `clip_count` (tokens whose gradient the clip removed), `ratio_sum`, and the maximum `ratio_max`. They use the
+        true ratio, also where the loss bounds it.
     """
     mask = mask.bool()
     true_log_ratio = torch.where(mask, logprobs.float() - old_logprobs.float(), 0)

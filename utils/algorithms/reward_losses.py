@@ -1,4 +1,4 @@
-"""Losses of the reward model: each tells, for every pair, how wrong the order of its two responses is.
+"""Losses of the reward model: each measures, for every pair, how wrong the order of its two responses is.
 
 A loss is a function of `Pairs` and a row of `PAIRWISE_LOSSES` in `utils.arguments.choices`.
 """
@@ -14,7 +14,7 @@ from utils.algorithms.masking import last_index, masked_sum
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """What the model says of B pairs, in rows padded on the right: the B chosen responses, then their B rejected."""
+    """The model's values for B pairs, in rows padded on the right: B chosen responses, then their B rejected ones."""
 
     values: Tensor  # (2B, T), a number per token
     input_ids: Tensor  # (2B, T)
@@ -64,9 +64,9 @@ def token_span_pairwise_loss(
         rejected   p  p  c  E  .
                          [-----]           in the last column the rejected side keeps the value of its own last token
 
-    The original compares whatever the model says about padding in the columns after the shorter response has ended,
-    which teaches it length. Here the shorter response holds its last value instead; with equal lengths the two agree.
-    Identical sequences are compared in their last token.
+    The original compares the values that the model gives to padding in the columns after the end of the shorter
+    response, which teaches it length. Here the shorter response holds its last value instead; with equal lengths the
+    two agree. Identical sequences are compared in their last token.
 
     Args:
         chosen_values, rejected_values: (B, T) value per token.

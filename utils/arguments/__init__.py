@@ -1,6 +1,6 @@
-"""The flags of every step: what a flag is, blocks of them by subject, and from a command line to a Config.
+"""The flags of every step: what a flag is, blocks of flags by subject, and parsing a command line into a Config.
 
-Nothing here imports torch, so that a command line is read and refused at once.
+Nothing here imports torch, so that a bad command line is refused immediately.
 """
 
 from utils.arguments.base import Arguments, flag

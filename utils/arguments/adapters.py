@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from utils.arguments.base import Arguments, flag
 from utils.arguments.model import NO_DROPOUT
 
-WITH_LORA = "*lora_dim"  # any flag whose name ends so
+WITH_LORA = "*lora_dim"  # any flag whose name has this ending
 
 
 @dataclass(kw_only=True)
@@ -20,7 +20,7 @@ class AdapterArguments(Arguments):
     )
     only_optimize_lora: bool = flag(
         False,
-        "freeze everything but the LoRA matrices; a reward model's or critic's scalar head trains nevertheless",
+        "freeze everything but the LoRA matrices; a reward model's or critic's scalar head is trained nevertheless",
         idle_unless=WITH_LORA,
     )
 
@@ -32,8 +32,8 @@ class LoraArguments(AdapterArguments):
     lora_dim: int = flag(0, "rank of the LoRA matrices; 0 = no LoRA", at_least=0)
     lora_module_name: str = flag(
         "",
-        "parts of the names of linear layers to adapt, comma-separated, such as q_proj,k_proj; left out, all linear "
-        "layers of the transformer (not OPT's decoder.layers., which matches nothing in LLaMA)",
+        "parts of the names of linear layers to adapt, comma-separated, such as q_proj,k_proj; if omitted, all linear "
+        "layers of the transformer (OPT's decoder.layers. matches nothing in LLaMA)",
         idle_unless="lora_dim",
     )
     lora_learning_rate: float = flag(5e-4, "learning rate of the LoRA matrices", above=0, idle_unless="lora_dim")
@@ -46,8 +46,8 @@ class RlhfLoraArguments(AdapterArguments):
     actor_lora_dim: int = flag(0, "rank of the actor's LoRA matrices; 0 = no LoRA", at_least=0)
     actor_lora_module_name: str = flag(
         "",
-        "parts of the names of the actor's linear layers to adapt, comma-separated; left out, all linear layers of the "
-        "transformer (not OPT's decoder.layers., which matches nothing in LLaMA)",
+        "parts of the names of the actor's linear layers to adapt, comma-separated; if omitted, all linear layers of "
+        "the transformer (OPT's decoder.layers. matches nothing in LLaMA)",
         idle_unless="actor_lora_dim",
     )
     actor_lora_learning_rate: float = flag(
@@ -63,6 +63,6 @@ class RlhfLoraArguments(AdapterArguments):
     )
     enable_mixed_precision_lora: bool = flag(
         False,
-        "not available yet: keep frozen weights in a shorter number format",
+        "not available yet: keep frozen weights in a lower precision",
         unavailable="leave it out, or shard the frozen weights with --actor_zero_stage 3",
     )

@@ -1,7 +1,7 @@
-"""What a flag is: a dataclass field with a help text, a range, and what else is known about it.
+"""What a flag is: a dataclass field with a help text, a range and further properties.
 
-Blocks of flags subclass `Arguments`; a step's Config inherits from the blocks that it needs. Making an instance, from a
-command line or in Python, checks every value, so that a Config that exists is a Config that makes sense.
+Blocks of flags subclass `Arguments`; a step's Config inherits from the blocks that it needs. Creating an instance, from
+a command line or in Python, checks every value, so that every Config that exists is valid.
 """
 
 import dataclasses
@@ -11,18 +11,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from utils.errors import InputError
 
-LARGEST_SEED = 2**32 - 1  # of numpy's generators
+LARGEST_SEED = 2**32 - 1  # that numpy's generators accept
 
-# What a resumed run may do with a flag of the run that wrote the checkpoint:
-#   same      it must have the same value
-#   free      it changes nothing that a step computes, or only how many steps there are
-#   regroup   it only deals the same rows or weights out to processes in another way: equal in state, not in bits
+# Whether a resumed run may change a flag of the run that wrote the checkpoint:
+#   same      no: it must have the same value
+#   free      yes: it affects nothing that a step computes, or only the number of steps
+#   regroup   yes: it only distributes the same rows or weights over processes in another way; the run is then equal in
+#             state but not bit-identical
 Resume = Literal["same", "free", "regroup"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """What is known about a flag beside its name, type and default; see `flag`."""
+    """The properties of a flag besides its name, type and default; see `flag`."""
 
     help: str = ""
     aliases: tuple[str, ...] = ()
@@ -59,14 +60,14 @@ def flag(
         default: a list is copied for every instance.
         aliases: further names of the flag, without dashes.
         at_least, above, at_most, below: limits of a number; the first and the third include the limit.
-        choices: names from a table, for a field whose type does not say them.
-        resume: what a resumed run may do with it.
+        choices: the allowed values, for a field whose type does not list them.
+        resume: whether a resumed run may change it.
         rows_with: for a number of rows: the flags whose product with it and with the number of processes is the rows
-            of a step, which a resumed run keeps.
-        idle: why it never changes anything; given all the same, it is remarked upon.
-        idle_unless: other flags without which it changes nothing, any of them.
-        needs_gpu: it changes nothing without one.
-        unavailable: what to do instead of giving it; it is refused.
+            of a step, which must be the same in a resumed run.
+        idle: why it never has an effect; a remark says so when it is given.
+        idle_unless: conditions on other flags (see `rules._unmet`); it has no effect unless at least one holds.
+        needs_gpu: it has no effect without a GPU.
+        unavailable: what to use instead; the flag itself is refused.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     known = Flag(
@@ -90,7 +91,7 @@ def flag(
 class Arguments:
     """Base of all blocks: checks types, choices and ranges, then runs the `check` of every block.
 
-    A block's `check(self)` validates what its flags mean together. It raises `InputError` and touches no disk.
+    A block's `check(self)` validates its flags in combination. It raises `InputError` and does not touch the disk.
     """
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class Arguments:
 
 
 def known_flag(config_class: type, name: str) -> Flag:
-    """What is known about a field, also where a subclass redeclared it with a bare default."""
+    """The properties of a field, also where a subclass redeclared it with a bare default."""
     for block in config_class.__mro__:
         field = vars(block).get("__dataclass_fields__", {}).get(name)
         if field is not None and "flag" in field.metadata:
@@ -123,7 +124,7 @@ def is_required(field: dataclasses.Field) -> bool:
 
 
 def flag_defaults(config_class: type) -> dict[str, Any]:
-    """The value of each flag that has one when it is not given."""
+    """The default of each flag that has one."""
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(config_class)
@@ -132,7 +133,7 @@ def flag_defaults(config_class: type) -> dict[str, Any]:
 
 
 def _check_type(name: str, expected: Any, choices: Sequence[str], value: Any) -> None:
-    """Refuse what would fail late or pass in silence: a wrong choice, one text where a list belongs, NaN."""
+    """Refuse what would fail late or pass silently: an unknown choice, a single value instead of a list, NaN."""
     if get_origin(expected) is Literal:
         choices = get_args(expected)
     if choices and value not in choices:

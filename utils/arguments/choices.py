@@ -1,6 +1,6 @@
-"""Tables of what can be chosen by name on a command line. A new choice is one row here, beside the file that it names.
+"""Tables of what can be chosen by name on a command line. A new choice is one row here and the file that it names.
 
-The code behind a choice is imported when it is used, so that a command line can be read without it.
+The code behind a choice is imported only when it is used, so that a command line can be parsed without it.
 """
 
 import importlib
@@ -35,7 +35,7 @@ PAIRWISE_LOSSES = {
     ),
     "token_span": Choice(
         code="utils.algorithms.reward_losses:token_span_loss",
-        about="its mean over the tokens from the first difference of the two responses, as DeepSpeed-Chat has it",
+        about="its mean over the tokens from the first difference of the two responses on, as in DeepSpeed-Chat",
     ),
 }
 

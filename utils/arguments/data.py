@@ -30,7 +30,7 @@ class CorpusArguments(Arguments):
 
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
-        "local files or folders (jsonl, json, csv, parquet), names of known data sets on the hub; several are blended",
+        "local files or folders (jsonl, json, csv, parquet), or names of data sets on the hub; several are blended",
     )
     data_split: str = flag(
         "2,4,4",
@@ -38,20 +38,20 @@ class CorpusArguments(Arguments):
     )
     data_seed: int = flag(
         1234,
-        "seed of the held-out rows and of the division into the parts of the three steps: give all steps the same, "
-        "also with another --seed, or a later step sees rows of an earlier one",
+        "seed for choosing the held-out rows and the rows of each of the three steps: use the same for all steps, "
+        "whatever their --seed, or a later step sees rows of an earlier one",
         at_least=0,
         at_most=LARGEST_SEED,
     )
     prompt_form: Literal["auto", "raw", "dialogue"] = flag(
         "auto",
-        "what a prompt is that is given as text: a question, which becomes ' Human: ... Assistant:' (dialogue), or "
-        "text that ends with a marker of the answering side and is used as it stands (raw); auto decides for each data "
-        "set, by the endings of its first prompts. Give all steps the same",
+        "how to treat a prompt that is text: as a question, which becomes ' Human: ... Assistant:' (dialogue), or as a "
+        "finished prompt that already ends with an answer marker and is used unchanged (raw); auto decides for each "
+        "data set by the endings of its first prompts. Use the same for all steps",
     )
     data_output_path: str | None = flag(
         None,
-        "cache folder for tokenised data; left out, a folder private to the user (not a shared /tmp/data_files, "
+        "cache folder for tokenised data; if omitted, a folder private to the user (not a shared /tmp/data_files, "
         "which other users of the machine could read or replace)",
         resume="free",
     )
@@ -78,7 +78,8 @@ class PromptArguments(CorpusArguments):
 
     unsupervised_dataset_name: str | None = flag(
         None,
-        "text for a language-modelling loss beside PPO (InstructGPT's ptx), which keeps the model's other abilities",
+        "text for a language-modelling loss added to PPO's (InstructGPT's ptx), which preserves the model's other "
+        "abilities",
     )
     unsupervised_dataset_config_name: str | None = flag(
         None,

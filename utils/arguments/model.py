@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from utils.arguments.base import Arguments, flag
 from utils.errors import InputError
 
-NO_DROPOUT = "PPO runs without dropout, which would make noise of its ratios"
+NO_DROPOUT = "PPO runs without dropout, which would add noise to its probability ratios"
 
 
 @dataclass(kw_only=True)
@@ -13,7 +13,7 @@ class LoadingArguments(Arguments):
     """How every step loads models."""
 
     tokenizer_name_or_path: str | None = flag(
-        None, "folder, hub name or sentencepiece tokenizer.model; left out, the model's own tokenizer"
+        None, "folder, hub name or sentencepiece tokenizer.model; if omitted, the model's own tokenizer"
     )
     trust_remote_code: bool = flag(
         False, "run Python code that comes with a hub model: only for authors that you trust"
@@ -26,7 +26,7 @@ class ModelArguments(LoadingArguments):
 
     model_name_or_path: str = flag(help="folder or hub name of the model to start from")
     dropout: float | None = flag(
-        None, "dropout everywhere in the model; left out, as the model says", at_least=0, below=1
+        None, "dropout everywhere in the model; if omitted, as in the model's configuration", at_least=0, below=1
     )
 
 
@@ -34,8 +34,8 @@ class ModelArguments(LoadingArguments):
 class RlhfModelArguments(LoadingArguments):
     """Models."""
 
-    actor_model_name_or_path: str = flag(help="the model of step 1; the reference of the KL penalty as well")
-    critic_model_name_or_path: str = flag(help="the model of step 2, from which the critic starts")
+    actor_model_name_or_path: str = flag(help="the model of step 1; also the reference model of the KL penalty")
+    critic_model_name_or_path: str = flag(help="the model of step 2, which initialises the critic")
     actor_dropout: float | None = flag(
         None, "accepted for old scripts: PPO runs without dropout", at_least=0, below=1, idle=NO_DROPOUT
     )
@@ -44,10 +44,10 @@ class RlhfModelArguments(LoadingArguments):
     )
     num_padding_at_beginning: int = flag(
         0,
-        "accepted for old scripts (theirs: 1 for OPT, wrong for LLaMA): attention masks tell",
+        "accepted for old scripts (which set 1 for OPT, wrong for LLaMA): attention masks mark the padding",
         at_least=0,
         resume="free",
-        idle="attention masks tell where padding is",
+        idle="attention masks mark the padding",
     )
 
 

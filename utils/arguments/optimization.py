@@ -19,7 +19,7 @@ class ScheduleArguments(Arguments):
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step", at_least=1, resume="regroup")
     max_tokens_per_batch: int = flag(
         0,
-        "tokens of a micro-batch, at most: rows of an optimiser step are regrouped by length until each fits, which "
+        "tokens of a micro-batch, at most: rows of an optimiser step are regrouped by length to fit, which "
         "changes memory and speed but not the result; 0 = micro-batches of the given number of rows",
         at_least=0,
     )
@@ -44,7 +44,7 @@ class OptimizationArguments(ScheduleArguments):
         rows_with=["gradient_accumulation_steps"],
     )
     per_device_eval_batch_size: int = flag(16, "rows per process and evaluation batch", at_least=1)
-    learning_rate: float = flag(1e-3, "peak rate; full fine-tuning of a LLaMA wants 1e-5 to 2e-5", above=0)
+    learning_rate: float = flag(1e-3, "peak rate; use 1e-5 to 2e-5 for full fine-tuning of a LLaMA", above=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of the matrices (norms and biases have none)", at_least=0)
 
 

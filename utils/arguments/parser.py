@@ -14,14 +14,14 @@ from utils.errors import InputError
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # argparse knows no -1e-5
+_NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # argparse does not recognise -1e-5
 
 
 def build_parser(config_class: type, description: str | None = None) -> argparse.ArgumentParser:
     """A parser with the flags of `config_class` and `--config`.
 
-    It raises `argparse.ArgumentError` or `InputError` where argparse would print its usage and exit. To argparse no
-    flag is required, because a YAML file may still bring it: see `is_required`.
+    It raises `argparse.ArgumentError` or `InputError` where argparse would print its usage and exit. For
+    argparse no flag is required, because a YAML file may still set it: see `is_required`.
     """
     parser = _Parser(
         usage="%(prog)s [--config FILE.yaml ...] [--flag value ...]",
@@ -61,7 +61,7 @@ def flag_groups(config_class: type) -> Iterator[tuple[str, list[str]]]:
 
 
 def _blocks(config_class: type) -> Iterator[type]:
-    """The direct bases, and in place of one that is no group its own."""
+    """The direct bases; a base with `is_group = False` is replaced by its own bases."""
     for base in config_class.__bases__:
         if vars(base).get("is_group", True):
             yield base
@@ -70,12 +70,12 @@ def _blocks(config_class: type) -> Iterator[type]:
 
 
 def flag_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Every accepted spelling, such as `--max_seq_len`, and what it sets."""
+    """The action of every accepted spelling, such as `--max_seq_len`."""
     return {name: action for action in parser._actions for name in action.option_strings}
 
 
 def convert_yaml(action: argparse.Action, value: Any) -> Any:
-    """A YAML value to a flag's value, as its text would be on the command line (YAML reads 5e-5 as text, for one).
+    """Convert a YAML value to a flag's value like its text on the command line (YAML reads 5e-5 as text, for example).
 
     Raises `argparse.ArgumentTypeError`.
     """
@@ -99,7 +99,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One spelling per flag (dashes for underscores are accepted too), and defaults only where they say something."""
+    """One spelling per flag (dashes for underscores are accepted too), and defaults only where they are informative."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36)
@@ -203,7 +203,7 @@ def _convert_yaml_scalar(action: argparse.Action, value: Any) -> Any:
 
 
 def split_unknown(argv: Sequence[str], known: Iterable[str]) -> str | None:
-    """The first word of `argv` that looks like a flag and is none of the known ones."""
+    """The first word of `argv` that looks like a flag but is not a known one."""
     names = set(known)
     flags = (word.split("=")[0] for word in argv)
     return next((name for name in flags if name.startswith("--") and name not in names), None)

@@ -1,4 +1,4 @@
-"""Flags for what answers are worth: where step 3's scores come from, and what becomes of them."""
+"""Flags for the scores of answers in step 3: where they come from, and how they are processed."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ class RewardSourceArguments(Arguments):
         "model", f"what scores the answers. {described(REWARD_SOURCES)}", choices=tuple(REWARD_SOURCES)
     )
     reward_model_name_or_path: str | None = flag(
-        None, "the frozen reward model; left out, --critic_model_name_or_path", idle_unless="reward_source == model"
+        None, "the frozen reward model; if omitted, --critic_model_name_or_path", idle_unless="reward_source == model"
     )
     offload_reward_model: bool = flag(False, "keep the reward model in CPU memory", needs_gpu=True)
-    normalize_scores: bool = flag(True, "normalise scores with the mean and deviation that step 2 measured and stored")
+    normalize_scores: bool = flag(True, "normalise scores with the mean and standard deviation that step 2 stored")
     clip_reward_value: float = flag(5.0, "scores are clipped to plus or minus this", above=0)
     missing_eos_penalty: float = flag(
-        1.0, "taken off the score of an answer that does not end within --max_answer_seq_len", at_least=0
+        1.0, "subtracted from the score of an answer that does not end within --max_answer_seq_len", at_least=0
     )

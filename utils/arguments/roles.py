@@ -1,4 +1,4 @@
-"""The models of a run and their flags, whatever these are called in its step."""
+"""The models of a run and their settings, whatever the flags are called in its step."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,15 +8,15 @@ Kind = Literal["causal_lm", "scalar"]
 
 @dataclass(frozen=True, kw_only=True)
 class RoleFlags:
-    """What the flags say of one model of a run.
+    """The settings of one model of a run, taken from the flags.
 
     Attributes:
         name: what the role is called in messages, files and metrics: "model", "actor", "critic", "reference", "reward".
-        kind: whether it gives log-probabilities or one number per token. `new_head`: it starts from a language model
-            whose vocabulary head makes room for a new scalar head.
-        path, path_flag: where it starts from, and the flag that says so.
+        kind: whether it outputs log-probabilities or one number per token. `new_head`: it starts from a language model
+            whose vocabulary head is replaced by a new scalar head.
+        path, path_flag: where its weights come from, and the flag that names the place.
         prefix: what the names of this role's flags begin with.
-        zero_stage: as the flag says. offload: its optimiser state (what trains) or its weights are in host memory.
+        zero_stage: as set by the flag. offload: its optimiser state (if it trains) or its weights are in host memory.
     """
 
     name: str
@@ -43,7 +43,7 @@ def trained_role(config: Any, name: str, kind: Kind, prefix: str = "", **known: 
     """A model that trains, whose flags of `config` begin with `prefix`.
 
     Args:
-        known: what is not a flag of this role, or is fixed in this step.
+        known: settings that are not flags of this role, or that the step fixes.
     """
     flags = {
         "path": getattr(config, f"{prefix}model_name_or_path"),
@@ -60,7 +60,7 @@ def trained_role(config: Any, name: str, kind: Kind, prefix: str = "", **known: 
 
 
 def frozen_role(name: str, kind: Kind, *, path: str, path_flag: str, zero_stage: int, offload: bool) -> RoleFlags:
-    """A model that is only read, without dropout and without LoRA."""
+    """A model that is not trained, without dropout and without LoRA."""
     return RoleFlags(
         name=name,
         kind=kind,

@@ -1,4 +1,4 @@
-"""Flags that parse but cannot do, here and now, what they say: refused by name, or remarked upon once."""
+"""Flags that parse but cannot have their effect in this run: refused by name, or named in a remark."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from utils.errors import InputError
 
 
 def refuse_unavailable(config: StepConfig) -> None:
-    """Raise `InputError` for flags that cannot work in any run; to be called before anything is loaded."""
+    """Raise `InputError` for flags that cannot work; to be called before anything is loaded."""
     for name, known in known_flags(type(config)).items():
         value = getattr(config, name)
         if known.unavailable and value:
@@ -23,7 +23,7 @@ def refuse_unavailable(config: StepConfig) -> None:
 
 
 def _refuse_small_budget(config: StepConfig) -> None:
-    """A micro-batch must hold one row at least: a sequence, or both sequences of a pair."""
+    """A micro-batch must hold at least one row: a sequence, or both sequences of a pair."""
     longest, flags = config.longest_row()
     if 0 < config.max_tokens_per_batch < longest:
         raise InputError(
@@ -47,15 +47,15 @@ def _refuse_uneven_rollout(config: PpoConfig) -> None:
 
 
 def remarks(config: Arguments, *, has_accelerator: bool = True) -> list[str]:
-    """One line for each flag that was given but changes nothing in this run, or means more than it says."""
+    """One line for each flag that was given but has no effect in this run, or whose value is raised."""
     return [*_idle_flags(config, has_accelerator), *_grown_rollout(config)]
 
 
 def _grown_rollout(config: Arguments) -> Iterator[str]:
     if isinstance(config, PpoConfig) and config.rollout_rows > config.asked_rollout_rows:
         yield (
-            f"--generation_batches {config.generation_batches} counts as "
-            f"{config.rollout_rows // config.per_device_generation_batch_size}: an optimiser step takes "
+            f"--generation_batches {config.generation_batches} is raised to "
+            f"{config.rollout_rows // config.per_device_generation_batch_size}: an optimiser step needs "
             f"{config.step_rows} sequences of one policy (--per_device_training_batch_size x "
             "--gradient_accumulation_steps)"
         )
@@ -69,11 +69,11 @@ def _idle_flags(config: Arguments, has_accelerator: bool) -> list[str]:
         if name in defaults and getattr(config, name) != defaults[name]
     )
     reasons = ((name, next(_why_idle(config, known, has_accelerator), "")) for name, known in given)
-    return [f"--{name} changes nothing: {reason}" for name, reason in reasons if reason]
+    return [f"--{name} has no effect: {reason}" for name, reason in reasons if reason]
 
 
 def _why_idle(config: Arguments, known: Flag, has_accelerator: bool) -> Iterator[str]:
-    """Why a flag that was given changes nothing; no reason where it does."""
+    """Why a flag that was given has no effect; yields nothing where it has one."""
     if known.needs_gpu and not has_accelerator:
         yield "without a GPU everything is in CPU memory anyway"
     unmet = [_unmet(config, condition) for condition in known.idle_unless]
@@ -87,7 +87,7 @@ def _unmet(config: Arguments, condition: str) -> str:
     """Why a condition does not hold, in words; empty where it does.
 
     A condition is a flag that must be given, `not` a flag, a flag and its value (`dtype == fp16`, `size > 1`), or
-    `*ending`: any of the flags whose names end so.
+    `*ending`: any flag whose name has that ending.
     """
     if condition.startswith("*"):
         names = [name for name in vars(config) if name.endswith(condition[1:])]

@@ -24,15 +24,15 @@ from utils.files import atomic_write_text
 ConfigT = TypeVar("ConfigT")
 
 SECONDS_TO_SPEAK = 5.0
-LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # what DeepSpeed's and torch's set for their processes
+LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # set by DeepSpeed's and torch's launchers
 NOT_SAVED = ("local_rank",)  # differs between processes
 
 
 def parse_first(config_class: type[ConfigT], description: str | None = None) -> ConfigT:
     """Parse the command line of a script before it imports torch, transformers and DeepSpeed, which takes seconds.
 
-    So `--help` and a typing error are answered at once. Ctrl-C during those imports ends the process with one line;
-    `run` gives the signal its usual meaning back.
+    So `--help` and mistyped flags are answered immediately. Ctrl-C during those imports ends the process with one line;
+    `run` restores the signal's usual handler.
     """
     signal.signal(signal.SIGINT, _interrupt)
     return parse_config(config_class, description=description)
@@ -43,9 +43,9 @@ def run(main: Callable[[ConfigT], Any], config: ConfigT | type[ConfigT], argv: S
 
     `InputError` exits with 2, `DivergenceError` with 3, `DoesNotFit` with 4 (5 is the watchdog's), `RunStopped` with 75
     (the system's EX_TEMPFAIL: run it again), Ctrl-C with 130, each with one line on stderr. The process group is then
-    destroyed, because leaving that to the interpreter's exit aborts now and then. Any other exception passes through at
-    once: destroying the group could wait for other ranks while the launcher waits for this one. For the same reason a
-    `RankError` ends a process that has others at once.
+    destroyed, because leaving that to the interpreter's exit occasionally aborts. Any other exception propagates
+    without that: destroying the group could wait for other ranks while the launcher waits for this one. For the same
+    reason a `RankError` ends the process immediately if the run has several.
 
     Args:
         config: what `parse_first` returned, or a Config class whose flags are then read from `argv`.
@@ -66,7 +66,7 @@ def run(main: Callable[[ConfigT], Any], config: ConfigT | type[ConfigT], argv: S
     except DoesNotFit as error:
         exit_code = _report(error, 4)
     except RunStopped as stop:
-        for number in (signal.SIGTERM, signal.SIGINT):  # the launcher's, sent to the others when the first has gone
+        for number in (signal.SIGTERM, signal.SIGINT):  # which a launcher sends to the others when the first exits
             signal.signal(number, signal.SIG_IGN)
         exit_code = _report(stop, os.EX_TEMPFAIL, kind="stopped")
     except KeyboardInterrupt:
@@ -102,7 +102,7 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
 def _parse(config_class: type[ConfigT], argv: list[str], description: str | None) -> ConfigT:
     parser = build_parser(config_class, description)
     flags = flag_actions(parser)
-    # before argparse, which would name a misspelt flag's value or a missing flag instead
+    # checked before argparse, which would report the value of the misspelt flag or a missing flag instead
     if (unknown := split_unknown(argv, flags)) is not None:
         raise InputError(f"unknown flag {unknown}{nearest(unknown, flags) or '; --help lists all flags'}")
     try:
@@ -123,16 +123,16 @@ def _parse(config_class: type[ConfigT], argv: list[str], description: str | None
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Reads YAML safely, and refuses a key that comes twice, of which the last would win without a word."""
+    """Reads YAML safely, and refuses duplicate keys, of which the last would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys the others are meant to win over
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: explicit keys are meant to override its keys
                 continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} comes twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} appears twice", key_node.start_mark)
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)
 
@@ -168,13 +168,13 @@ def _read_yaml(path: str, flags: dict[str, argparse.Action]) -> dict[str, Any]:
 
 
 def _report(error: Exception | str, exit_code: int, kind: str = "error") -> int:
-    """Print one line on stderr and pass the exit code on.
+    """Print one line on stderr and return the exit code.
 
-    An error that all processes meet is printed by the first one of each machine, and the others give it time to do so:
-    a launcher ends all processes as soon as one has gone. A `RankError` is printed by the process that met it.
+    An error that all processes meet is printed by the first one of each machine, and the others wait so that it can:
+    a launcher ends all processes as soon as one has exited. A `RankError` is printed by the process that met it.
     """
     line, apart = " ".join(str(error).split()), ""
-    if any(name in os.environ for name in LAUNCHERS):  # which add lines of their own, and longer ones
+    if any(name in os.environ for name in LAUNCHERS):  # launchers add their own, longer lines
         apart = "\n"
     if isinstance(error, RankError) and _has_others():
         print(f"{apart}{kind}: rank {os.environ['RANK']}: {line}{apart}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ class StepConfig(
 ):
     """The flags that every step has.
 
-    A step names it behind its own blocks: where both know a flag, the default is that of the first.
+    A step lists it after its own blocks: where both define a flag, the default of the own block applies.
     """
 
     is_group = False  # of --help, which lists its blocks instead
@@ -41,11 +41,11 @@ class StepConfig(
     @property
     def row_limit(self) -> int:
         """Tokens that a prepared row holds, at most."""
-        raise AttributeError(f"{type(self).__name__} names no rows")
+        raise AttributeError(f"{type(self).__name__} defines no rows")
 
     @property
     def micro_batch_rows(self) -> int:
-        """Rows of a forward pass of training on each process."""
+        """Rows of a training forward pass on each process."""
         return getattr(self, self.micro_batch_flag)
 
     @property
@@ -55,19 +55,19 @@ class StepConfig(
 
     @property
     def undivided_paths(self) -> list[str]:
-        """Further data for this step alone, of which all rows are used."""
+        """Additional data for this step alone; all of its rows are used."""
         return []
 
     def roles(self) -> dict[str, RoleFlags]:
         """The models of the run by the name of their role, in the order in which they are loaded."""
-        raise AttributeError(f"{type(self).__name__} names no models")
+        raise AttributeError(f"{type(self).__name__} defines no models")
 
     def longest_sequence(self) -> tuple[int, str]:
-        """Tokens of the longest possible sequence, and the flags that say so."""
-        raise AttributeError(f"{type(self).__name__} names no rows")
+        """Tokens of the longest possible sequence, and the flags that set the number."""
+        raise AttributeError(f"{type(self).__name__} defines no rows")
 
     def longest_row(self) -> tuple[int, str]:
-        """Tokens that the longest possible row brings to a forward pass, and the flags that say so."""
+        """Tokens of the longest possible row in a forward pass, and the flags that set the number."""
         return self.longest_sequence()
 
 
@@ -153,7 +153,7 @@ class PpoConfig(
         return self.max_prompt_seq_len
 
     def roles(self) -> dict[str, RoleFlags]:
-        """Actor, critic (where the estimator wants one), reference (unless the actor is its own), and reward model.
+        """Actor, critic (if the estimator needs one), reference (unless it shares the actor), and reward model.
 
         Dropout is off in all of them, so that rollout and training compute the same log-probabilities.
         """
@@ -184,28 +184,28 @@ class PpoConfig(
 
     @property
     def rollout_rows(self) -> int:
-        """Prompts of a rollout on each process: an optimiser step's where the rollout asked for is a part of that.
+        """Prompts of a rollout on each process; an optimiser step's rows where the requested number divides these.
 
-        DeepSpeed-Chat collects the gradients of several rollouts for such a step. No weight changes between them, so
-        they are one rollout, made in as many generation batches.
+        DeepSpeed-Chat accumulates the gradients of several rollouts for such a step. No weight changes between them, so
+        here they are one rollout with correspondingly more generation batches.
         """
         return self.step_rows if self.step_rows % self.asked_rollout_rows == 0 else self.asked_rollout_rows
 
     @property
     def rollout_flags(self) -> str:
-        """The flags that say so."""
+        """The flags that set `rollout_rows`."""
         if self.rollout_rows == self.asked_rollout_rows:
             return "--per_device_generation_batch_size or --generation_batches"
         return "--per_device_training_batch_size or --gradient_accumulation_steps"
 
     @property
     def asked_rollout_rows(self) -> int:
-        """Prompts of a rollout on each process, as its two flags say."""
+        """Prompts of a rollout on each process, as its two flags request."""
         return self.per_device_generation_batch_size * self.generation_batches
 
     @property
     def shares_reference(self) -> bool:
-        """Whether the reference is the actor with its adapters off, and no model of its own."""
+        """Whether the reference is the actor with its adapters off rather than a separate model."""
         return self.actor_lora_dim > 0 and self.only_optimize_lora
 
     @property

@@ -10,18 +10,22 @@ from utils.arguments.choices import PAIRWISE_LOSSES, described
 class SftArguments(Arguments):
     """Supervised fine-tuning."""
 
-    sft_only_data_path: list[str] = flag([], "further data for this step only, of which all rows are used")
+    sft_only_data_path: list[str] = flag([], "additional data for this step only; all of its rows are used")
     packing: bool = flag(
         False,
-        "fill rows of --max_seq_len tokens with several examples, which do not see each other; "
+        "fill rows of --max_seq_len tokens with several examples, which do not attend to each other; "
         "--per_device_train_batch_size then counts such rows",
     )
     eval_interval: int = flag(
         0, "optimiser steps between evaluations; 0 = only before and after", at_least=0, resume="free"
     )
-    num_sample_generations: int = flag(3, "held-out prompts whose answers are shown before and after", at_least=0)
-    sample_max_new_tokens: int = flag(64, "tokens of such an answer", at_least=1, idle_unless="num_sample_generations")
-    print_loss: bool = flag(False, "print the loss of every step on a line of its own", resume="free")
+    num_sample_generations: int = flag(
+        3, "held-out prompts whose answers are shown before and after training", at_least=0
+    )
+    sample_max_new_tokens: int = flag(
+        64, "tokens of such an answer, at most", at_least=1, idle_unless="num_sample_generations"
+    )
+    print_loss: bool = flag(False, "print the loss of every step on a separate line", resume="free")
 
 
 @dataclass(kw_only=True)
@@ -34,11 +38,11 @@ class RewardModelArguments(Arguments):
     eval_interval: int = flag(
         0, "optimiser steps between evaluations; 0 = only before and after", at_least=0, resume="free"
     )
-    eval_iters: int = flag(100, "batches of an evaluation during training; before and after, all", at_least=1)
+    eval_iters: int = flag(100, "batches per evaluation during training; those before and after use all", at_least=1)
     num_padding_at_beginning: int = flag(
         0,
-        "accepted for old scripts (theirs: 1 for OPT, wrong for LLaMA): attention masks tell",
+        "accepted for old scripts (which set 1 for OPT, wrong for LLaMA): attention masks mark the padding",
         at_least=0,
         resume="free",
-        idle="attention masks tell where padding is",
+        idle="attention masks mark the padding",
     )

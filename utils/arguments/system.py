@@ -1,4 +1,4 @@
-"""Flags for number formats, ZeRO and where things lie in memory."""
+"""Flags for number formats, ZeRO and the placement of tensors in memory."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -5,9 +5,9 @@
     checkpoint-20/<engine>/             DeepSpeed's files: weights, optimiser, schedule, loss scale
     checkpoint-20/manifest.json         what makes it a checkpoint, see `folders`
 
-DeepSpeed's files are pickles. They are read after all sums in the manifest have been found right, without running any
-code of theirs, and a folder with a file that the manifest does not name is not read at all. That guards against damage
-and strangers' files, not against other weights under a fitting manifest: docs/resuming.md says whom to trust.
+DeepSpeed's files are pickles. They are read only after all checksums in the manifest have been verified, without
+running any code in them, and a folder with a file that the manifest does not list is not read at all. That guards
+against damage and added files, not against other weights with a matching manifest: docs/resuming.md says whom to trust.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ from utils.parallel.zero import Engine
 class Checkpoints:
     """Saves and resumes a run. All methods are called by every rank.
 
-    A new one has found what the run continues from, or refused it, before any model is loaded.
+    The constructor finds what the run continues from, or refuses it, before any model is loaded.
 
     Args:
-        config: without --save_interval nothing is saved and signals keep their ordinary meaning.
+        config: without --save_interval nothing is saved and signals keep their default behaviour.
         total_steps: length of the run, in the unit of --save_interval.
         data_keys: of the rows that the run trains on (`TokenDataset.key`).
 
@@ -84,12 +84,12 @@ class Checkpoints:
         frozen: Sequence[torch.nn.Module | None] = (),
         averages: Sequence[torch.Tensor] = (),
     ) -> RunState:
-        """The state to start from: a run's beginning, or that of the checkpoint that was found, all loaded.
+        """The state to start from: that of a new run, or that of the checkpoint that was found, once all is loaded.
 
         Args:
             engines: the DeepSpeed engines that train, by name, freshly built.
             frozen: other models that the run reads, None where there is none.
-            averages: further tensors of this rank, written into when the run resumes.
+            averages: further tensors of this rank, overwritten when the run resumes.
 
         Raises:
             InputError: the checkpoint is of a run with other weights.
@@ -102,13 +102,13 @@ class Checkpoints:
             self._seed_rank(0)
             return RunState()
         folder, state, processes = self._found.folder, self._found.state, self._found.processes
-        is_new = distributed.rank() >= processes  # a process that the run did not have before
+        is_new = distributed.rank() >= processes  # a process that is new to the run
         tensors, texts = _read_tensors(folder / _rank_file(0 if is_new else distributed.rank()))
         different = not torch.equal(tensors["frozen_sums"], self._frozen_sums)
         if distributed.all_reduce_scalar(float(different), "max"):
             raise InputError(
                 f"{folder}: the frozen weights are not those of the run that wrote it: a model folder that the flags "
-                "name has been changed; restore it, or start anew with another --output_dir"
+                "name has been changed; restore it, or start again with another --output_dir"
             )
         for name, engine in self._engines.items():
             load_engine(engine, folder, name)
@@ -121,14 +121,14 @@ class Checkpoints:
         return state
 
     def _seed_rank(self, step: int) -> None:
-        """Random numbers of this rank's own, from `step` on: dropout masks differ between ranks, as their rows do."""
+        """Seed this rank separately, from `step` on: dropout masks differ between ranks, as their rows do."""
         distributed.seed_everything(distributed.derived_seed(self._config.seed, step, distributed.rank()) % 2**32)
 
     def step_done(self, state: RunState, writer: MetricsWriter, *, step: int, seconds: float) -> None:
-        """To be called after each step, its metrics logged: saves if it is time, and stops if a signal has asked to.
+        """To be called after each step, once its metrics are logged: saves if due, and stops if a signal asked for it.
 
         Args:
-            step: how many are done, `seconds` of training so far; `state` will hold both.
+            step: how many steps are done. seconds: of training so far. Both are stored in `state`.
 
         Raises:
             RunStopped: SIGTERM or Ctrl-C arrived on any rank; the step was saved.
@@ -181,7 +181,7 @@ class Checkpoints:
                 distributed.warn(f"old checkpoints in {self._root} cannot be removed ({error})")
 
     def _write_own_files(self, temporary: Path, state: RunState) -> str | None:
-        """This rank's part of a checkpoint, and a list of it; what went wrong, or None."""
+        """Write this rank's part of a checkpoint, and a listing of it; returns what went wrong, or None."""
         writer = EngineWriter(temporary)
         for name, engine in self._engines.items():
             writer.save(engine, name)
@@ -197,12 +197,12 @@ class Checkpoints:
                 files.append(write_state(temporary, state, self._run))
             write_listing(temporary, distributed.rank(), files)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # torch says of a full disk "unexpected pos 33565888 vs 33565776"
+            # torch reports a full disk as "unexpected pos 33565888 vs 33565776"
             return "no space left on the device" if "unexpected pos" in str(error) else str(error)
         return None
 
     def _load_averages(self, folder: Path, processes: int) -> None:
-        """Fill the averages from those of the `processes` ranks that wrote them, divided alike or not."""
+        """Fill the averages from those of the `processes` ranks that wrote them, whether partitioned alike or not."""
         if not self._averages:
             return
         files = [folder / _rank_file(rank) for rank in range(processes)]
@@ -223,7 +223,7 @@ class Checkpoints:
             remove_leftovers(self._root)
         raise InputError(
             f"--output_dir {self._config.output_dir}: the checkpoint of step {state.step} cannot be written "
-            f"({problem}); earlier ones are as they were: make room, then --resume_from_checkpoint auto"
+            f"({problem}); earlier ones are unchanged: free disk space, then --resume_from_checkpoint auto"
         )
 
 

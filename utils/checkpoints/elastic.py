@@ -1,8 +1,8 @@
-"""Resuming on another number of processes or another ZeRO stage: the same state, divided anew.
+"""Resuming with another number of processes or another ZeRO stage: the same state, partitioned again.
 
-Weights, moments, schedule, counters and averages are those of the checkpoint, to the last bit. What follows is not:
-sums over processes are taken in another order, and dropout on a process that the run did not have before begins a new
-stream of random numbers.
+Weights, moments, schedule, counters and averages are those of the checkpoint, to the last bit. What is computed from
+there on is not: sums over processes are taken in another order, and dropout on a process that is new to the run begins
+a new stream of random numbers.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def rebuild_engine(engine: Engine, shards: Shards) -> None:
         state = shards.read(name, index)
         numel = parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
         if state.weight.numel() != numel:
-            raise InputError(f"{shards.folder.parent}: is not a checkpoint of this model: {name} has another size")
+            raise InputError(f"{shards.folder.parent} is not a checkpoint of this model: {name} has another size")
         if id(parameter) in own:
             _write(own[id(parameter)], state, base)
     _publish_weights(engine, own)
@@ -70,7 +70,7 @@ def divide_average(parts: Sequence[torch.Tensor], own: torch.Tensor, rank: int) 
 
 
 def _pieces(engine: Engine) -> dict[int, Piece]:
-    """This rank's piece of each trainable parameter that it has one of, by the parameter's id."""
+    """This rank's piece of each trainable parameter of which it has one, by the parameter's id."""
     return {id(parameter): piece for parameter, piece in _each_piece(engine)}
 
 
@@ -114,7 +114,7 @@ def _write(piece: Piece, state: ParameterState, base: torch.optim.Optimizer) -> 
 
 
 def _publish_weights(engine: Engine, own: dict[int, Piece]) -> None:
-    """Let the weights that compute be those that `_write` has written, on every rank."""
+    """Copy the weights that `_write` has written to those that compute, on every rank."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
         optimizer.update_lp_params()

@@ -1,4 +1,4 @@
-"""The state of a DeepSpeed engine on disk, through DeepSpeed's own sharded files, and what of it is not stored."""
+"""The state of a DeepSpeed engine on disk, in DeepSpeed's own sharded files, and sums of the weights not stored."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from utils.parallel.zero import Engine, is_partitioned
 
 
 class EngineWriter:
-    """Saves engines into a folder. Failures to write wait in `error`, so that all ranks meet in DeepSpeed's barriers.
+    """Saves engines into a folder. Write failures are kept in `error`, so that all ranks reach DeepSpeed's barriers.
 
     Attributes:
         files: what this rank has written.
@@ -26,7 +26,7 @@ class EngineWriter:
         self.error: OSError | RuntimeError | None = None
 
     def save(self, engine: Engine, name: str) -> None:
-        """Write weights that train, optimiser, schedule and loss scale of `engine` to `folder/name`; on every rank.
+        """Write trainable weights, optimiser, schedule and loss scale of `engine` to `folder/name`; on every rank.
 
         Frozen weights are those of the model that the run started from, and are not stored.
         """
@@ -51,10 +51,10 @@ class EngineWriter:
 def load_engine(engine: Engine, folder: Path, name: str) -> None:
     """Bring a freshly built engine to the state that `EngineWriter.save` stored. The files must have been checked.
 
-    The same number of processes and ZeRO stage get back what each of them wrote; others divide it anew.
+    With the same number of processes and ZeRO stage, each gets back what it wrote; otherwise it is partitioned again.
 
     Raises:
-        InputError: the weights are not those of this model, or a file brings code.
+        InputError: the weights are not those of this model, or a file holds code.
     """
     shards = Shards(folder / name)
     if (shards.world_size, shards.stage) != (distributed.world_size(), engine.zero_optimization_stage()):
@@ -66,7 +66,7 @@ def load_engine(engine: Engine, folder: Path, name: str) -> None:
         result = dst.load_state_dict(src, strict=False)
         wrong = sorted((set(result.missing_keys) - frozen) | set(result.unexpected_keys))
         if wrong:
-            raise InputError(f"{folder}: is not a checkpoint of this model: {wrong[0]} is missing or unknown")
+            raise InputError(f"{folder} is not a checkpoint of this model: {wrong[0]} is missing or unknown")
 
     engine.checkpoint_engine.load = lambda path, map_location=None: open_shard(path, mapped=False)
     try:
@@ -80,7 +80,7 @@ def load_engine(engine: Engine, folder: Path, name: str) -> None:
 def frozen_weight_sums(models: Iterable[torch.nn.Module]) -> torch.Tensor:
     """One int64 for each frozen parameter: the sum of its bits, read as integers. Every rank must call it.
 
-    A checkpoint does not store frozen weights; by these sums a resumed run sees that it has loaded the same.
+    A checkpoint does not store frozen weights; with these sums a resumed run checks that it has loaded the same.
     """
     sums, is_part = [], []
     for model in models:

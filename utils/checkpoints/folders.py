@@ -1,7 +1,7 @@
-"""Checkpoint folders: they appear whole, and damage is found before anything in them is read.
+"""Checkpoint folders: they appear complete or not at all, and damage is found before anything in them is used.
 
 checkpoints/checkpoint-20/manifest.json     sizes and SHA-256 sums of all other files; written last
-checkpoints/latest                          the name of the newest one, for people
+checkpoints/latest                          the name of the newest one, for human readers
 checkpoints/.checkpoint-30.tmp              one that is being written, or that a killed run left behind
 """
 
@@ -38,7 +38,7 @@ def checkpoint_steps(root: Path) -> list[int]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the system has put a file, or the names in a folder, on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,14 +56,14 @@ def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
 
 
 def write_listing(temporary: Path, rank: int, files: Iterable[Path]) -> None:
-    """Leave the `file_records` of the files of one rank in `temporary`, for `take_listings`."""
+    """Write the `file_records` of the files of one rank to `temporary`, for `take_listings`."""
     _listing(temporary, rank).write_text(json.dumps(file_records(temporary, files)), encoding="utf-8")
 
 
 def take_listings(temporary: Path, processes: int) -> dict[str, dict]:
-    """The records of the files of all ranks, whose listings are removed.
+    """Return the records of the files of all ranks, and remove their listings.
 
-    They are opened by name: what a shared file system says that a folder holds may be old.
+    The listings are opened by name, because the folder's entries may be stale on a shared file system.
 
     Raises:
         FileNotFoundError: the listing of a rank is not there.
@@ -77,9 +77,9 @@ def take_listings(temporary: Path, processes: int) -> dict[str, dict]:
 
 
 def publish(temporary: Path, final: Path, records: dict[str, dict]) -> None:
-    """Write the manifest of `temporary`, rename it to `final`, and let `latest` name it.
+    """Write the manifest of `temporary`, rename it to `final`, and point `latest` to it.
 
-    A folder that is there already under that name, from before a resume, is replaced.
+    A folder that already has that name, from before a resume, is replaced.
     """
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"files": dict(sorted(records.items()))}, indent=1) + "\n", encoding="utf-8")
@@ -95,7 +95,8 @@ def publish(temporary: Path, final: Path, records: dict[str, dict]) -> None:
 def prune(root: Path, keep: int, newest: int) -> None:
     """Remove all but the `keep` last checkpoints up to that of step `newest`; 0 keeps all.
 
-    Later ones are those that a resumed run found damaged. They do not count, and are replaced when it comes there.
+    Later ones are those that a resumed run found damaged. They do not count, and are replaced when the run reaches
+    their steps.
     """
     steps = [step for step in checkpoint_steps(root) if step <= newest]
     for step in steps[keep:] if keep else []:
@@ -159,7 +160,7 @@ def _sha256(file: Path) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint so that at no moment half of one bears its name."""
+    """Remove a checkpoint so that a half-removed one never has its name."""
     doomed = folder.with_name(f".{folder.name}.old")
     if doomed.exists():
         shutil.rmtree(doomed)

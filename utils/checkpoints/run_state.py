@@ -1,4 +1,4 @@
-"""What a checkpoint knows of a run besides tensors, and what a run that continues it may do otherwise."""
+"""What a checkpoint says about its run beside the tensors, and what a run that resumes it may change."""
 
 import dataclasses
 import importlib.metadata
@@ -12,23 +12,23 @@ from utils.errors import InputError
 from utils.parallel import distributed
 
 STATE_FILE = "state.json"
-STATE_FORMAT = 2  # of this file; a checkpoint without a number is of version 0.1
+STATE_FORMAT = 2  # of that file; version 0.1 wrote none
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
 
 @dataclasses.dataclass
 class RunState:
-    """Where a run stands after `step` optimiser steps (step 3: rollouts). A new one is that of a run's beginning."""
+    """Where a run stands after `step` optimiser steps (step 3: rollouts); the defaults are those of a new run."""
 
     step: int = 0
     seconds: float = 0.0  # of training
     metrics_position: int = 0  # bytes of metrics.jsonl that belong to these steps
     before: dict[str, float] = dataclasses.field(default_factory=dict)  # the evaluation before training
-    own: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a step keeps besides: JSON values
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)  # further JSON values of one step alone
 
 
 def describe_run(config: StepConfig, data_keys: list[str]) -> dict[str, Any]:
-    """What a resumed run is compared with: flags, data, number of processes, versions of the libraries."""
+    """What a resumed run must match: flags, data, number of processes, versions of the libraries."""
     known = known_flags(type(config))
     return {
         "format": STATE_FORMAT,
@@ -59,11 +59,17 @@ def read_state(folder: Path, run: dict[str, Any], config_class: type[StepConfig]
     """
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     saved = content["run"]
-    if saved.get("format") != STATE_FORMAT:
+    if "format" not in saved:
         raise InputError(
-            f"{folder} was written by version 0.1 of this project, which told prepared rows apart by its own source "
-            "code, so that nobody can say whether they are the same: finish that run with that version, or start anew "
-            "with another --output_dir"
+            f"{folder} was written by version 0.1 of this project, which identified prepared rows by a hash of its own "
+            "source code, so they cannot be compared with this run's: finish that run with that version, or start "
+            "again with another --output_dir"
+        )
+    if saved["format"] != STATE_FORMAT:
+        raise InputError(
+            f"{folder} was written by another version of this project (format {saved['format']} of {STATE_FILE}, this "
+            f"version reads {STATE_FORMAT}): finish that run with that version, or start again with another "
+            "--output_dir"
         )
     if saved["purpose"] != run["purpose"]:
         raise InputError(
@@ -77,13 +83,13 @@ def read_state(folder: Path, run: dict[str, Any], config_class: type[StepConfig]
         if now.get(name) != then.get(name) and name not in regrouped:
             raise InputError(
                 f"--{name} is {now.get(name)}, but {folder} comes from a run with {then.get(name)}: give the same "
-                "value, or start anew with another --output_dir"
+                "value, or start again with another --output_dir"
             )
     _check_rows(flags, now, run["world_size"], then, saved["world_size"], str(folder))
     if saved["data"] != run["data"]:
         raise InputError(
             f"--data_path: the rows are not those that the run of {folder} was trained on (the files, or how they are "
-            "prepared, have changed): start anew with another --output_dir"
+            "prepared, have changed): start again with another --output_dir"
         )
     for name, version in run["libraries"].items():
         if saved["libraries"].get(name) != version:
@@ -96,7 +102,7 @@ def read_state(folder: Path, run: dict[str, Any], config_class: type[StepConfig]
         named = "".join(f", --{name} {value}" for name, value in changed.items())
         distributed.log(
             f"the run of {saved['world_size']} processes continues with {run['world_size']}{named}: equal in state "
-            "though not in bits"
+            "but not bit-identical"
         )
     return RunState(**content["state"]), saved["world_size"]
 

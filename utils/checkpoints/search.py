@@ -14,10 +14,10 @@ from utils.parallel import distributed
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A checkpoint without damage, of a run that may be continued.
+    """An undamaged checkpoint, of a run that may be continued.
 
     Attributes:
-        processes: how many wrote it.
+        processes: how many processes wrote it.
     """
 
     folder: Path
@@ -56,20 +56,20 @@ def find_checkpoint(config: StepConfig, run: dict[str, Any], total_steps: int) -
             "mistaken for this run's: remove it, or name another --output_dir"
         )
     if folder.resolve().parent != root.resolve():
-        state.metrics_position = 0  # nothing in --output_dir is that run's
+        state.metrics_position = 0  # the metrics in --output_dir are not that run's
     return Found(folder, state, processes)
 
 
 def check_shared(output_dir: Path) -> None:
-    """Refuse a folder that is not the same on every rank: a checkpoint is made of files of all of them.
+    """Refuse a folder that the ranks do not share: a checkpoint is made of files from all of them.
 
     Raises:
-        InputError: on every rank; a process does not see what the first one writes.
+        InputError: on every rank; a process does not see what rank 0 writes.
     """
     if distributed.world_size() == 1:
         return
     number = int(distributed.all_reduce_scalar(time.time_ns() // 1000 if distributed.is_main() else 0, "max"))
-    probe, problem = output_dir / f".probe-{number}", None  # a name that no file system has been asked for before
+    probe, problem = output_dir / f".probe-{number}", None  # a new name, which no file system can have cached
     if distributed.is_main():
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _newest_whole(root: Path) -> Path | None:
         distributed.warn(f"{folder} is damaged, trying the one before: {damage}")
     if count:
         raise InputError(
-            f"--resume_from_checkpoint auto: no checkpoint in {root} is whole; remove that folder to start "
+            f"--resume_from_checkpoint auto: no checkpoint in {root} is undamaged; remove that folder to start "
             "from the beginning"
         )
     return None
@@ -109,14 +109,14 @@ def _newest_whole(root: Path) -> Path | None:
 
 def _chosen(folder: Path) -> Path:
     if not folder.is_dir():
-        raise InputError(f"--resume_from_checkpoint {folder}: there is no such folder")
+        raise InputError(f"--resume_from_checkpoint {folder}: no such folder")
     if damage := _find_damage(folder):
         raise InputError(f"--resume_from_checkpoint {folder} is damaged: {damage}")
     return folder
 
 
 def _find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank, which share the reading; None if it is whole."""
+    """What is wrong with a checkpoint, the same on every rank; None if it is undamaged. The ranks share the reading."""
     records = read_manifest(folder)
     if isinstance(records, str):
         damage = records

@@ -1,7 +1,7 @@
 """DeepSpeed's files of one engine, read parameter by parameter, whatever ZeRO stage and number of processes wrote them.
 
-Stage 0 keeps whole tensors. Stages 1 and 2 lay the parameters of a group end to end and cut that line into one piece
-for each process; stage 3 cuts every parameter into equal pieces, the last one padded. Tensors are mapped from the
+Stage 0 keeps whole tensors. Stages 1 and 2 concatenate the parameters of a group and cut the result into one piece for
+each process; stage 3 cuts every parameter into equal pieces, the last one padded. Tensors are memory-mapped from the
 files, so that no process holds more than the parameter it is reading.
 """
 
@@ -31,12 +31,14 @@ class ParameterState:
 
 
 class Shards:
-    """Opens the files in `folder`, whose sums must have been checked.
+    """Opens the files in `folder`, whose checksums must have been verified.
 
     Attributes:
         stage: the ZeRO stage that wrote them. world_size: by how many processes.
-        model: what is alike on all of them: `lr_scheduler`, `global_steps`, `skipped_steps` and more.
-        optimizer: of each process, what its optimiser wrote; empty at stage 0, where it is in `model`.
+        model: what is the same on all of them: `lr_scheduler`, `global_steps`, `skipped_steps` and more.
+        optimizer: what the optimiser of each process wrote, once `open_optimizer` has been called; empty at stage 0,
+            where it is in `model`.
+
     Raises:
         InputError: DeepSpeed's files are not there.
     """
@@ -53,11 +55,11 @@ class Shards:
         self.world_size = int(self.model["dp_world_size"])
 
     def open_optimizer(self) -> None:
-        """Open every process's optimiser, for `read`."""
+        """Open every process's optimiser state, for `read`."""
         files = sorted(self.folder.glob("*mp_rank_00_optim_states.pt"), key=_rank_of)
         self.optimizer = [open_shard(file)["optimizer_state_dict"] for file in files]
         if len(files) != (self.world_size if self.stage else 0):
-            raise InputError(f"{self.folder}: holds {len(files)} optimiser states of {self.world_size} processes")
+            raise InputError(f"{self.folder}: holds {len(files)} optimiser states for {self.world_size} processes")
 
     def read(self, name: str, index: int) -> ParameterState:
         """The state of parameter `name`, the `index`-th in the order of the optimiser's groups.
@@ -105,7 +107,7 @@ class Shards:
 
 
 def _joined(pieces: Sequence[tuple[torch.Tensor, dict, slice]]) -> ParameterState:
-    """The state whose parts lie at a slice of flat weights and of the optimiser's state for them."""
+    """The state whose parts are slices of flat weights and of the optimiser's state for them."""
     moments = {
         key: torch.cat([state[key].flatten()[place] for _, state, place in pieces])
         for key in MOMENTS
@@ -116,10 +118,10 @@ def _joined(pieces: Sequence[tuple[torch.Tensor, dict, slice]]) -> ParameterStat
 
 
 def open_shard(file: Path, *, mapped: bool = True) -> dict:
-    """The content of one of DeepSpeed's files, on the CPU. No code of the file runs.
+    """The content of one of DeepSpeed's files, on the CPU. No code in the file runs.
 
     Args:
-        mapped: tensors stay in the file until they are used, and must not outlast it.
+        mapped: tensors are memory-mapped, and must not outlive the file.
 
     Raises:
         RankError: it holds more than plain data, tensors and `CHECKPOINT_CLASSES`.
@@ -129,12 +131,12 @@ def open_shard(file: Path, *, mapped: bool = True) -> dict:
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise RankError(
-            f"{file}: holds code, or is no file of DeepSpeed's, and is not opened: resume from another checkpoint "
+            f"{file}: holds code, or is not a DeepSpeed file, and was not loaded: resume from another checkpoint "
             f"({str(error).splitlines()[0]})"
         ) from error
 
 
 def _rank_of(file: Path) -> int:
-    """`[bf16_]zero_pp_rank_3_mp_rank_00_...` is rank 3's; names without it are of all ranks."""
+    """`[bf16_]zero_pp_rank_3_mp_rank_00_...` is rank 3's; a name without `pp_rank_` is for all ranks."""
     _, found, rest = file.name.partition("pp_rank_")
     return int(rest.partition("_")[0]) if found else 0

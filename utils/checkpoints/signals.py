@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks the run to stop after its step, the second stops it at once."""
+"""SIGTERM and Ctrl-C: the first asks the run to stop after its step, the second stops it immediately."""
 
 import contextlib
 import os
@@ -23,12 +23,12 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def activate(self) -> None:
-        """Take the signals over; only a main thread can, elsewhere they keep their meaning."""
+        """Install the handlers; only the main thread can, so elsewhere the signals keep their default behaviour."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 
     def deactivate(self) -> None:
-        """Give the signals back their former meaning."""
+        """Restore the former handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -40,5 +40,5 @@ class StopSignals:
         if not self.name:
             self.name, self._received_at = signal.Signals(number).name, now
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                with contextlib.suppress(OSError):  # Ctrl-C ends a program that reads what we print, too
-                    os.write(2, f"{self.name}: stopping after this step; a second signal stops at once\n".encode())
+                with contextlib.suppress(OSError):  # Ctrl-C also ends a program that reads our output
+                    os.write(2, f"{self.name}: stopping after this step; a second signal stops immediately\n".encode())

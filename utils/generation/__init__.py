@@ -1,1 +1,1 @@
-"""Everything that makes text: the decode engine, its scheduler, sampling, and `transformers`' generate for the rest."""
+"""Text generation: the decode engine, its scheduler, sampling, and `transformers`' generate for other models."""

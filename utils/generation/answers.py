@@ -1,4 +1,4 @@
-"""What a model that is being trained answers: a few greedy answers, before and after."""
+"""Sample answers of a model that is being trained: a few greedy ones, before and after training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +22,11 @@ def greedy_answers(
 ) -> list[tuple[str, str]]:
     """Greedy answers of the model in `engine` to the prompts of `rows` (of purpose "sft"), as (prompt, answer) texts.
 
-    Plain-text rows, which have no prompt, are passed over. Under ZeRO-3 every rank must call it, with the same rows:
+    Plain-text rows, which have no prompt, are skipped. Under ZeRO-3 every rank must call it, with the same rows:
     weights that do not fit whole are gathered layer by layer in every pass.
 
     Raises:
-        RankError: out of memory, with the flags that lower it.
+        RankError: out of memory; names the flags that reduce it.
     """
     prompts = [row["input_ids"][: row["response_start"]] for row in rows if row["response_start"] > 1]
     if not prompts:

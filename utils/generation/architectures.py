@@ -1,4 +1,4 @@
-"""The architectures that the decode engine knows: a table. A new one is a row here, with a file where its parts differ.
+"""A table of the architectures that the decode engine supports. A new one is a row, and a file if its parts differ.
 
 What they share is the shape of LLaMA: a norm before attention and one before a gated MLP, rotary positions, grouped
 key-value heads, and a norm before the head. Biases, head sizes and tied heads are read off the model itself.
@@ -29,7 +29,7 @@ class LayerParts:
 
 
 def llama_parts(layer: nn.Module) -> LayerParts:
-    """Of a layer whose modules are called as LLaMA's."""
+    """The parts of a layer whose modules are named as in LLaMA."""
     attention, mlp = layer.self_attn, layer.mlp
     return LayerParts(
         input_norm=layer.input_layernorm,
@@ -60,7 +60,7 @@ class Architecture:
 
     Attributes:
         accepts: whether a model with this configuration computes what the passes compute.
-        parts: of one of its layers. layers: all of them, in order. final_norm: before the head. rotary: its tables.
+        parts: of one layer. layers: all of them, in order. final_norm: before the head. rotary: computes its tables.
     """
 
     accepts: Callable[[PreTrainedConfig], bool] = has_llama_arithmetic

@@ -26,9 +26,9 @@ def decode(
 ) -> Responses:
     """One response for each prompt, by continuous batching: finished rows leave, waiting prompts take their slots.
 
-    Prompts are processed from the longest to the shortest, without their padding; equal ones (several samples of one
-    prompt) are processed once, as far as they decode at the same time. What a row becomes depends on its prompt and its
-    random stream, not on `slots` or on the other rows.
+    Prompts are processed from the longest to the shortest; equal ones (several samples of one prompt) are processed
+    once, as long as they decode at the same time. The tokens of a row depend on its prompt and its random stream, not
+    on `slots` or on the other rows.
 
     Args:
         decoder: loaded with the weights to use.

@@ -1,9 +1,9 @@
-"""A LLaMA-shaped model for generation: the live training weights as its passes read them, and a KV cache of our own.
+"""A LLaMA-shaped model for generation: the live training weights as its passes read them, and its own KV cache.
 
 The cache holds keys as (layers, slots, K, D, length) and values as (layers, slots, K, length, D), K key-value heads of
 size D: a part of the length is then a matrix that batched products read in place (bf16 on a CPU copies
-`keys[:, :length].transpose`, which takes three times as long as the product). The first n slots are the active rows. Of
-a model that several processes share in generation, the heads are this process's.
+`keys[:, :length].transpose`, which takes three times as long as the product). The first n slots are the active rows.
+Where several processes share a model in generation, each has its part of the heads.
 """
 
 import math
@@ -32,14 +32,14 @@ CACHE_STEP = 16  # the cache is read up to a multiple of this, so that few shape
 
 @dataclass(frozen=True)
 class Loading:
-    """How a decoder takes the weights of a model.
+    """How a decoder reads the weights of a model.
 
     Attributes:
-        adapter: which LoRA adapter to apply; None is the base model, as is a model without LoRA.
+        adapter: which LoRA adapter to apply; None for the base model. A model without LoRA ignores it.
         lora: "fused" merges its update into copies of the adapted matrices, never into the training weights;
             "unfused" computes it beside them.
         stream: gather one layer at a time in every pass, on all ranks in lockstep; `finish` must end the passes.
-        gather_layers: how many are gathered at a time for a shard.
+        gather_layers: how many layers are gathered at a time to read a shard.
     """
 
     adapter: str | None = ADAPTER
@@ -54,7 +54,7 @@ def supports(config: PreTrainedConfig) -> bool:
 
 
 class LlamaDecoder:
-    """Prefill and decode of a model that `supports` its configuration.
+    """Prefill and decode of a model whose configuration it `supports`.
 
     `load` must be called whenever weights may have changed. It keeps references to the parameters; on a CPU, where the
     cost of a step is the number of operations, it joins the matrices that read the same input into copies, and packs
@@ -103,7 +103,7 @@ class LlamaDecoder:
         if self._graphs is None and self._cuda_graphs and self.device.type == "cuda":
             self._graphs = StepGraphs(cuda_recorder)
         modules, self._small = architecture.layers(model), None
-        if how.stream:  # copies would be made anew in every pass
+        if how.stream:  # copies would have to be made again in every pass
             reader = LayerReader(architecture, None, how.adapter, fuse=False, join=False)
             self.layers = StreamedLayers(reader, modules)
             return
@@ -132,7 +132,7 @@ class LlamaDecoder:
             self.layers.finish()
 
     def extra_bytes(self, model: nn.Module, slots: int, length: int, lora: LoraGeneration = "fused") -> int:
-        """Bytes that generation takes beside the weights: cache and copies, as far as they are not allocated yet."""
+        """Bytes that generation needs beyond the weights: cache and copies that are not allocated yet."""
         config, size = model.config, model.get_input_embeddings().weight.element_size()
         heads, head_size = config.num_key_value_heads, head_size_of(config)
         shape = self._cache_shape(config.num_hidden_layers, slots, heads, length, head_size)
@@ -146,13 +146,13 @@ class LlamaDecoder:
         return total
 
     def release_cache(self) -> None:
-        """Give the memory of the KV cache back, and the graphs that read it."""
+        """Free the KV cache, and the graphs that read it."""
         self.cache = None
         if self._graphs is not None:
             self._graphs.release()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything that a pass reads and that was not computed by it: weights, tables and the cache."""
+        """Everything that a pass reads and does not compute itself: weights, tables and the cache."""
         yield from (self.embedding, self.head, self.final_norm, self.cos, self.sin, *self.cache)
         if self.head_bias is not None:
             yield self.head_bias
@@ -160,10 +160,10 @@ class LlamaDecoder:
             yield from layer.tensors()
 
     def allocate(self, slots: int, length: int) -> None:
-        """Make room for `slots` rows of `length` tokens; a cache that is too small grows, and none shrinks.
+        """Allocate the cache for `slots` rows of `length` tokens; one that is too small grows, and it never shrinks.
 
-        It grows to the most rows and the most tokens that were asked for: were it made to the measure of each call,
-        one with many rows and one with long ones would replace each other's, and the graphs that read it, for ever.
+        It grows to the most rows and the most tokens of any call so far. If it were sized for each call, calls with
+        many rows and calls with long ones would keep replacing the cache, and the graphs that read it.
         """
         shape = self._cache_shape(len(self.layers), slots, self.kv_heads, length, self.head_size)
         if self.cache is not None:
@@ -184,7 +184,7 @@ class LlamaDecoder:
             self.cos, self.sin = cos[0], sin[0] * sign  # rotate_half(x) * sin == roll(x) * (sign * sin)
 
     def _cache_shape(self, layers: int, slots: int, heads: int, length: int, head_size: int) -> tuple[int, ...]:
-        """Of the cached values, with room for what the present cache holds as well."""
+        """Of the cached values: at least as large as the present cache."""
         shape = (layers, slots, heads, math.ceil(length / CACHE_STEP) * CACHE_STEP, head_size)
         held = shape if self.cache is None else self.cache[1].shape
         same_model = (held[0], held[2], held[4]) == (layers, heads, head_size)
@@ -192,7 +192,7 @@ class LlamaDecoder:
 
     @property
     def graphs(self) -> StepGraphs | None:
-        """Graphs of decode steps, where steps can be recorded: not when they talk to other processes."""
+        """CUDA graphs of decode steps; None without them, or where steps communicate with other processes."""
         return None if self.shard is not None or isinstance(self.layers, StreamedLayers) else self._graphs
 
     @property
@@ -231,7 +231,7 @@ class LlamaDecoder:
 
         Args:
             tokens, positions: (n,) the newest token of each row and its place in the sequence.
-            length: how much of the cache to read: more than any position of a row that counts.
+            length: how many cached tokens to read: more than the position of any row that counts.
         """
         hidden = F.embedding(tokens, self.embedding)
         if self._small is not None:
@@ -249,5 +249,5 @@ class LlamaDecoder:
 
 
 def head_size_of(config: PreTrainedConfig) -> int:
-    """Numbers of one attention head."""
+    """Size of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""Responses by `transformers`' own generate, for architectures that the decode engine does not know."""
+"""Responses by `transformers`' own generate, for architectures that the decode engine does not support."""
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ def generate(
 
     Args:
         model: a `transformers` causal LM whose weights are whole on this rank, unless `synced`.
-        seed: alone decides the randomness; the global random state is left as it was.
-        synced: the weights are partitioned, and every forward gathers them: all ranks go on until the last is done.
+        seed: the only source of randomness; the global random state is left unchanged.
+        synced: the weights are partitioned, and every forward gathers them: all ranks continue until the last is done.
     """
     width, device = max(map(len, prompts)), model.device
     input_ids = torch.tensor([[ends.pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -73,9 +73,9 @@ def generate_in_batches(
     slots: int,
     synced: bool,
 ) -> Responses:
-    """`generate` for `slots` prompts at a time; `synced` ranks all make as many batches as the one with the most.
+    """`generate` for `slots` prompts at a time; `synced` ranks all run as many batches as the one with the most.
 
-    Its one random stream for a whole batch knows nothing of prompts, so each rank's batches get streams of their own.
+    `generate` has one random stream for a whole batch, whatever its prompts, so every batch gets its own seed.
     """
     starts = list(range(0, len(prompts), slots))
     rounds = int(distributed.all_reduce_scalar(len(starts), "max")) if synced else len(starts)

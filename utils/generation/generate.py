@@ -1,4 +1,4 @@
-"""Responses to prompts: by the decode engine where it knows the architecture, by `transformers` for the others."""
+"""Responses to prompts: by the decode engine where it supports the architecture, by `transformers` for the others."""
 
 import contextlib
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ def generate_responses(
     """One response for each prompt: by `decoder`, or without one by `transformers` in batches of `slots` prompts.
 
     Args:
-        rows: the prompts' numbers in the batch of all ranks, with which the decode engine draws the same tokens however
-            many ranks there are; left out, they are numbered from 0.
-        how: how the weights are taken, and which adapter is applied. With `how.stream` every rank must call this.
+        rows: the prompts' numbers in the batch of all ranks, so that the decode engine draws the same tokens however
+            many ranks there are; without them, prompts are numbered from 0.
+        how: how the weights are read, and which adapter is applied. With `how.stream` every rank must call this.
     """
     how = how or Loading()
     if decoder is None:
@@ -44,11 +44,11 @@ def generate_responses(
             responses = decode(decoder, prompts, sampling, ends, seed=seed, slots=slots, keys=streams)
             decoder.finish()
             return responses
-        everybody, keys, limits, mine = gather_rows(
+        all_prompts, keys, limits, mine = gather_rows(
             decoder.shard, prompts, streams, sampling.max_new_tokens, decoder.device
         )
-        slots *= decoder.shard.size  # each process has the cache of its heads for the rows of all
-        together = decode(decoder, everybody, sampling, ends, seed=seed, slots=slots, keys=keys, limits=limits)
+        slots *= decoder.shard.size  # each process caches its heads for the rows of all processes
+        together = decode(decoder, all_prompts, sampling, ends, seed=seed, slots=slots, keys=keys, limits=limits)
         return together.rows(mine)
     finally:
         decoder.unload()

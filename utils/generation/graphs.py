@@ -13,14 +13,14 @@ class Graph(Protocol):
     """Recorded work on the device."""
 
     def replay(self) -> None:
-        """Do it again, on the same memory."""
+        """Run it again, on the same memory."""
 
 
 def cuda_recorder() -> Callable[[Callable[[], None]], Graph]:
-    """A function that records what a step does on the GPU, without doing it.
+    """A function that records the GPU work of a step, without running it.
 
-    All its graphs share their scratch memory: they never run at the same time, and what a step leaves is elsewhere.
-    That memory goes with the last of them, and torch refuses to record into it again: then make another recorder.
+    All its graphs share their scratch memory: they never run at the same time, and a step's results are kept elsewhere.
+    That memory is freed with the last graph, and torch refuses to record into it again: then make another recorder.
     """
     pool = torch.cuda.graph_pool_handle()
 
@@ -34,10 +34,11 @@ def cuda_recorder() -> Callable[[Callable[[], None]], Graph]:
 
 
 class StepGraphs:
-    """Graphs of steps, each of which reads and writes memory that stays where it is.
+    """Graphs of steps, each of which reads and writes memory at fixed addresses.
 
-    A graph knows addresses, not tensors: weights that an optimiser changes in place are read anew in every replay,
-    while weights that have moved (gathered again by ZeRO-3, say) would be read where they were. `refresh` finds out.
+    A graph holds addresses, not tensors: weights that an optimiser changes in place are read again in every replay,
+    while weights that have moved (gathered again by ZeRO-3, say) would be read at their old addresses. `refresh`
+    detects this.
 
     Args:
         recorder: makes a function that records a step, as `cuda_recorder` does.
@@ -54,21 +55,21 @@ class StepGraphs:
         self.memory = None
 
     def refresh(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Drop all graphs unless every tensor that steps touch is where it was; to be called before the first `run`."""
+        """Drop all graphs unless every tensor that steps use is where it was; call it before the first `run`."""
         addresses = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors)
         if addresses != self._addresses:
             self._addresses = addresses
             self._drop()
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Do `step`: as it is the first time, which also lets libraries set themselves up, and from then on as a graph.
+        """Run `step`: directly the first time, which also lets libraries initialise themselves, then as a graph.
 
         Args:
-            key: every number that `step` bakes into its work (shapes, constants); everything else must be in memory.
+            key: every value that recording `step` fixes (shapes, constants); everything else must be read from memory.
 
         Raises:
-            RankError: the step cannot be recorded. It is not done as it is instead: torch's allocator does not come
-                back from a recording that failed, and would no longer give cached memory back.
+            RankError: the step cannot be recorded. It is not run directly instead: torch's allocator does not recover
+                from a failed recording, and would no longer release cached memory.
         """
         if key not in self._warm:
             self._warm.add(key)

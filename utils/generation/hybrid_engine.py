@@ -31,10 +31,10 @@ Gather = Literal["all", "ends", "nothing"]
 
 
 class HybridEngine:
-    """Responses of the policy that trains in `actor`.
+    """Generates responses of the policy that trains in `actor`.
 
     Attributes:
-        decoder: the decode engine, where it is asked for and knows the architecture; None means that `transformers`
+        decoder: the decode engine, where it is enabled and supports the architecture; None means that `transformers`
             generates.
     """
 
@@ -60,18 +60,18 @@ class HybridEngine:
             cuda_graphs=config.generation_cuda_graphs,
         )
 
-    def respond(
+    def answer(
         self, prompts: list[list[int]], sampling: SamplingParams, *, seed: int, adapter: str | None = ADAPTER
     ) -> Responses:
         """One response for each prompt of this rank's batch from the data loader.
 
-        Under ZeRO-3 every rank must call it, with as many prompts as it likes.
+        Under ZeRO-3 every rank must call it, with any number of prompts.
 
         Args:
             adapter: the LoRA adapter to apply; None is the base model.
 
         Raises:
-            RankError: out of memory, with the flags that lower it.
+            RankError: out of memory; names the flags that reduce it.
         """
         config, decoder = self._config, self.decoder
         with advising_on_memory(OUT_OF_MEMORY), self._optimizer_elsewhere():
@@ -93,13 +93,13 @@ class HybridEngine:
         return responses
 
     def _gather(self, stream: bool) -> Gather:
-        """What of a partitioned actor is whole during generation."""
+        """Which weights of a partitioned actor are gathered during generation."""
         if self.decoder is None:
             return "nothing" if stream else "all"
         return "ends" if stream or self.decoder.shard is not None else "all"
 
     def _optimizer_elsewhere(self) -> contextlib.AbstractContextManager:
-        """Its state waits in host memory, where that is asked for and is not where it lies anyway."""
+        """Keeps the optimiser's state in host memory meanwhile, if that is requested and it is not there anyway."""
         config = self._config
         if not config.offload_optimizer_during_generation or config.offload or not torch.accelerator.is_available():
             return contextlib.nullcontext()
@@ -122,7 +122,7 @@ class HybridEngine:
         if streams and not self._warned:
             self._warned = True
             distributed.warn(
-                f"generation would need {needed / 2**30:.1f} GiB on each process, which is not free: the actor's "
+                f"generation would need {needed / 2**30:.1f} GiB on each process, more than is free: the actor's "
                 "layers are gathered one at a time for every token, which is slow. Lower "
                 "--per_device_generation_batch_size, share the model with --inference_tp_size, or silence this "
                 "with --stream_generation_weights on"
@@ -135,8 +135,8 @@ def generation_mode(engine: Engine, *, gather: Gather = "all") -> Iterator[nn.Mo
     """Yield the engine's `transformers` model in evaluation mode, with whole weights and without training hooks.
 
     Under ZeRO-3 the weights are gathered once, for as long as the block lasts. DeepSpeed's hooks are off meanwhile:
-    they would split the weights again after every forward, and ranks that finish at different lengths would wait for
-    each other for ever. Nothing inside may change a weight; training goes on afterwards with bit-identical state.
+    they would partition the weights again after every forward, and ranks whose responses differ in length would wait
+    for each other forever. Nothing inside may change a weight; training continues with bit-identical state.
 
     Args:
         gather: "ends" gathers only what lies outside the layers (embeddings, last norm, head), for a reader that
@@ -145,14 +145,14 @@ def generation_mode(engine: Engine, *, gather: Gather = "all") -> Iterator[nn.Mo
     model = engine.module.model
     training, checkpointing = engine.module.training, model.is_activation_checkpointing
     engine.eval()
-    if checkpointing:  # its layers refuse a KV cache
-        model.gradient_checkpointing_disable()
+    if checkpointing:  # layers with checkpointing refuse a KV cache
+        model.activation_checkpointing_disable()
     try:
         with torch.no_grad(), _weights_gathered(engine, gather):
             yield model
     finally:
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable()
         engine.train(training)
 
 

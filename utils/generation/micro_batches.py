@@ -27,10 +27,10 @@ from utils.generation.responses import Responses
 class MicroBatch:
     """The sequences of one forward pass."""
 
-    rows: tuple[int, ...]  # their numbers in the rollout of this rank
+    rows: tuple[int, ...]  # their indices in the rollout of this rank
     sequences: torch.Tensor  # (B, P+R) token ids
     attention_mask: torch.Tensor  # (B, P+R) bool
-    response_mask: torch.Tensor  # (B, R) bool, true on the tokens of the response, its end (EOS, stop string) inclusive
+    response_mask: torch.Tensor  # (B, R) bool, true on the tokens of the response, including its EOS or stop string
 
     @property
     def prompt_columns(self) -> int:

@@ -1,7 +1,7 @@
-"""Matrices in the layout that oneDNN computes with: on a CPU, few rows times a matrix take a quarter to two thirds.
+"""Matrices in oneDNN's own layout: on a CPU, multiplying a few rows takes a quarter to two thirds of the time.
 
-A small matrix takes oneDNN longer to look at than to multiply with. For the few rows of a decode step it is kept in a
-second layout, for our own product.
+With a small matrix, oneDNN's overhead takes longer than the product itself. For the few rows of a decode step such a
+matrix is also kept in a second layout, for our own product.
 """
 
 import torch
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from utils.kernels import decoding
 from utils.kernels.native import usable
 
-SMALL = 1 << 17  # numbers of a matrix
+SMALL = 1 << 17  # elements of a matrix, at most
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether this machine has the packed product for matrices like `weight`.
 
-    torch keeps it for its own compiler, under names that may change; without them matrices are read as they are.
+    torch has it for its own compiler, under names that may change; where they are missing, matrices are not packed.
     """
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
         return False
@@ -43,8 +43,8 @@ class PackedMatrix:
         """(n, in) -> (n, out).
 
         Args:
-            is_step: these are the rows of a decode step. Said by the caller rather than read off n: the two products
-                round differently, and a row must not depend on how many share its batch.
+            is_step: these are the rows of a decode step. The caller passes this, since it must not be inferred from n:
+                the two products round differently, and a row must not depend on how many share its batch.
         """
         if is_step and self.panels is not None:
             return decoding.small_product(inputs, self.panels, self.shape[0], bias)

@@ -12,7 +12,7 @@ from utils.generation.stop_strings import StopStrings
 
 
 class Stop(enum.IntEnum):
-    """Why a response is no longer."""
+    """Why a response ended."""
 
     EOS = 0
     STRING = 1  # its text contains a stop string
@@ -21,7 +21,7 @@ class Stop(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Ends:
-    """The id that ends a response, the id that fills up behind it, and texts that end a response too."""
+    """The id that ends a response, the id that pads it, and stop strings, which end a response too."""
 
     eos_id: int
     pad_id: int
@@ -29,7 +29,7 @@ class Ends:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase, stop_strings: list[str] | None = None) -> "Ends":
-        """Those of a tokenizer, with texts of the user's own."""
+        """The ids of a tokenizer, and the user's stop strings."""
         stops = StopStrings(tokenizer, stop_strings) if stop_strings else None
         return Ends(tokenizer.eos_token_id, tokenizer.pad_token_id, stops)
 
@@ -39,7 +39,7 @@ class Responses:
     """Responses to B prompts. R is the longest response of this batch, in tokens."""
 
     tokens: torch.Tensor  # (B, R) ids, right-padded
-    mask: torch.Tensor  # (B, R) bool, true on the tokens of the response: its EOS or stop string inclusive
+    mask: torch.Tensor  # (B, R) bool, true on the tokens of the response, including its EOS or stop string
     stopped: torch.Tensor  # (B,) int64, a `Stop` each
     logprobs: torch.Tensor | None = None  # (B, R) fp32 at sampling time, before top-k and top-p; None from `generate`
 
@@ -54,7 +54,7 @@ class Responses:
         return self.stopped != Stop.LENGTH
 
     def rows(self, part: slice) -> "Responses":
-        """Some of the rows, as wide as the longest of them."""
+        """Some of the rows, trimmed to the longest of them."""
         mask = self.mask[part]
         width = int(mask.sum(1).max()) if len(mask) else 0
         logprobs = None if self.logprobs is None else self.logprobs[part, :width]
@@ -76,12 +76,12 @@ def finish(
     *,
     logprobs: torch.Tensor | None = None,
 ) -> Responses:
-    """`Responses` from rows that may go on behind their end.
+    """`Responses` from rows that may continue after their end.
 
     Args:
         tokens: (B, T). lengths: (B,) in 1..T. logprobs: (B, T) or None.
-        by_string: (B,) bool, a stop string ended the row at its length. Otherwise EOS as the last token did, or the
-            limit.
+        by_string: (B,) bool, a stop string ended the row at its length. Otherwise EOS, its last token, or the limit
+            did.
     """
     width = int(lengths.max()) if len(lengths) else 0
     mask = lengths_to_mask(lengths, width)

@@ -1,4 +1,4 @@
-"""Choosing tokens from logits, with parameters and a random stream of its own for every row.
+"""Choosing tokens from logits, with separate parameters and a separate random stream for every row.
 
 Randomness is counter-based: the number that decides a token is a hash of the seed, the row's stream and the token's
 place in the response. So a row's tokens do not depend on which rows share its batch, in which order, on which device.
@@ -17,15 +17,15 @@ from utils.parallel.distributed import derived_seed
 _GAMMA = -0x61C8864680B583EB
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
-BLOCK = 128  # words whose weights are added up before the search
+BLOCK = 128  # vocabulary entries whose weights are summed before the search
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample one response. `greedy` ignores temperature, top_k and top_p; top_k 0 and top_p 1 are off.
 
-    With any of min_new_tokens, top_k and top_p, responses come from another distribution than the model's, which is
-    what PPO's ratio is about: the gradient is biased.
+    With any of min_new_tokens, top_k and top_p, responses are not drawn from the model's own distribution, which PPO's
+    ratio assumes: the gradient is biased.
     """
 
     max_new_tokens: int
@@ -38,14 +38,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Kinds:
-    """What occurs among the rows of a batch, known to the host, so that work which no row asks for is left out.
+    """The kinds of sampling that occur in a batch, known on the host, so that work which no row needs is skipped.
 
     Attributes:
         samples, greedy: some row draws its tokens; some row takes the likeliest.
-        scales: some temperature is neither 1 nor greedy.
-        minimum: some row has a least length.
-        top_k: the largest one, 0 for none. top_p: some row has one.
-        plain: some row has neither.
+        scales: some row that draws its tokens has a temperature other than 1.
+        minimum: some row has a minimum length.
+        top_k: the largest top_k, 0 for none. top_p: some row uses top_p.
+        plain: some row uses neither.
     """
 
     samples: bool
@@ -58,7 +58,7 @@ class Kinds:
 
     @staticmethod
     def of(rows: Iterable[SamplingParams]) -> "Kinds":
-        """Of rows with these parameters."""
+        """The kinds of rows with these parameters."""
         rows = list(rows)
         drawn = [row for row in rows if not row.greedy]
         return Kinds(
@@ -78,29 +78,29 @@ class Kinds:
 
 @dataclass(frozen=True)
 class RowSampling:
-    """The parameters of n rows as tensors on their device, (n,) each, and what occurs among them."""
+    """The parameters of n rows as tensors on their device, (n,) each, and the kinds among them."""
 
     temperature: torch.Tensor  # float64, 0 for greedy
     top_p: torch.Tensor  # float64
     top_k: torch.Tensor  # int64
-    minimum: torch.Tensor  # int64, tokens before the end may be chosen
+    minimum: torch.Tensor  # int64, tokens before EOS may be chosen
     kinds: Kinds
 
     @staticmethod
     def of(rows: list[SamplingParams], device: torch.device | str = "cpu") -> "RowSampling":
-        """Of rows with these parameters."""
+        """The tensors for rows with these parameters."""
         numbers = torch.tensor([_real_numbers(row) for row in rows], dtype=torch.float64, device=device)
         integers = torch.tensor([_whole_numbers(row) for row in rows], dtype=torch.int64, device=device)
         return RowSampling(*numbers.t().contiguous(), *integers.t().contiguous(), Kinds.of(rows))
 
 
 def _real_numbers(sampling: SamplingParams) -> tuple[float, float]:
-    """Temperature and top_p as the tensors have them."""
+    """Temperature and top_p as the tensors store them."""
     return (0.0, 1.0) if sampling.greedy else (sampling.temperature, sampling.top_p)
 
 
 def _whole_numbers(sampling: SamplingParams) -> tuple[int, int]:
-    """top_k and the least length as the tensors have them."""
+    """top_k and the minimum length as the tensors store them."""
     return 0 if sampling.greedy else sampling.top_k, sampling.min_new_tokens
 
 
@@ -142,8 +142,10 @@ def choose_tokens(
     """
     if not usable(logits) or not sampling.kinds.plain:
         return _choose(logits, sampling, keys, counters, eos_id)
-    chosen, logprobs = decoding.choose(logits, keys, counters, sampling.temperature, sampling.minimum, eos_id=eos_id)
-    if sampling.kinds.filters:  # which the compiled operation does not know: these rows are chosen anew
+    chosen, logprobs = decoding.choose_from_logits(
+        logits, keys, counters, sampling.temperature, sampling.minimum, eos_id=eos_id
+    )
+    if sampling.kinds.filters:  # which the compiled operation does not support: these rows are chosen again
         rows = ((sampling.top_k > 0) | (sampling.top_p < 1)).nonzero().squeeze(1)
         vectors = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.minimum)
         part = RowSampling(*(vector[rows] for vector in vectors), sampling.kinds)
@@ -154,7 +156,7 @@ def choose_tokens(
 def _choose(
     logits: torch.Tensor, sampling: RowSampling, keys: torch.Tensor, counters: torch.Tensor, eos_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`choose_tokens` by PyTorch's operations, whose shapes depend on nothing but `sampling.kinds` and those given."""
+    """`choose_tokens` with PyTorch's operations; all shapes follow from `sampling.kinds` and those of the arguments."""
     logits, kinds = logits.float(), sampling.kinds
     if kinds.minimum:
         too_short = counters < sampling.minimum
@@ -182,8 +184,8 @@ def invert(weights: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
     """Where the cumulative sum of each row first exceeds the given share of its total: (n, V), (n, 1) -> (n,).
 
     A large vocabulary is searched in two levels, first among the sums of blocks and then inside one, since a cumulative
-    sum over all words takes longer than everything else in sampling. A word of weight 0 is never found. Weights that
-    are NaN give any word, but a word: what reads its id next would be an index out of bounds.
+    sum over the whole vocabulary takes longer than everything else in sampling. A token of weight 0 is never found.
+    NaN weights give an arbitrary token, but always a valid id: others would be out of bounds where they are used next.
     """
     rows, vocabulary = weights.shape
     if vocabulary < 16 * BLOCK:

@@ -3,12 +3,12 @@
     scheduler = Scheduler(decoder, ends, slots=32, length=1024, width=256)
     number = scheduler.add(Request(prompt, SamplingParams(max_new_tokens=64, temperature=0.7), key=7))
     while scheduler.is_busy:
-        scheduler.step()                                  # admits who waits, and writes a token for everybody
+        scheduler.step()                                  # admits waiting requests, and writes a token for each row
         print(scheduler.tokens(number))                   # so far
         for done in scheduler.finished():
             print(scheduler.take([done]).tokens)
 
-What a row becomes depends on its own request and the weights, not on the rows beside it.
+The tokens of a row depend on its own request and the weights, not on the other rows.
 """
 
 import functools
@@ -25,13 +25,13 @@ from utils.generation.slots import Slots, advance, choose
 from utils.generation.stop_strings import StopStrings
 
 PREFILL_TOKENS = 4096  # padded prompt tokens of one prefill pass
-CHECK_INTERVAL = {"cpu": 1}  # decode steps between two looks at which rows have finished; elsewhere 4, a look waits
+CHECK_INTERVAL = {"cpu": 1}  # decode steps between checks for finished rows; elsewhere 4: a check waits for the device
 ROW_BUCKET, LENGTH_BUCKET = 8, 128  # in buckets, rows and cache lengths are rounded up to multiples of these
 
 
 @dataclass(frozen=True)
 class Request:
-    """A response that is wanted.
+    """A request for one response.
 
     Attributes:
         prompt: token ids, at least one.
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass
 class _Row:
-    """What the host knows of a request that has not been taken yet."""
+    """The host's record of a request whose response has not been taken yet."""
 
     number: int
     request: Request
@@ -57,13 +57,13 @@ class _Row:
     row: int = -1  # of the answers, once it has been admitted
     length: int = 0  # tokens of its answer, once it has ended
     by_string: bool = False
-    checked: int = 0  # tokens that hold no stop string
+    checked: int = 0  # tokens already found to hold no stop string
     is_cancelled: bool = False
 
 
 @dataclass
 class _Prompts:
-    """Prompts of the requests at hand, each with a number of its own: equal ones are processed once."""
+    """Prompts of the requests that have not finished, numbered so that equal ones are processed once."""
 
     numbers: dict[tuple[int, ...], int] = field(default_factory=dict)
     uses: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -86,14 +86,14 @@ class Scheduler:
     """Requests in the slots of a decoder, and those that wait for one.
 
     Args:
-        decoder: loaded with the weights to use; it must not be loaded anew while there are requests.
-        ends: the ids that end a response and fill up behind it.
+        decoder: loaded with the weights to use; it must not be loaded again while there are requests.
+        ends: the ids that end and pad a response.
         slots: rows that decode together, at most; the KV cache is allocated for as many.
         length: tokens of prompt and response that a slot holds. width: tokens of a response, at most.
-        rows: responses that are kept until they are taken; more are made room for when they come.
-        admit_at: free slots at which waiting requests are let in while others run: a prefill pass of many is cheaper,
-            one of few lets them begin sooner.
-        buckets: round rows and cache lengths up, as is always done for CUDA graphs; padding rows compute for nothing.
+        rows: responses that can be kept until they are taken; the memory grows when there are more.
+        admit_at: free slots at which waiting requests are admitted while others run: a prefill pass of many requests
+            is cheaper, one of few lets them begin sooner.
+        buckets: round rows and cache lengths up, as always for CUDA graphs; the results of padding rows are unused.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class Scheduler:
         self._free_rows = list(range(self._state.size[1] - 1, -1, -1))
         self._waiting: deque[_Row] = deque()
         self._active: list[_Row] = []  # by slot
-        self._positions: list[int] = []  # of the newest token of each slot, unless it has finished before
+        self._positions: list[int] = []  # of the newest token of each slot; too large once it has finished
         self._rows: dict[int, _Row] = {}  # by the request's number, until it is taken
         self._finished: list[int] = []
         self._prompts = _Prompts()
-        self._last: tuple[int, torch.Tensor] | None = None  # the prompt admitted last, and the logits behind it
+        self._last: tuple[int, torch.Tensor] | None = None  # the prompt admitted last, and the logits after it
         self._kinds = Kinds.of([])
         self._next = 0
 
@@ -130,7 +130,7 @@ class Scheduler:
         return bool(self._waiting or self._active)
 
     def add(self, request: Request) -> int:
-        """Let a request wait for a slot; its number, by which it is known from now on.
+        """Queue a request for a slot; returns the number that identifies it from now on.
 
         Raises:
             ValueError: the prompt is empty, or the request is longer than a slot.
@@ -151,7 +151,7 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Let finished rows out and waiting requests in, then write a token for every row (several on a GPU)."""
+        """Remove finished rows and admit waiting requests, then write a token for every row (several on a GPU)."""
         if self._active:
             self._stop_at_strings()
         self._retire()
@@ -161,7 +161,7 @@ class Scheduler:
             self._advance()
 
     def finished(self) -> list[int]:
-        """Numbers of the requests that have ended since the last call, cancelled ones left out."""
+        """Numbers of the requests that have ended since the last call, without cancelled ones."""
         finished, self._finished = self._finished, []
         return finished
 
@@ -177,7 +177,7 @@ class Scheduler:
         return self._state.tokens[row.row, :length].tolist()
 
     def take(self, numbers: Sequence[int]) -> Responses:
-        """The responses to requests that have finished, in this order, and forget them.
+        """Return the responses to requests that have finished, in this order, and forget them.
 
         Raises:
             ValueError: one of them has not finished.
@@ -243,8 +243,8 @@ class Scheduler:
         """Fill free slots with the next requests, as many at a time as the prefill budget holds."""
         while self._waiting and len(self._active) < self._slots:
             active = len(self._active)
-            source = {row.identity: slot for slot, row in enumerate(self._active)}  # slots that hold a prompt
-            place: dict[int, int] = {}  # of a prompt, the row of `ready` that holds the logits behind it
+            source = {row.identity: slot for slot, row in enumerate(self._active)}  # by prompt, a slot that holds it
+            place: dict[int, int] = {}  # by prompt, the row of `ready` that holds the logits after it
             ready: list[torch.Tensor] = []
             if self._last is not None and self._last[0] in source:
                 place[self._last[0]] = 0
@@ -283,7 +283,7 @@ class Scheduler:
         """
         for row in rows:
             if not self._free_rows:
-                self._make_room()
+                self._grow_rows()
             row.row = self._free_rows.pop()
         first = len(self._active)
         self._state.enter(first, [_integers(row) for row in rows], [_numbers(row) for row in rows])
@@ -298,8 +298,8 @@ class Scheduler:
         part = slice(first, first + len(rows))
         choose(self._state, part, logits, _kinds_of(rows), eos_id=self._ends.eos_id, group=self._decoder.group)
 
-    def _make_room(self) -> None:
-        """For as many responses again."""
+    def _grow_rows(self) -> None:
+        """Double the number of responses that can be kept."""
         rows = self._state.size[1]
         self._state.grow(2 * rows)
         self._free_rows += range(2 * rows - 1, rows - 1, -1)
@@ -307,7 +307,7 @@ class Scheduler:
             self._graphs.refresh((*self._decoder.tensors(), *self._state.tensors()))
 
     def _stop_at_strings(self) -> None:
-        """Mark rows whose text contains a stop string as done, where it first did."""
+        """Mark rows whose text contains a stop string as done, and end them where it first occurs."""
         stopping = [(slot, row) for slot, row in enumerate(self._active) if row.request.stops is not None]
         if not stopping:
             return
@@ -321,7 +321,7 @@ class Scheduler:
                 state.done[slot], state.place[slot], row.by_string = True, stop - 1, True
 
     def _retire(self) -> None:
-        """Take finished rows out and close the gaps with the last active ones."""
+        """Remove finished rows and fill the gaps with the last active ones."""
         active, state = len(self._active), self._state
         done = state.done[:active].tolist()
         kept = [slot for slot in range(active) if not done[slot]]
@@ -351,7 +351,7 @@ class Scheduler:
 
 
 def _kinds_of(rows: list[_Row]) -> Kinds:
-    return Kinds.of({id(row.request.sampling): row.request.sampling for row in rows}.values())  # many share theirs
+    return Kinds.of({id(row.request.sampling): row.request.sampling for row in rows}.values())  # many share an object
 
 
 def _integers(row: _Row) -> tuple[int, ...]:

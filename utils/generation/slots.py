@@ -1,4 +1,4 @@
-"""What the device knows of the rows that decode together, and the answers that have been written so far."""
+"""The state on the device of the rows that decode together, and the answers written so far."""
 
 import torch
 import torch.distributed as dist
@@ -10,16 +10,16 @@ from utils.generation.sampling import Kinds, RowSampling, choose_tokens
 class Slots:
     """State of the rows in the slots of the decoder.
 
-    Slot i writes into row `row[i]` of the answers. A free slot is done, and writes to a row that nobody reads. A number
-    for each slot, as views of one tensor, so that a slot is copied in one operation:
+    Slot i writes into row `row[i]` of the answers. A free slot is marked as done, and writes to a row that is never
+    read. Each field has one number per slot; most are views of two tensors, so that slots are copied in few operations:
 
         row        the row of the answers that it writes to
         token      its newest token
         position   where that token stands in the sequence, prompt included
         place      where it stands in the answer
-        key        the row's random stream
+        key        of the row's random stream
         limit      tokens of its answer, at most
-        minimum    tokens of its answer before its end may be chosen
+        minimum    tokens of its answer before EOS may be chosen
         top_k, temperature, top_p   how its tokens are drawn, see `RowSampling`
         done       its answer has ended
 
@@ -40,15 +40,15 @@ class Slots:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """The `slots`, `rows` and `width` that it was made for."""
+        """The `slots`, `rows` and `width` that it was created with."""
         return len(self.row), len(self.tokens) - 1, self.tokens.size(1)
 
     def enter(self, first: int, integers: list[tuple[int, ...]], numbers: list[tuple[float, ...]]) -> None:
         """Fill the slots from `first` on.
 
         Args:
-            integers: of each slot `row, token, position, place, key, limit, minimum, top_k`. numbers: `temperature`
-                and `top_p`.
+            integers: `row, token, position, place, key, limit, minimum, top_k` of each slot. numbers: `temperature`
+                and `top_p` of each.
         """
         part = slice(first, first + len(integers))
         self._integers[:, part] = torch.tensor(integers, dtype=torch.int64).t().to(self.row.device)
@@ -61,7 +61,7 @@ class Slots:
         self.done[targets] = self.done[sources]
 
     def free_from(self, first: int) -> None:
-        """Mark slot `first` and those behind it as free."""
+        """Mark slot `first` and all later ones as free."""
         self._integers[:, first:] = 0
         self.row[first:] = len(self.tokens) - 1
         self.done[first:] = True
@@ -71,7 +71,7 @@ class Slots:
         return RowSampling(self.temperature[part], self.top_p[part], self.top_k[part], self.minimum[part], kinds)
 
     def grow(self, rows: int) -> None:
-        """Keep `rows` answers from now on, with what has been written."""
+        """Make room for `rows` answers, and keep what has been written."""
         kept = len(self.tokens) - 1
         free = self.row == kept
         for name in ("tokens", "logprobs"):
@@ -87,12 +87,12 @@ class Slots:
 
 
 def choose(slots: Slots, part: slice, logits: torch.Tensor, kinds: Kinds, *, eos_id: int, group=None) -> None:
-    """Choose and write the next token of the slots in `part`; with `group`, its first rank's choice is everybody's."""
+    """Choose and write the next token of the slots in `part`; with `group`, its ranks take the first rank's choice."""
     row, place, done = slots.row[part], slots.place[part], slots.done[part]
     chosen, logprobs = choose_tokens(logits, slots.sampling(part, kinds), slots.key[part], place, eos_id=eos_id)
     if group is not None:
         dist.broadcast(chosen, group=group, group_src=0)
-    # a row that is done but still in its slot writes what stands there already
+    # a row that is done but still in its slot rewrites what is already there
     slots.tokens[row, place] = torch.where(done, slots.tokens[row, place], chosen)
     slots.logprobs[row, place] = torch.where(done, slots.logprobs[row, place], logprobs)
     slots.token[part] = chosen
@@ -100,7 +100,7 @@ def choose(slots: Slots, part: slice, logits: torch.Tensor, kinds: Kinds, *, eos
 
 
 def advance(decoder: LlamaDecoder, slots: Slots, rows: int, length: int, kinds: Kinds, *, eos_id: int) -> None:
-    """One more token in each of the first `rows` slots, on the device alone: all shapes follow from the arguments."""
+    """Decode one token in each of the first `rows` slots, on the device alone: all shapes follow from the arguments."""
     part = slice(0, rows)
     position = slots.position[part]
     logits = decoder.step(slots.token[part], position, length)

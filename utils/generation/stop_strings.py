@@ -1,4 +1,4 @@
-"""Texts that end a response."""
+"""Stop strings: texts that end a response."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ class StopStrings:
         self._window = max(len(text.encode()) for text in self.strings) + _MARGIN
 
     def first_stop(self, tokens: list[int], checked: int = 0) -> int | None:
-        """The least length above `checked` at which the text of so many tokens contains a stop string."""
+        """The smallest n above `checked` for which the text of the first n tokens contains a stop string, or None."""
         for length in range(checked + 1, len(tokens) + 1):
             if self._found(tokens[max(0, length - self._window) : length]) and self._found(tokens[:length]):
                 return length
@@ -33,7 +33,7 @@ class StopStrings:
 
 
 class StopStringCriteria(StoppingCriteria):
-    """The same for `transformers`' generate, whose rows have prompts of `width` columns."""
+    """The same for `transformers`' generate, where the first `width` columns of each row are the prompt."""
 
     def __init__(self, stops: StopStrings, width: int):
         self._stops, self._width = stops, width

@@ -11,7 +11,7 @@ from utils.parallel import distributed
 
 
 def check_tensor_parallel(model_config: PreTrainedConfig, size: int) -> None:
-    """Raise InputError when `--inference_tp_size` does not divide what it must; to be called before loading."""
+    """Raise InputError when `--inference_tp_size` does not divide what it must; call it before loading."""
     if size == 1:
         return
     if not supports(model_config):
@@ -48,7 +48,7 @@ def join_shard_group(size: int) -> Shard | None:
 def gather_rows(
     shard: Shard, prompts: list[list[int]], keys: torch.Tensor, limit: int, device: torch.device
 ) -> tuple[list[list[int]], torch.Tensor, list[int], slice]:
-    """The rows of all processes of the group: prompts, random streams, limits of tokens, and which rows are ours."""
+    """The rows of all processes of the group: prompts, random streams, token limits, and which are this process's."""
     count = torch.tensor([len(prompts), max(map(len, prompts), default=0)], device=device)
     sizes = torch.stack(_all_gather(shard, count)).tolist()
     most, width = (max(column) for column in zip(*sizes, strict=True))

@@ -80,7 +80,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one transformer layer computes with."""
+    """The weights of one transformer layer."""
 
     input_norm: torch.Tensor
     qkv: Projection
@@ -90,7 +90,7 @@ class Layer:
     down: Projection
 
     def addresses(self) -> list[int] | None:
-        """What `decoding.small_step` reads; None where a matrix is large, has a bias or an update beside it."""
+        """The addresses that `decoding.small_step` reads; None where a matrix is large or has a bias or LoRA update."""
         projections = (self.qkv, self.output, self.gate_up, self.down)
         if any(len(p.matrices) > 1 or p.biases[0] is not None or p.updates for p in projections):
             return None
@@ -123,7 +123,7 @@ class Copies:
 
     @torch.no_grad()
     def joined(self, name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """`torch.cat(tensors)` in the memory that `name` had the last time."""
+        """`torch.cat(tensors)`, written to the memory that `name` had the last time."""
         first, rows = tensors[0], sum(len(tensor) for tensor in tensors)
         shape = (rows, *first.shape[1:])
         kept = self._kept.get(name)
@@ -132,7 +132,7 @@ class Copies:
         return torch.cat(tensors, out=kept)
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._kept = {}
 
     def __len__(self) -> int:
@@ -149,9 +149,9 @@ class LayerReader:
         adapter: name of the LoRA adapter to apply; None is the base model.
         fuse: LoRA is merged into a copy of the matrix; otherwise it is computed beside the matrix at every step.
         join: matrices with the same input become one, which saves operations on a CPU.
-        pack: matrices become `PackedMatrix`es, which are made anew at every reading.
-        shard: take only this process's part: heads and MLP columns are divided, so that the outputs of the two
-            row-wise divided matrices (attention output, MLP down) are to be summed over the group.
+        pack: matrices become `PackedMatrix`es, which are packed again at every reading.
+        shard: read only this process's part: heads and MLP columns are divided, so the outputs of the two row-parallel
+            matrices (attention output, MLP down) must be summed over the group.
     """
 
     architecture: Architecture
@@ -180,7 +180,7 @@ class LayerReader:
             weight, update = self._weight(module)
             weight = self._part(weight, 1 if by_inputs else 0)
             bias = module.bias
-            if bias is not None and self.shard is not None:  # of divided inputs the first process adds the bias
+            if bias is not None and self.shard is not None:  # with divided inputs, the first process adds the bias
                 bias = self._part(bias, 0).clone() if not by_inputs else (bias.clone() if not self.shard.rank else None)
             copied.append(self.shard is not None or (self.fuse and update is not None))
             if update is not None and not self.fuse:
@@ -228,7 +228,7 @@ class LayerReader:
 
 
 def read_shards(reader: LayerReader, modules: nn.ModuleList, *, gather: int) -> list[Layer]:
-    """This process's part of all layers, which ZeRO-3 gathers `gather` at a time for as long as it takes to copy it."""
+    """This process's part of all layers, gathered `gather` at a time by ZeRO-3 and only while they are copied."""
     layers = []
     for start in range(0, len(modules), gather):
         chunk = list(modules)[start : start + gather]
@@ -240,15 +240,15 @@ def read_shards(reader: LayerReader, modules: nn.ModuleList, *, gather: int) -> 
 class StreamedLayers:
     """Layers of a model that ZeRO-3 has partitioned, gathered one at a time in every pass.
 
-    Gathering takes all ranks, so they go through the layers in lockstep: before each pass they agree that somebody
-    still has one to do, and a rank that has none left takes part in those of the others.
+    Gathering is a collective, so the ranks go through the layers in lockstep: before each pass they agree that some
+    rank still has one to do, and a rank that has none left takes part in those of the others.
     """
 
     def __init__(self, reader: LayerReader, modules: nn.ModuleList):
         self._reader, self._modules = reader, modules
 
     def __iter__(self) -> Iterator[Layer]:
-        self._somebody_is_busy(True)
+        self._any_rank_is_busy(True)
         for index, module in enumerate(self._modules):
             with gathered(module.parameters()):
                 yield self._reader.read(index, module)
@@ -258,11 +258,11 @@ class StreamedLayers:
 
     def finish(self) -> None:
         """Take part in the passes of the other ranks until none has any left."""
-        while self._somebody_is_busy(False):
+        while self._any_rank_is_busy(False):
             for module in self._modules:
                 with gathered(module.parameters()):
                     pass
 
     @staticmethod
-    def _somebody_is_busy(busy: bool) -> bool:
+    def _any_rank_is_busy(busy: bool) -> bool:
         return bool(distributed.all_reduce_scalar(float(busy), "max"))

@@ -1,11 +1,11 @@
-// Causal attention inside each sequence of a packed row, forward and backward, in fp32 whatever the memory holds.
+// Causal attention within each sequence of a packed row, forward and backward, in fp32 whatever the type in memory.
 //
-//   N   tokens of the row, of which the sequences cover the first        D   size of a head
-//   Q   query heads                                                      K   key-value heads, each read by Q / K of them
+//   N   tokens of the row, of which the sequences cover the first    D   size of a head
+//   Q   query heads                                                  K   key-value heads, each shared by Q / K of them
 //   W   tokens of a sequence
 //
-// The softmax weights exist for a few queries at a time, in the forward and again in the backward pass (Dao et al. 2022,
-// appendix B.2). Nothing depends on the number of threads.
+// Softmax weights are computed for a few queries at a time, in the forward and again in the backward pass (Dao et al.
+// 2022, appendix B.2). Nothing depends on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -17,9 +17,9 @@ namespace {
 
 int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// One head of a sequence in fp32: (W, D) and turned, (D, W), both filled up to whole vectors with zeros.
+// One head of a sequence in fp32: (W, D) and transposed, (D, W), both padded to whole vectors with zeros.
 struct Head {
-  int64_t width = 0, size = 0;  // as filled up
+  int64_t width = 0, size = 0;  // padded
   std::vector<float> rows, columns;
 
   template <class T>
@@ -116,7 +116,7 @@ void add_products(const float* weights, const float* rows, float* totals, int64_
   if (parts == 1) add_some_products<COUNT, 1>(weights, rows + d, totals + d, size, length, capacity);
 }
 
-// What the backward pass of one head of a sequence works with: K, V and the gradients of both, (W, D).
+// Buffers for the backward pass of one head of a sequence: K, V and the gradients of both, (W, D), among others.
 struct Backward {
   Head keys, values;
   std::vector<float> of_keys, of_values, queries, gradients, results, weights, of_scores;
@@ -135,7 +135,7 @@ struct Backward {
   }
 
   // With P = softmax(scale Q K^T) and dP = dO V^T: dS = P (dP - sum of P dP) scale, dQ = dS K, dK += dS^T Q, dV += P^T dO,
-  // for COUNT neighbouring queries from number `first` of those at hand, the last of which sees `length` tokens.
+  // for COUNT neighbouring queries from number `first` of those loaded, the last of which attends to `length` tokens.
   template <int COUNT>
   void step(int64_t first, int64_t length, float scale) {
     Ahead nothing{};

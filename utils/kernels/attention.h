@@ -5,10 +5,10 @@
 
 #include "vectors.h"
 
-constexpr int64_t GROUP = 4;  // queries that read a key together
+constexpr int64_t GROUP = 4;  // queries that share each read of a key
 
-// Memory that is needed soon, fetched a line at a time while something else is computed: `lines` of 64 bytes in each of
-// `rows` that lie `stride` bytes apart.
+// Memory to prefetch, a cache line at a time, while something else is computed: `lines` of 64 bytes in each of `rows`
+// that lie `stride` bytes apart.
 struct Ahead {
   const char* from;
   int64_t rows, lines, stride;
@@ -21,7 +21,7 @@ struct Ahead {
   }
 };
 
-// weights[g][t] = scale * queries[g] . keys[:, t] for COUNT queries and VECTORS * LANES places from t on.
+// weights[g][t] = scale * queries[g] . keys[:, t] for COUNT queries and VECTORS * LANES positions from t on.
 template <int COUNT, int VECTORS, class T>
 inline void some_scores(const float* queries, const T* keys, float* weights, int64_t size, int64_t capacity, float scale,
                  Ahead& ahead) {
@@ -37,7 +37,7 @@ inline void some_scores(const float* queries, const T* keys, float* weights, int
     for (int v = 0; v < VECTORS; v++) store(weights + g * capacity + v * LANES, sums[g][v] * scale);
 }
 
-// The same for all places before `length`, rounded up to whole vectors.
+// The same for all positions before `length`, rounded up to whole vectors.
 template <int COUNT, class T>
 inline void group_scores(const float* queries, const T* keys, float* weights, int64_t size, int64_t length, int64_t capacity,
                   float scale, Ahead& ahead) {
@@ -99,9 +99,9 @@ inline void weighted_sums(const float* weights, const T* values, T* attended, in
   }
 }
 
-// Attention of COUNT queries to the first `length` keys and values of a head; with `causal` they are those of
-// neighbouring tokens, of which the last sees `length` and the others one less each. `weights` is room for COUNT rows of
-// `capacity`, and `stride` lies between the results.
+// Attention of COUNT queries to the first `length` keys and values of a head; with `causal` the queries are those
+// of neighbouring tokens: the last attends to `length` keys, each earlier one to one fewer. `weights` is scratch space
+// for COUNT rows of `capacity`, and results are `stride` apart.
 template <int COUNT, class T>
 inline void attend_group(const float* queries, const T* keys, const T* values, float* weights, T* attended, int64_t size,
                   int64_t length, bool causal, int64_t capacity, int64_t stride, float scale, Ahead& own_values,

@@ -8,13 +8,13 @@ from utils.kernels.native import operation
 _LETTERS = {float: "f", int: "i"}
 
 
-def run(name: str, like: Tensor, *arguments: Tensor | float | int | None) -> None:
-    """The operation `name` for the type of `like` on contiguous tensors and numbers; nothing on the meta device.
+def call(name: str, like: Tensor, *arguments: Tensor | float | int | None) -> None:
+    """Run the operation `name` for the dtype of `like` on contiguous tensors and numbers; nothing on the meta device.
 
-    An `int` is handed over as int64 and a `float` as double: the caller gives what the operation takes.
+    An `int` is passed as int64 and a `float` as double: the caller must pass the types that the operation takes.
 
     Raises:
-        ValueError: a tensor is not contiguous; the operation would read other numbers.
+        ValueError: a tensor is not contiguous; the operation would read the wrong numbers.
     """
     if like.is_meta:
         return

@@ -1,10 +1,10 @@
 // One step of generation, between the matrix products.
 //
 //   n   rows that decode together       D   size of a head
-//   Q   query heads                     K   key-value heads, each read by G = Q / K query heads
+//   Q   query heads                     K   key-value heads, each shared by G = Q / K query heads
 //
 // Results are rounded to the type of the tensors exactly where the layers of `transformers` round theirs, except that
-// attention keeps its weights in fp32. What a row becomes does not depend on the others, nor on the threads.
+// attention keeps its weights in fp32. The result of a row depends neither on the others nor on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -33,7 +33,7 @@ void add_rms_norm(T* residual, const T* added, const T* weight, T* normed, int64
   }
 }
 
-// One head turned by its position: `sin` has the sign of the half that it multiplies.
+// Rotates one head by its position: `sin` carries the sign for the half that it multiplies.
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, float* y, int64_t size) {
   const int64_t half = size / 2;
@@ -50,7 +50,7 @@ void rotate(const T* x, const T* cos, const T* sin, float* y, int64_t size) {
   }
 }
 
-// Turn queries and keys, put keys and values into the cache, and attend to all of it up to each row's position.
+// Rotates queries and keys, writes keys and values to the cache, and attends to it up to each row's position.
 //
 //   projected   (n, (Q + 2 K) D)    queries, keys and values of the new tokens
 //   cos, sin    (positions, D)      keys, values   (n, K, D, capacity) and (n, K, capacity, D), of one layer
@@ -94,7 +94,7 @@ void attend(const T* projected, const T* cos, const T* sin, const int64_t* posit
   }
 }
 
-// The same for all tokens of prompts, each of which sees those before it.
+// The same for all tokens of prompts, each of which attends to itself and those before it.
 //
 //   projected   (n, W, (Q + 2 K) D), W tokens of each row           attended   (n, W, Q D)
 template <class T>
@@ -154,7 +154,7 @@ void gated(const T* gate_up, T* outputs, int64_t rows, int64_t size, int64_t thr
 
 constexpr int64_t PARALLEL_PRODUCT = 1 << 17;  // multiplications
 
-// COUNT rows of x (fp32) times some neighbouring panels, which are (size, LANES) each.
+// COUNT rows of x (fp32) times WIDTH neighbouring panels, which are (size, LANES) each.
 template <int COUNT, int WIDTH, class T>
 void some_products(const float* x, const T* panels, const T* bias, T* y, int64_t size, int64_t outputs, int64_t first) {
   Floats sums[COUNT][WIDTH] = {};
@@ -184,7 +184,7 @@ void row_products(const float* x, const T* panels, const T* bias, T* y, int64_t 
 }
 
 // y (n, outputs) = x (n, size) times a small matrix, whose outputs lie in panels of LANES: (panels, size, LANES), the
-// last one filled up with anything; plus the bias unless that is null.
+// last one padded with arbitrary values; plus the bias unless that is null.
 template <class T>
 void small_product(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int64_t size, int64_t outputs,
                    int64_t threads) {
@@ -211,9 +211,9 @@ uint64_t mix(uint64_t value) {  // the finalizer of splitmix64, as in sampling.p
   return value ^ (value >> 31);
 }
 
-constexpr int64_t BLOCK = 8 * LANES;  // words whose weights are added up before the search
+constexpr int64_t BLOCK = 8 * LANES;  // words per partial sum of weights; the search first finds the block
 
-// Sixteen logits divided by the temperature; -infinity for words that do not exist and for the forbidden one.
+// Sixteen logits divided by the temperature; -infinity beyond the vocabulary and for the forbidden word.
 template <class T>
 Floats some_logits(const T* logits, int64_t first, int64_t words, int64_t forbidden, float inverse_temperature) {
   Floats values;
@@ -227,7 +227,7 @@ Floats some_logits(const T* logits, int64_t first, int64_t words, int64_t forbid
   return values * inverse_temperature;
 }
 
-// One token per row by inverting the cumulative distribution at a number of the row's own random stream, or with
+// One token per row by inverting the cumulative distribution at a number from the row's own random stream, or with
 // temperature 0 the most likely one, and its log-probability; as `choose_tokens` in sampling.py without top-k and top-p.
 //
 //   logits   (n, words)    keys, counters, temperatures, minimums   (n,)    tokens, logprobs   (n,)
@@ -277,13 +277,13 @@ void choose(const T* logits, const int64_t* keys, const int64_t* counters, const
           for (int64_t lane = 0; lane < LANES && i + lane < words; lane++) {
             if (weights[lane] == 0) continue;
             if (chosen >= 0 && before > target) break;
-            chosen = i + lane;  // the last word with weight, unless the sum exceeds the target before
+            chosen = i + lane;  // the last word with weight, unless the sum exceeds the target earlier
             before += weights[lane];
           }
           if (chosen >= 0 && before > target) break;
         }
       }
-      if (chosen < 0) chosen = words - 1;  // of logits that are NaN any word, but a word
+      if (chosen < 0) chosen = words - 1;  // logits are NaN: any valid word will do
       const Floats some = some_logits(x, chosen / LANES * LANES, words, forbidden, inverse);
       tokens[row] = chosen;
       logprobs[row] = some[chosen % LANES] - highest - float(std::log(total));
@@ -291,14 +291,15 @@ void choose(const T* logits, const int64_t* keys, const int64_t* counters, const
   }
 }
 
-// Where the weights of a layer lie: two vectors, and the panels of four matrices.
+// Pointers to the weights of a layer: two vectors, and the panels of four matrices.
 template <class T>
 struct Layer {
   const T *input_norm, *qkv, *output, *mlp_norm, *gate_up, *down;
 };
 
-// All layers of a model whose matrices are small and have no bias, for one new token in each row: where each operation
-// is done sooner than it can be asked for from Python. Leaves what the head reads in `normed`, and overwrites `hidden`.
+// All layers of a model whose matrices are small and have no bias, for one new token in each row. For models so
+// small that an operation takes less time than its call from Python. Writes the head's input to `normed`; overwrites
+// `hidden`.
 //
 //   hidden, normed   (n, H)       keys, values   (layers, slots, K, D, capacity) and (layers, slots, K, capacity, D)
 template <class T>

@@ -1,13 +1,13 @@
-"""The compiled operations of a decode step. All tensors are contiguous and on the CPU; `usable` says whether they run.
+"""The compiled operations of a decode step. All tensors are contiguous and on the CPU; `usable` says if they can run.
 
-Notation as in `decode.cpp`: n rows, H hidden units, D units of a head, Q query and K key-value heads, V words.
+Notation as in `decode.cpp`: n rows, H hidden units, D units of a head, Q query and K key-value heads, V vocabulary.
 """
 
 import torch
 
-from utils.kernels.calls import run
+from utils.kernels.calls import call
 
-LANES = 16  # numbers of a vector, in `vectors.h`
+LANES = 16  # numbers of a vector, as in `vectors.h`
 
 
 def add_rms_norm(
@@ -15,24 +15,24 @@ def add_rms_norm(
 ) -> None:
     """residual (n, H) += added, in place; normed (n, H) = weight (H,) * residual / its root mean square."""
     rows, size = residual.shape
-    run("add_rms_norm", residual, residual, added, weight, normed, rows, size, eps)
+    call("add_rms_norm", residual, residual, added, weight, normed, rows, size, eps)
 
 
-def attend(
+def decode_attention(
     projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor,
     values: torch.Tensor, *, query_heads: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention (n, Q D) of one new token in each row, whose key and value it puts into the cache.
+    """Attention (n, Q D) of one new token in each row, whose key and value it writes to the cache.
 
     Args:
         projected: (n, (Q + 2 K) D) queries, keys and values, not rotated yet.
         cos, sin: (positions, D) tables; `sin` is negative where it multiplies the second half of a head.
-        positions: (n,) int64 place of each row's token, which sees everything up to it.
+        positions: (n,) int64 position of each row's token, which attends to everything up to itself.
         keys, values: (slots, K, D, capacity) and (slots, K, capacity, D), capacity a multiple of 16.
     """
     rows, (_, kv_heads, size, capacity) = len(projected), keys.shape
     attended = projected.new_empty(rows, query_heads * size)
-    run(
+    call(
         "attend", projected, projected, cos, sin, positions, keys, values, attended, rows, query_heads, kv_heads,
         size, capacity, scale,
     )  # fmt: skip
@@ -43,15 +43,15 @@ def attend_prompts(
     projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *,
     query_heads: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Causal attention (n, W, Q D) inside whole prompts, whose keys and values it puts into the cache.
+    """Causal attention (n, W, Q D) inside whole prompts, whose keys and values it writes to the cache.
 
     Args:
         projected: (n, W, (Q + 2 K) D), of which the first token has position 0.
-        cos, sin, keys, values: as for `attend`, the cache of these n rows.
+        cos, sin, keys, values: as for `decode_attention`, the cache of these n rows.
     """
     (rows, width, _), (_, kv_heads, size, capacity) = projected.shape, keys.shape
     attended = projected.new_empty(rows, width, query_heads * size)
-    run(
+    call(
         "attend_prompts", projected, projected, cos, sin, keys, values, attended, rows, width, query_heads, kv_heads,
         size, capacity, scale,
     )  # fmt: skip
@@ -62,7 +62,7 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (n, I) of (n, 2 I) rows that hold both side by side."""
     rows, size = gate_up.size(0), gate_up.size(1) // 2
     outputs = gate_up.new_empty(rows, size)
-    run("gated", gate_up, gate_up, outputs, rows, size)
+    call("gated", gate_up, gate_up, outputs, rows, size)
     return outputs
 
 
@@ -77,7 +77,7 @@ def small_product(inputs: torch.Tensor, panels: torch.Tensor, outputs: int, bias
     """(n, in) -> (n, outputs) by a matrix in `panels`, plus the bias (outputs,)."""
     rows, size = inputs.shape
     result = inputs.new_empty(rows, outputs)
-    run("small_product", inputs, inputs, panels, bias, result, rows, size, outputs)
+    call("small_product", inputs, inputs, panels, bias, result, rows, size, outputs)
     return result
 
 
@@ -93,32 +93,32 @@ def small_step(
     Args:
         layers: (layers, 6) int64 addresses of input norm, qkv, output, MLP norm, gate and up, down: matrices in panels.
         keys, values: the whole cache, (layers, slots, K, D, capacity) and (layers, slots, K, capacity, D).
-        cos, sin, positions: as for `attend`.
+        cos, sin, positions: as for `decode_attention`.
     """
     (rows, hidden_size), (_, slots, kv_heads, size, capacity) = hidden.shape, keys.shape
     normed = torch.empty_like(hidden)
-    run(
+    call(
         "small_step", hidden, layers, final_norm, hidden, normed, cos, sin, positions, keys, values, len(layers),
         rows, hidden_size, mlp_size, query_heads, kv_heads, size, slots, capacity, eps, scale,
     )  # fmt: skip
     return normed
 
 
-def choose(
+def choose_from_logits(
     logits: torch.Tensor, keys: torch.Tensor, counters: torch.Tensor, temperatures: torch.Tensor,
     minimums: torch.Tensor, *, eos_id: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`generation.sampling.choose_tokens` without top-k and top-p: (n,) int64 tokens and their fp32 log-probabilities.
 
-    The logits (n, V) are read, but never copied: the probabilities exist sixteen at a time.
+    The logits (n, V) are read but never copied: the probabilities are computed sixteen at a time.
 
     Args:
-        temperatures: (n,) float64, 0 for the most likely word.
-        minimums: (n,) int64, below which a counter forbids the end.
+        temperatures: (n,) float64, 0 for the most likely token.
+        minimums: (n,) int64; while a counter is below it, EOS is forbidden.
     """
     rows, words = logits.shape
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
-    run(
+    call(
         "choose", logits, logits, keys, counters, temperatures, minimums, tokens, logprobs, rows, words, eos_id,
     )  # fmt: skip
     return tokens, logprobs

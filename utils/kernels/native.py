@@ -1,8 +1,8 @@
 """The compiled library: built once for each machine by its own C++ compiler, loaded by ctypes.
 
-PyTorch runs a transformer's small operations one by one, each a pass over memory and a few microseconds of its own; in
-generation that is most of the time. The sources beside this file fuse them. They are plain C++ without PyTorch's
-headers, so they compile in seconds. Without a compiler everything works as before, slower.
+PyTorch runs a transformer's small operations one by one, each with a pass over memory and a few microseconds of
+overhead; in generation that is most of the time. The sources beside this file fuse them. They are plain C++ without
+PyTorch's headers, so they compile in seconds. Without a compiler everything still works, only slower.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 COMPILE_SECONDS = 300
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}  # what the operations exist for, and the end of their names
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}  # supported dtypes, and the endings of the operations' names
 
 
 class _Unavailable(Exception):
@@ -40,7 +40,7 @@ def usable(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, compiled if this machine has not done so yet; None where it cannot be, which is said once."""
+    """The library, compiled if this machine has not done so yet; None where that fails, which is reported once."""
     if os.environ.get(SWITCH) == "0":
         return None
     try:
@@ -56,7 +56,7 @@ def operation(name: str, dtype: torch.dtype, arguments: str):
     """The function `name` for tensors of `dtype`.
 
     Args:
-        arguments: of which types, a letter each: p a pointer, i an int64, f a double.
+        arguments: their types, one letter each: p for a pointer, i for an int64, f for a double.
     """
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
     function = getattr(library(), f"{name}_{DTYPES[dtype]}")
@@ -65,7 +65,7 @@ def operation(name: str, dtype: torch.dtype, arguments: str):
 
 
 def _compiled() -> Path:
-    """Path of the library; compiled beside its place and renamed into it, so that processes may race for it."""
+    """Path of the library; compiled beside its destination and renamed into place, so that processes may race."""
     compiler = shlex.split(os.environ.get("CXX") or "g++")  # CXX may be "ccache g++"
     if not compiler or shutil.which(compiler[0]) is None:
         raise _Unavailable("found no C++ compiler: install g++, or set CXX")
@@ -107,7 +107,7 @@ def _processor() -> str:
 def _private_folder() -> Path:
     """Where libraries are kept: PyTorch's folder of compiled extensions, or one for this process alone.
 
-    What others could write there would run in this process, so the folder must be the user's and nobody else's.
+    Code that others wrote there would run in this process, so only the user may have write access.
     """
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "rlhf_cpu_kernels"
     try:

@@ -1,4 +1,4 @@
-// What a layer does to one row of numbers, shared by generation and training.
+// Operations of a layer on one row of numbers, shared by generation and training.
 #pragma once
 
 #include <cmath>

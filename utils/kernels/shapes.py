@@ -1,14 +1,15 @@
-"""Few shapes of matrices: what oneDNN compiles for a shape, a CPU process keeps until it ends."""
+"""Fewer matrix shapes: the code that oneDNN compiles for each shape stays in memory until the process ends."""
 
 import torch
 
 
 def rounded_rows(count: int, device: torch.device) -> int:
-    """Rows that a matrix product of `count` rows should have: at most a sixteenth more, or 8, on a CPU.
+    """`count` rows of a matrix product, on a CPU rounded up to a multiple of 8 or by at most a sixteenth.
 
-    For each shape that it meets in bf16, and for packed matrices in any format, oneDNN (as of torch 2.13) compiles code
-    and keeps a quarter of a MiB for ever, whatever the capacity of its cache. Numbers of real tokens are all different:
-    a long run on them would run out of memory. Rounded up there are sixteen between a number and its double.
+    For each new shape in bf16, and for packed matrices in any format, oneDNN (as of torch 2.13) compiles code and never
+    frees a quarter of a MiB, whatever the capacity of its cache. The number of real tokens differs from batch to batch:
+    with exact numbers a long run would run out of memory. Rounded up, there are only sixteen between a number and its
+    double.
     """
     if device.type != "cpu":
         return count

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t PART = 32;  // rows whose gradients of the weight are added up by one thread
+constexpr int64_t PART = 32;  // rows whose weight gradients are added up by one thread
 
 // outputs (n, H) = weight * (x * scale), where scales (n,) are 1 / the root mean square of each row.
 template <class T>
@@ -63,8 +63,8 @@ void rms_norm_backward(const T* gradient, const T* x, const T* weight, const flo
   for (int64_t i = 0; i < size; i++) of_weight[i] = narrow<T>(sums[i]);
 }
 
-// The halves (a, b) of a head become (a cos - b sin, b cos + a sin); `back` is the transposed map. Vectors of numbers
-// i to i + some of each half.
+// The halves (a, b) of a head become (a cos - b sin, b cos + a sin); `back` is the transposed map. Handles
+// numbers i to i + some of each half.
 template <class T, bool back, bool whole>
 inline void turn_some(const T* x, const T* cos, const T* sin, T* y, int64_t half, int64_t i, int64_t some) {
   const auto get = [&](const T* from) { return whole ? load(from) : load_some(from, some); };
@@ -84,13 +84,13 @@ template <class T, bool back>
 void turn(const T* x, const T* cos, const T* sin, T* y, int64_t half) {
   for (int64_t i = 0; i + LANES <= half; i += LANES) turn_some<T, back, true>(x, cos, sin, y, half, i, LANES);
   if (half % LANES == 0) return;
-  if (half > LANES)  // the last numbers again rather than part of a vector: `y` is not the memory of `x`
+  if (half > LANES)  // recomputes some numbers rather than load part of a vector: `y` must not alias `x`
     turn_some<T, back, true>(x, cos, sin, y, half, half - LANES, LANES);
   else
     turn_some<T, back, false>(x, cos, sin, y, half, 0, half);
 }
 
-// outputs (n, heads, D) = x turned by cos and sin (n, D), or turned back.
+// outputs (n, heads, D) = x rotated by cos and sin (n, D), or rotated back.
 template <class T>
 void rotary(const T* x, const T* cos, const T* sin, T* outputs, int64_t rows, int64_t heads, int64_t size, int64_t back,
             int64_t threads) {
@@ -109,8 +109,8 @@ void swiglu(const T* gate, const T* up, T* outputs, int64_t rows, int64_t size, 
     gate_row(gate + row * size, up + row * size, outputs + row * size, size);
 }
 
-// Gradients of gate and up (n, I) from that of the product; `product`, unless null, gets silu(gate) * up and may be the
-// memory of `gradient`. With s = sigmoid(gate), d silu / d gate = s (1 + gate (1 - s)).
+// Gradients of gate and up (n, I) from that of the product; `product`, unless null, receives silu(gate) * up and may
+// alias `gradient`. With s = sigmoid(gate), d silu / d gate = s (1 + gate (1 - s)).
 template <class T>
 void swiglu_backward(const T* gradient, const T* gate, const T* up, T* of_gate, T* of_up, T* product, int64_t rows,
                      int64_t size, int64_t threads) {

@@ -1,8 +1,9 @@
 """The compiled layers of training and scoring, with their gradients.
 
-Each keeps for the backward pass little more than its inputs, where the operations that it stands for keep copies in
-fp32 between them. `usable` says whether they run on a tensor; on the meta device they give shapes and save what they
-save elsewhere. Notation as in `training.cpp`: n tokens, H hidden units, I units between gate and down, D of a head.
+Each saves little more than its inputs for the backward pass, whereas the operations that it replaces save fp32 copies
+of intermediate results. `usable` says if they can run on a tensor; on the meta device they return shapes and save the
+same tensors as elsewhere. Notation as in `training.cpp`: n tokens, H hidden units, I units between gate and down, D of
+a head.
 """
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utils.kernels.calls import run
+from utils.kernels.calls import call
 
 PART = 32  # rows of one partial sum of the norm's weight gradient, as in training.cpp
 
@@ -21,7 +22,7 @@ class _RmsNorm(torch.autograd.Function):
         x = x.contiguous()
         size = x.size(-1)
         outputs, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        run("rms_norm", x, x, weight, outputs, scales, scales.numel(), size, eps)
+        call("rms_norm", x, x, weight, outputs, scales, scales.numel(), size, eps)
         ctx.save_for_backward(x, weight, scales)
         return outputs
 
@@ -34,7 +35,7 @@ class _RmsNorm(torch.autograd.Function):
             of_weight = torch.zeros_like(weight)
             sums = x.new_zeros(-(-rows // PART), size, dtype=torch.float32)
         gradient = gradient.contiguous()
-        run("rms_norm_backward", x, gradient, x, weight, scales, of_x, of_weight, sums, rows, size)
+        call("rms_norm_backward", x, gradient, x, weight, scales, of_x, of_weight, sums, rows, size)
         return of_x, of_weight, None
 
 
@@ -53,7 +54,7 @@ class _Rotary(torch.autograd.Function):
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     x = x.contiguous()
     outputs = torch.empty_like(x)
-    run("rotary", x, x, cos, sin, outputs, *x.shape, int(back))
+    call("rotary", x, x, cos, sin, outputs, *x.shape, int(back))
     return outputs
 
 
@@ -82,7 +83,7 @@ class _SwigluLinear(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         gate, up, weight = ctx.saved_tensors
         _, _, needs_weight, needs_bias = ctx.needs_input_grad
-        product = gradient @ weight  # its gradient, overwritten by itself
+        product = gradient @ weight  # the product's gradient, then overwritten by the product itself
         of_gate, of_up = _gated_backward(product, gate, up, product if needs_weight else None)
         rows = gradient.flatten(0, -2)
         of_weight = rows.t() @ product.flatten(0, -2) if needs_weight else None
@@ -91,14 +92,14 @@ class _SwigluLinear(torch.autograd.Function):
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     outputs = torch.empty_like(gate)
-    run("swiglu", gate, gate, up, outputs, gate.numel() // gate.size(-1), gate.size(-1))
+    call("swiglu", gate, gate, up, outputs, gate.numel() // gate.size(-1), gate.size(-1))
     return outputs
 
 
 def _gated_backward(gradient: Tensor, gate: Tensor, up: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor]:
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     rows, size = gate.numel() // gate.size(-1), gate.size(-1)
-    run("swiglu_backward", gate, gradient, gate, up, of_gate, of_up, product, rows, size)
+    call("swiglu_backward", gate, gradient, gate, up, of_gate, of_up, product, rows, size)
     return of_gate, of_up
 
 
@@ -108,7 +109,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys (n, heads, D) turned by their places (Su et al. 2021, equation 34); cos and sin (n, D)."""
+    """Queries or keys (n, heads, D) rotated by their positions (Su et al. 2021, equation 34); cos and sin (n, D)."""
     return _Rotary.apply(x, cos.contiguous(), sin.contiguous())
 
 
@@ -118,5 +119,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear(swiglu(gate, up), weight, bias)`, which computes the product again rather than keep it."""
+    """`F.linear(swiglu(gate, up), weight, bias)`, which recomputes the product in backward rather than save it."""
     return _SwigluLinear.apply(gate, up, weight, bias)

@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, in fp32 whatever the memory holds. The compiler maps them to what the processor has.
+// Vectors of sixteen numbers, in fp32 whatever the type in memory. The compiler maps them to the processor's own.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 16;
-constexpr int64_t PARALLEL_WORK = 1 << 15;  // numbers below which starting threads costs more than they save
+constexpr int64_t PARALLEL_WORK = 1 << 15;  // numbers below which starting threads costs more than it saves
 
 struct bfloat16 {
   uint16_t bits;
@@ -60,13 +60,13 @@ inline Floats load(const float* from) {
 
 inline Floats widen(Halves halves) {
 #ifdef __AVX512BF16__
-  return (Floats)((Bits)_mm512_cvtepu16_epi32((__m256i)halves) << 16);  // one instruction, where GCC 12 makes four
+  return (Floats)((Bits)_mm512_cvtepu16_epi32((__m256i)halves) << 16);  // one instruction, where GCC 12 emits four
 #else
   return (Floats)(__builtin_convertvector(halves, Bits) << 16);
 #endif
 }
 
-// Rounds to nearest even. The processor's own instruction takes numbers below 1.2e-38 for zero.
+// Rounds to nearest even. The processor's own instruction treats numbers below 1.2e-38 as zero.
 inline Halves narrow(Floats values) {
 #ifdef __AVX512BF16__
   return (Halves)_mm512_cvtneps_pbh((__m512)values);
@@ -91,7 +91,7 @@ inline void store(bfloat16* to, Floats values) {
   std::memcpy(to, &halves, 32);
 }
 
-// The first `count` numbers of a vector that memory ends within; zeros behind them.
+// Loads `count` numbers where less than a whole vector is left in memory; the rest of the vector is zeros.
 template <class T>
 inline Floats load_some(const T* from, int64_t count) {
   T whole[LANES] = {};

@@ -1,6 +1,6 @@
 // Log-probabilities of given tokens from logits, and the gradient of the logits, without a copy of them in fp32.
 //
-//   n   positions        V   words        l = logits / temperature        p = softmax(l)
+//   n   positions        V   vocabulary        l = logits / temperature        p = softmax(l)
 
 #include <algorithm>
 #include <cmath>
@@ -10,9 +10,9 @@
 namespace {
 
 constexpr int64_t WIDE = 4 * LANES;
-constexpr float LOWEST = -1e30f;  // finite: 0 * -infinity would reach the entropy
+constexpr float LOWEST = -1e30f;  // finite, because 0 * -infinity would reach the entropy
 
-// Logits i to i + LANES of a row of `words`; behind its end `blank`.
+// Logits i to i + LANES of a row of `words`; `blank` beyond its end.
 template <class T>
 inline Floats logits_at(const T* logits, int64_t i, int64_t words, float blank) {
   if (i + LANES <= words) return load(logits + i);
@@ -22,7 +22,7 @@ inline Floats logits_at(const T* logits, int64_t i, int64_t words, float blank) 
 }
 
 struct Sums {
-  Floats shares[4] = {}, weighted[4] = {};  // of e^(l - highest), and of that times l - highest
+  Floats shares[4] = {}, weighted[4] = {};  // of e^(l - highest), and of that times (l - highest)
 };
 
 template <class T, bool with_entropy>
@@ -66,8 +66,8 @@ void log_normalize(const T* logits, const int64_t* targets, float* normalizer, f
   }
 }
 
-// logits become their gradient (g (onehot - p) - e p (log p + entropy)) / temperature, with g of_logprobs and e
-// of_entropy, which may be null, both (n,).
+// Overwrites logits with their gradient (g (onehot - p) - e p (log p + entropy)) / temperature, with g of_logprobs and
+// e of_entropy, which may be null, both (n,).
 template <class T>
 void log_normalize_backward(T* logits, const int64_t* targets, const float* normalizer, const float* entropy,
                             const float* of_logprobs, const float* of_entropy, int64_t rows, int64_t words,

@@ -1,4 +1,4 @@
-"""The causal language model that trains: a `transformers` model whose forward answers in log-probabilities."""
+"""The causal language model that trains: a `transformers` model whose forward returns log-probabilities."""
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from utils.parallel import distributed
 
 
 class CausalLM(nn.Module):
-    """Wraps a `transformers` causal LM; `forward` returns log-probabilities of the marked tokens only.
+    """Wraps a `transformers` causal LM; `forward` returns log-probabilities of the target tokens only.
 
-    Rows are not padded to each other, and the vocabulary projection runs on the marked positions alone. Everything
+    Rows are not padded to each other, and the vocabulary projection runs on the target positions alone. Everything
     goes through this `forward`, and so through the DeepSpeed engine's hooks (gradient reduction, ZeRO-3 gathering).
 
     Attributes:
@@ -54,7 +54,7 @@ class CausalLM(nn.Module):
             return self._from_logits(input_ids, attention_mask, target_mask, temperature, with_entropy)
         states, layout = token_states(self.model.base_model, input_ids, attention_mask)
         predicted = target_mask.flatten()[layout.index].nonzero().squeeze(1)
-        order = layout.index[predicted].argsort()  # of their places in the flattened batch
+        order = layout.index[predicted].argsort()  # back to the order of the flattened batch
         rows = F.pad(predicted, (0, rounded_rows(len(predicted), states.device) - len(predicted)), value=1)
         targets = input_ids.flatten()[layout.index[rows]]
         logprobs, entropy = self.model.get_output_embeddings()(
@@ -73,13 +73,14 @@ class CausalLM(nn.Module):
 
 @torch.no_grad()
 def find_own_logits(wrapper: CausalLM) -> bool:
-    """Set `own_logits` by what the model does with a few tokens, and return it. All ranks must call it.
+    """Set `own_logits` by running the model on a few tokens, and return it. All ranks must call it.
 
-    The head must get the last hidden states as they are, and its answer must be the logits: so says LLaMA. Others
-    scale the states before the head, or scale or clip the logits after it (Gemma2, Cohere, Granite, Falcon-H1, ...).
+    It is False where the head gets the last hidden states unchanged and its output is the logits, as in LLaMA. Other
+    models scale the states before the head, or scale or clip the logits after it (Gemma2, Cohere, Granite, Falcon-H1,
+    ...).
 
-    The model is called below the module whose calls DeepSpeed counts: ZeRO-3 gathers each layer's weights, and records
-    no order of modules by which it would prefetch later.
+    This calls the inner model, not the module whose forward passes DeepSpeed counts: ZeRO-3 gathers each layer's
+    weights, but does not record an order of modules for later prefetching.
     """
     model, training, seen = wrapper.model, wrapper.training, {}
     base = model.base_model

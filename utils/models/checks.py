@@ -1,4 +1,4 @@
-"""What can be said of the models and the tokenizer that the flags name before any weights are read."""
+"""Checks of the models and the tokenizer that the flags name, before any weights are read."""
 
 import contextlib
 import copy
@@ -22,15 +22,16 @@ from utils.hub import is_reachable, looks_local, offline
 from utils.models.lora import check_lora
 from utils.models.tokenizer import check_same_tokens, has_tokenizer, load_tokenizer
 from utils.models.weight_files import check_shapes, check_weight_files
+from utils.parallel import distributed
 
-MOST_UNUSED = 2  # times as many rows in the embedding as the tokenizer has tokens
+MOST_UNUSED = 2  # largest ratio of rows in the embedding to tokens of the tokenizer
 
 
 def check_models(config: StepConfig) -> dict[str, PreTrainedConfig]:
-    """The configurations of the models of a run by role, after a look at their folders, lengths and adapters.
+    """The configurations of the models of a run by role, after checking their folders, lengths and adapters.
 
     Raises:
-        InputError: naming the flag and what is missing or does not fit.
+        InputError: names the flag and what is missing or does not fit.
     """
     models: dict[str, PreTrainedConfig] = {}
     checked: dict[tuple[str, bool], PreTrainedConfig] = {}
@@ -53,7 +54,7 @@ def load_config(
     """The `config.json` of a model, read without its weights.
 
     Raises:
-        InputError: naming `flag`: no such folder, no config or no whole weights in it, or a hub name that cannot be
+        InputError: names `flag`: no such folder, no config or no complete weights in it, or a hub name that cannot be
             reached.
     """
     folder = Path(path)
@@ -70,12 +71,12 @@ def load_config(
     try:
         with contextlib.nullcontext() if reachable else offline():
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # values of every wrong kind, each with an error of its own
+    except Exception as error:  # wrong values raise errors of many kinds
         reason = _reason(error)
         if folder.exists():
             raise InputError(f"{flag} {path}: config.json cannot be used ({reason})") from error
         raise InputError(
-            f"{flag} {path}: neither a local folder nor a model that the hub gives ({reason}); "
+            f"{flag} {path}: neither a local folder nor a model that the hub provides ({reason}); "
             "download it on a connected machine and pass the folder"
         ) from error
 
@@ -85,20 +86,20 @@ def load_matching_tokenizer(config: StepConfig, models: Mapping[str, PreTrainedC
 
     Raises:
         InputError: it has ids that one of the models has no embedding for (`--add_eot_token` may add one row), or one
-            of the models was trained with other tokens.
+            of the models was trained with another tokenizer.
     """
     first, *others = config.roles().values()
     path = config.tokenizer_name_or_path or first.path
     tokenizer = load_tokenizer(
         path, add_eot_token=config.add_eot_token, eot_token=config.eot_token, trust_remote_code=config.trust_remote_code
     )
-    for model_config in models.values():
-        excess = len(tokenizer) - model_config.vocab_size
-        if excess > int(config.add_eot_token) or len(tokenizer) < model_config.vocab_size / MOST_UNUSED:
-            raise InputError(
-                f"{path}: the tokenizer has {len(tokenizer)} tokens but a model embeds {model_config.vocab_size}; "
-                "use the tokenizer that the model was trained with (--tokenizer_name_or_path)"
-            )
+    for vocabulary in sorted({model_config.vocab_size for model_config in models.values()}):
+        excess, too_few = len(tokenizer) - vocabulary, len(tokenizer) < vocabulary / MOST_UNUSED
+        sizes = f"{path}: the tokenizer has {len(tokenizer)} tokens but a model embeds {vocabulary}"
+        if excess > int(config.add_eot_token) or (too_few and config.tokenizer_name_or_path):
+            raise InputError(f"{sizes}; use the tokenizer that the model was trained with (--tokenizer_name_or_path)")
+        if too_few:
+            distributed.warn(f"{sizes}: is it the one that the model was trained with?")
     for other in {role.path: role for role in others if role.path != first.path}.values():
         check_same_tokens(tokenizer, other.path, f"{other.path_flag} {other.path}")
     return tokenizer
@@ -132,13 +133,13 @@ def _check_scalar_model(config: StepConfig, role: RoleFlags) -> PreTrainedConfig
 
 
 def _other_kind(model_config: PreTrainedConfig) -> str:
-    """What a model is that is no causal language model; empty for one."""
+    """What kind of model this is, if not a causal language model; empty for one."""
     if getattr(model_config, "is_encoder_decoder", False):
         return "an encoder-decoder"
     if model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model_config, "is_decoder", False):
         return "an encoder"
     is_known = model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return "" if is_known or hasattr(model_config, "auto_map") else "no language model"
+    return "" if is_known or hasattr(model_config, "auto_map") else "not a language model"
 
 
 def _check_shapes(role: RoleFlags, model_config: PreTrainedConfig, auto_class: type) -> None:

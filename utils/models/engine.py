@@ -1,4 +1,4 @@
-"""Models in their DeepSpeed engines, as the flags describe them: those that train, and those that are only read."""
+"""Models in their DeepSpeed engines, as the flags describe them: those that train, and frozen ones."""
 
 import functools
 
@@ -67,7 +67,7 @@ def build_engine(
 
 
 def build_frozen_engine(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, config: StepConfig) -> Engine:
-    """Load and wrap a model that is only read; the engine is left in evaluation mode."""
+    """Load and wrap a frozen model; the engine is left in evaluation mode."""
     offload = role.offload and torch.accelerator.is_available()
     stage = 3 if offload else role.zero_stage  # parameters can only be offloaded at stage 3
     zero = zero_config(stage, config.dtype, offload=offload, trainable=False)
@@ -79,8 +79,8 @@ def build_frozen_engine(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, con
 def _look_at_logits(engine: Engine, role: RoleFlags) -> None:
     if role.kind == "causal_lm" and find_own_logits(engine.module):
         distributed.log(
-            f"note: {role.name}: {engine.module.model.config.model_type} scales or clips its logits, so that they are "
-            "computed whole: more memory, the same result"
+            f"note: {role.name}: {engine.module.model.config.model_type} scales or clips its logits, so they are "
+            "computed in full: more memory, the same result"
         )
 
 
@@ -101,12 +101,12 @@ def _load(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, zero: dict, confi
 
 
 def _warmup_remark(config: StepConfig, total_steps: int) -> str:
-    """What a user should know of a warm-up that does not do what it is for, empty where it does."""
+    """A remark where the model never trains, or its warm-up has no effect or never ends; empty otherwise."""
     steps = config.num_warmup_steps
     if total_steps == 0:
         return "never trains: --critic_warmup_steps covers the whole run"
     if steps and config.lr_scheduler_type == "constant":
-        return f"--num_warmup_steps {steps} changes nothing: the schedule is constant, not constant_with_warmup"
+        return f"--num_warmup_steps {steps} has no effect: the schedule is constant, not constant_with_warmup"
     if steps and steps >= total_steps:
         return f"--num_warmup_steps {steps} but {total_steps} optimiser steps: the learning rate never reaches its peak"
     return ""

@@ -1,8 +1,8 @@
 """LLaMA's layers with the compiled operations of `utils.kernels` between their matrix products, on a CPU.
 
-`fuse_layers` gives modules of `transformers` these classes: same parameters, names and hooks, another forward. Where
-the operations do not exist for a tensor (a GPU, fp16, no compiler), the forward is transformers' own. On the meta
-device it is the one of a CPU: what it saves for the backward pass is all that counts there.
+`fuse_layers` gives modules of `transformers` these classes: same parameters, names and hooks, a different forward.
+Where the operations do not exist for a tensor (a GPU, fp16, no compiler), the forward is transformers' own. On the meta
+device it is the CPU's, because only what it saves for the backward pass matters there.
 """
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def _fuses(x: Tensor, weight: Tensor) -> bool:
 
 
 class FusedRMSNorm(LlamaRMSNorm):
-    """Keeps its input and a number per token."""
+    """Saves its input and one number per token for the backward pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not _fuses(hidden_states, self.weight):
@@ -29,9 +29,9 @@ class FusedRMSNorm(LlamaRMSNorm):
 
 
 class GatedLinear(nn.Linear):
-    """The last matrix of an MLP, whose input is silu(gate) * up: given both, it does not keep their product.
+    """The last matrix of an MLP, whose input is silu(gate) * up: given both, it does not save their product.
 
-    All happens in this module's forward, for DeepSpeed's ZeRO-3 hooks, which gather the matrix for it.
+    Everything happens in this module's forward, because DeepSpeed's ZeRO-3 hooks gather the matrix for it.
     """
 
     def forward(self, inputs: Tensor, up: Tensor | None = None) -> Tensor:
@@ -41,7 +41,7 @@ class GatedLinear(nn.Linear):
 
 
 class FusedMLP(LlamaMLP):
-    """Keeps its input, gate and up; with LoRA on the last matrix their product too."""
+    """Saves its input, gate and up for the backward pass; with LoRA on the last matrix, their product too."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -53,7 +53,7 @@ class FusedMLP(LlamaMLP):
 
 
 class FusedAttention(LlamaAttention):
-    """Queries and keys of packed rows are turned in one operation each, which keeps neither."""
+    """Rotates queries and keys of packed rows in one operation each, which saves neither for the backward pass."""
 
     def forward(
         self,
@@ -87,7 +87,7 @@ FUSED = {LlamaRMSNorm: FusedRMSNorm, LlamaMLP: FusedMLP, LlamaAttention: FusedAt
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let the LLaMA layers of `model`, as `transformers` made them, use the compiled operations where they run."""
+    """Let the unmodified LLaMA layers of `model` use the compiled operations where these are available."""
     for module in model.modules():
         fused = FUSED.get(type(module))
         if fused is None or (fused is FusedMLP and not _fusible(module)):

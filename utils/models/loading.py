@@ -21,11 +21,11 @@ from utils.parallel import distributed
 from utils.parallel.zero import TORCH_DTYPES, gathered, is_partitioned, sharded_loading
 
 HEAD_WEIGHT = "score.weight"
-PIECE = 1 << 24  # numbers that are looked at together
+PIECE = 1 << 24  # elements that are checked at a time
 
 
 def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
-    """Set every dropout probability that the architecture's config knows; None keeps the model's own."""
+    """Set every dropout probability that the architecture's config has; None keeps the model's own."""
     if dropout is None:
         return
     for name, value in config.to_dict().items():
@@ -47,7 +47,7 @@ def _from_pretrained(
             )
     except UnpicklingError as error:
         raise InputError(
-            f"{path}: its .bin file holds more than weights; nothing in it was run. Ask for a model in safetensors"
+            f"{path}: its .bin file holds more than weights; nothing in it was run. Use a model saved as safetensors"
         ) from error
     return model, set(report["missing_keys"]), set(report["unexpected_keys"])
 
@@ -61,7 +61,10 @@ def _refuse_key_mismatch(path: str, missing: set[str], unexpected: set[str]) -> 
 
 @torch.no_grad()
 def _refuse_nan(model: nn.Module, label: str) -> None:
-    """Training would end in NaN, and its flags would be blamed. Every rank must call it, and looks at what it holds."""
+    """Refuse NaN and infinite weights: training would end in NaN, and its flags would be blamed.
+
+    Every rank must call it, and checks the weights that it holds.
+    """
     problem = None
     for name, parameter in model.named_parameters():
         held = parameter.ds_tensor if is_partitioned(parameter) else parameter
@@ -73,7 +76,7 @@ def _refuse_nan(model: nn.Module, label: str) -> None:
 
 
 def _carry_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad, bos and eos ids of the tokenizer go into the model's configs, and its sampling defaults out of the way."""
+    """Copy the tokenizer's pad, BOS and EOS ids into the model's configs, and drop the model's sampling defaults."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for name, value in ids.items():
         setattr(model.config, name, value)
@@ -83,7 +86,7 @@ def _carry_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _grow_embedding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rows for tokens that `--add_eot_token` added, started from the mean of the others, to a multiple of 8."""
+    """Add embedding rows for tokens of `--add_eot_token`, up to a multiple of 8, starting from the others' mean."""
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8), mean_resizing=True)
 
@@ -103,7 +106,7 @@ def load_causal_lm(
 
     Args:
         zero_config: from `zero.zero_config`; at stage 3 every rank receives only its part of the weights.
-        flag: that gave `path`, for messages.
+        flag: the flag that gave `path`, for messages.
 
     Raises:
         InputError: weights are missing from the file or left over in it.
@@ -118,7 +121,7 @@ def load_causal_lm(
     _grow_embedding(model, tokenizer)
     _carry_tokens(model, tokenizer)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return CausalLM(model)
 
 
@@ -155,7 +158,7 @@ def load_scalar_model(
         missing.discard(HEAD_WEIGHT)
         unexpected -= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
     _refuse_key_mismatch(path, missing, unexpected)
-    _refuse_nan(model.base_model, f"{flag} {path}")  # a new head holds nothing yet
+    _refuse_nan(model.base_model, f"{flag} {path}")  # a new head is not initialised yet
     if new_head:
         weight = model.score.weight
         with gathered([weight], write=True), torch.no_grad():
@@ -163,5 +166,5 @@ def load_scalar_model(
     _grow_embedding(model, tokenizer)
     _carry_tokens(model, tokenizer)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return ScalarHeadModel(model)

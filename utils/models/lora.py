@@ -40,7 +40,7 @@ def find_linear_layers(model: nn.Module, patterns: str = "") -> list[str]:
 
 
 def check_lora(config: PreTrainedConfig, role: RoleFlags) -> None:
-    """Look at the adapters of a role on the architecture alone, before any weights exist.
+    """Check the LoRA flags of a role against the architecture alone, before any weights are loaded.
 
     Raises:
         InputError: no layer matches; or the factors are larger than every matrix that they adapt.
@@ -52,7 +52,7 @@ def check_lora(config: PreTrainedConfig, role: RoleFlags) -> None:
     if role.lora_dim > largest:
         raise InputError(
             f"--{role.prefix}lora_dim {role.lora_dim}: the matrices to adapt have up to {largest} rows and columns, so "
-            "that factors of this rank are larger than they are; lower it"
+            "factors of this rank would be larger than the matrices; lower it"
         )
 
 
@@ -96,7 +96,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before LoRA: adapters are skipped inside, and gradients' flags stay as they are."""
+    """The model as it was before LoRA: the block runs without adapters; `requires_grad` flags stay as they are."""
     layers = list(lora_layers(model).values())
     for layer in layers:
         layer._disable_adapters = True

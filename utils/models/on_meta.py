@@ -1,4 +1,4 @@
-"""A model as loading and its engine would make it, from its config.json alone: on the meta device, without any data."""
+"""A model as it would be loaded and prepared for training, built from its config.json alone on the meta device."""
 
 import copy
 import math
@@ -17,10 +17,10 @@ from utils.parallel.zero import TORCH_DTYPES
 def build_on_meta(
     config: PreTrainedConfig, role: RoleFlags, dtype: str, *, tokens: int = 0, layers: int | None = None
 ) -> CausalLM | ScalarHeadModel:
-    """The model that `models.loading` and `models.engine` would make, without data.
+    """The model that `models.loading` and `models.engine` would build, without data.
 
     Args:
-        tokens: of the tokenizer; rows beyond the model's own are added as `--add_eot_token` adds them.
+        tokens: size of the tokenizer; the embedding grows to hold them, as with `--add_eot_token`.
         layers: build this many instead of all.
     """
     config = copy.deepcopy(config)
@@ -46,6 +46,6 @@ def build_on_meta(
             only_lora=role.only_optimize_lora,
         )
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # peft gives factors the type of a matrix that has data
+        if "lora_" in name:  # off the meta device, peft casts the factors to the matrix's dtype
             parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
     return wrapped

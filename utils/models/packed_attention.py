@@ -3,10 +3,11 @@
     N   real tokens of a batch, longest sequence first      T   longest sequence of a group
     S   sequences                                           D   size of a head
 
-`transformers` calls `attend` for models whose attention implementation is `PACKED`. It gets the layout of the row as a
-keyword of the model's forward; a call without one (generation) is ordinary attention.
+`transformers` calls `attend_packed` for models whose attention implementation is `PACKED`. It gets the layout of the
+row as a keyword of the model's forward; a call without one (generation) is ordinary attention.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from utils.kernels.shapes import rounded_rows
 PACKED = "packed"
 # Architectures whose layers see other tokens through the attention interface alone, and their place by position ids.
 PACKABLE = ("llama", "opt", "gpt2", "gpt_neox", "phi")
+# Older versions of PyTorch find out for themselves that several query heads share a key head.
+VARLEN_NEEDS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 GROUP_SPREAD = 2  # sequences whose lengths differ by less than this factor are padded to each other for attention
 
 
@@ -49,7 +52,7 @@ class Layout:
     groups: list[Group]
 
 
-def pack(attention_mask: torch.Tensor) -> Layout:
+def packed_layout(attention_mask: torch.Tensor) -> Layout:
     """The layout for a (B, T) batch, padded on either side; rows without a token take no part."""
     rows, columns = attention_mask.shape
     device, mask = attention_mask.device, attention_mask.bool()
@@ -106,7 +109,7 @@ class _Collect(torch.autograd.Function):
         return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
-def attend(
+def attend_packed(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, *,
     scaling: float | None = None, dropout: float = 0.0, layout: Layout | None = None, **kwargs,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
@@ -119,11 +122,11 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    grouped_heads = query.size(1) != key.size(1)
     if _has_flash_varlen(query, dropout):
+        grouped_heads = {"enable_gqa": query.size(1) != key.size(1)} if VARLEN_NEEDS_GQA else {}
         attended = varlen_attn(
             query, key, value, layout.boundaries, layout.boundaries, layout.longest, layout.longest,
-            scale=scaling, window_size=(-1, 0), enable_gqa=grouped_heads,
+            scale=scaling, window_size=(-1, 0), **grouped_heads,
         )  # fmt: skip
         return attended[None], None
     if usable(query) and not dropout:
@@ -177,7 +180,7 @@ def token_states(
         model: a `transformers` base model (without head). One whose attention implementation is not `PACKED` computes
             the padded batch, and the result is the same.
     """
-    layout = pack(attention_mask)
+    layout = packed_layout(attention_mask)
     if model.config._attn_implementation == PACKED:
         count = len(layout.index)
         spare = rounded_rows(count, input_ids.device) - count if model.dtype == torch.bfloat16 else 0
@@ -201,5 +204,5 @@ def enable_packing(model: nn.Module) -> None:
         model.set_attn_implementation(PACKED)
 
 
-AttentionInterface.register(PACKED, attend)
+AttentionInterface.register(PACKED, attend_packed)
 AttentionMaskInterface.register(PACKED, sdpa_mask)

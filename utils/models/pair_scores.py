@@ -1,4 +1,4 @@
-"""How well a reward model tells the chosen from the rejected response of held-out pairs."""
+"""How well a reward model separates the chosen from the rejected response of held-out pairs."""
 
 import torch
 
@@ -15,16 +15,16 @@ class PairScores:
         self._moments = torch.zeros(2, 3, dtype=torch.float64)
 
     def add(self, losses: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
-        """Count in a batch: losses and scores of its pairs, each (B,)."""
-        everything = torch.ones_like(chosen, dtype=torch.bool)
-        self._moments += torch.stack([masked_moments(scores, everything) for scores in (chosen, rejected)]).cpu()
+        """Add a batch: losses and scores of its pairs, each (B,)."""
+        all_pairs = torch.ones_like(chosen, dtype=torch.bool)
+        self._moments += torch.stack([masked_moments(scores, all_pairs) for scores in (chosen, rejected)]).cpu()
         self._sums["pairs"] += len(losses)
         self._sums["loss"] += losses.sum().item()
         self._sums["correct"] += (chosen > rejected).sum().item()
         self._sums["margin"] += (chosen - rejected).sum().item()
 
     def metrics(self) -> dict[str, float]:
-        """Loss, accuracy, margin, and mean and deviation of the scores over the pairs of all ranks, as "eval/...".
+        """Loss, accuracy, margin, mean and standard deviation of the scores over the pairs of all ranks, as "eval/...".
 
         Raises:
             DivergenceError: the loss is NaN or infinite.

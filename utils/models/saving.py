@@ -1,4 +1,4 @@
-"""Saving: a folder that `transformers` opens, with LoRA merged and the whole tokenizer, from any ZeRO stage."""
+"""Saving a model as a folder that `transformers` opens, with LoRA merged and the tokenizer, at any ZeRO stage."""
 
 import copy
 from pathlib import Path
@@ -56,12 +56,12 @@ def save_model(
     Args:
         model: the `transformers` model inside a wrapper (`CausalLM.model`, `ScalarHeadModel.model`).
         state: weights to write instead of the model's own (rank 0; from `merged_state_dict` of the same model).
-        save_adapter: also write what LoRA has trained to `folder/adapter`, as peft stores it: the factors, and as
-            `modules_to_save` whatever else was trained, such as the head of a reward model.
+        save_adapter: also write what was trained to `folder/adapter` in peft's format: the LoRA factors, and as
+            `modules_to_save` everything else that was trained, such as the head of a reward model.
 
     Raises:
         DivergenceError: a weight is NaN or infinite; nothing was written.
-        InputError: on every rank; the folder cannot be written, and is as it was.
+        InputError: on every rank; the folder cannot be written; its content is unchanged.
     """
     check_weights(model)
     state = merged_state_dict(model) if state is None else state
@@ -71,7 +71,7 @@ def save_model(
         try:
             _write(model, tokenizer, Path(folder), state, adapter)
         except (OSError, SafetensorError) as error:
-            problem = f"{folder}: the model cannot be saved ({error}); make room, or choose another --output_dir"
+            problem = f"{folder}: the model cannot be saved ({error}); free disk space, or choose another --output_dir"
     if problem := distributed.first_problem(problem):
         raise InputError(problem)
 
@@ -90,7 +90,7 @@ def _write(model, tokenizer, folder: Path, state: dict, adapter: dict | None) ->
 
 @torch.no_grad()
 def _adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """What has been trained, under the names that peft's files have, on rank 0: LoRA factors and whole modules."""
+    """What was trained, under the names that peft's files use, on rank 0: LoRA factors and whole modules."""
     state = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -103,7 +103,7 @@ def _adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def _adapter_config(model: nn.Module) -> LoraConfig:
-    """With it peft puts the adapter on the model that training began with, and gets the trained model."""
+    """The config with which peft turns the model that training began with, and the adapter, into the trained model."""
     config = copy.copy(model.peft_config[ADAPTER])
     config.base_model_name_or_path = str(model.config.name_or_path)
     config.task_type = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"

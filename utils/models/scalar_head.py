@@ -16,12 +16,12 @@ class ScalarHead(nn.Linear):
 
 
 def store_score_scale(model_config: PreTrainedConfig, mean: float, std: float) -> None:
-    """Put mean and deviation of the scores of good answers where `save_model` will write them: into config.json."""
+    """Store mean and standard deviation of the scores of good answers in the config that `save_model` writes."""
     model_config.score_mean, model_config.score_std = mean, std
 
 
 def score_scale(model_config: PreTrainedConfig) -> tuple[float, float] | None:
-    """What `store_score_scale` has stored; None without it, or where a single pair gave a deviation of 0."""
+    """What `store_score_scale` has stored; None without it, or where a single pair gave a standard deviation of 0."""
     mean, deviation = getattr(model_config, "score_mean", None), getattr(model_config, "score_std", None)
     return None if mean is None or not deviation else (float(mean), float(deviation))
 
@@ -43,7 +43,7 @@ class ScalarHeadModel(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and mask -> (B, T) fp32 scores, 0 on padding; a column's score sees the tokens up to it."""
+        """(B, T) ids and mask -> (B, T) fp32 scores, 0 on padding; a column's score depends on the tokens up to it."""
         states, layout = token_states(self.model.base_model, input_ids, attention_mask)
         scores = self.model.score(states).squeeze(-1)
         blank = torch.zeros(input_ids.numel(), dtype=scores.dtype, device=scores.device)

@@ -22,8 +22,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `path`, with a pad token and the token that ends a response as its `eos_token`.
 
-    A folder whose only vocabulary is a sentencepiece `tokenizer.model` (as LLaMA's original releases), or such a file
-    itself, is converted here: `LlamaTokenizer.from_pretrained` of transformers 5 reads it wrongly without an error.
+    A folder whose only vocabulary is a sentencepiece `tokenizer.model` (as in LLaMA's original releases), or such a
+    file itself, is converted here: `LlamaTokenizer.from_pretrained` of transformers 5 misreads it without an error.
     The pad token is the model's own, else `<unk>`, else `eos`: masks come from lengths, so sharing an id is harmless.
 
     Args:
@@ -56,10 +56,10 @@ def load_tokenizer(
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, folder: str | Path, label: str) -> None:
-    """Raise InputError when the model in `folder` was trained with other tokens than those of `tokenizer`.
+    """Raise InputError when the model in `folder` was trained with a different tokenizer.
 
-    It must give every token that it knows the same id, and end responses with the same one. A model without a
-    tokenizer of its own, or one on the hub, is taken at its word. `label` begins the message: the flag and its value.
+    Every token of its vocabulary must have the same id, and responses must end with the same token. A model without
+    tokenizer files, or one on the hub, is not checked. `label`, the flag and its value, begins the message.
     """
     if not has_tokenizer(folder):
         return
@@ -81,7 +81,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_special_tokens(folder: Path) -> dict[str, str]:
-    """Special-token strings that a folder states beside its sentencepiece model."""
+    """The special tokens that JSON files in `folder` define for its sentencepiece model."""
     stated = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         file = folder / name
@@ -94,7 +94,7 @@ def _read_special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _from_sentencepiece(file: Path, special_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
-    """LLaMA's tokenizer from its sentencepiece BPE model, token for token what sentencepiece itself gives."""
+    """LLaMA's tokenizer from its sentencepiece BPE model, giving the same tokens as sentencepiece itself."""
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
     from tokenizers.models import BPE

@@ -1,4 +1,4 @@
-"""The vocabulary projection of a causal language model, which can answer in log-probabilities instead of logits."""
+"""The vocabulary projection of a causal language model, which can return log-probabilities instead of logits."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from utils.algorithms.logprobs import token_logprobs
 
 
 class VocabularyHead(nn.Linear):
-    """Stands in for a model's output embedding, on the same parameters, and does all that it did.
+    """Replaces a model's output embedding and shares its parameters; without targets it behaves the same.
 
     The log-probabilities are computed inside the module's own forward, so that DeepSpeed's ZeRO-3 hooks gather the
     matrix once for the forward and once for the backward pass, however many chunks there are.

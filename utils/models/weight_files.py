@@ -1,4 +1,4 @@
-"""The weight files of a model folder, looked at without reading the weights: are all there, and is each whole?"""
+"""Checks of a model folder's weight files without reading the weights: is every file there, and is each complete?"""
 
 import json
 from pathlib import Path
@@ -18,10 +18,10 @@ GIT_LFS_POINTER = b"version https://git-lfs"
 
 
 def check_weight_files(folder: Path, label: str) -> None:
-    """Refuse a folder whose weights are missing, incomplete or cut short; only the beginnings of files are read.
+    """Refuse a folder whose weight files are missing or truncated; only the beginnings of files are read.
 
     Args:
-        label: the flag and what it was given, for messages.
+        label: the flag and its value, for messages.
 
     Raises:
         InputError: one line that names the file and what to do.
@@ -52,19 +52,19 @@ def _check_whole(file: Path, label: str) -> None:
         with open(file, "rb") as stream:
             head = stream.read(len(GIT_LFS_POINTER))
         if head == GIT_LFS_POINTER:
-            raise InputError(f"{label}: {file.name} is git-lfs's pointer to the weights: run `git lfs pull` there")
+            raise InputError(f"{label}: {file.name} is a Git LFS pointer, not the weights: run `git lfs pull` there")
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{label}: {file.name} cannot be read whole ({error}); copy the model again") from error
+        raise InputError(f"{label}: {file.name} cannot be read in full ({error}); copy the model again") from error
 
 
 def check_shapes(folder: Path, label: str, expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse safetensors files with a tensor of another shape than `expected`; names of only one side do not count.
+    """Refuse safetensors files in which a tensor's shape differs from `expected`; names on one side only are ignored.
 
     Raises:
-        InputError: naming the first tensor.
+        InputError: names the first such tensor.
     """
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:

@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: metrics, curves, tables, progress."""
+"""What a run shows and writes: metrics, curves, tables, progress."""

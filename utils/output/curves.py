@@ -1,4 +1,4 @@
-"""The picture of a run: one panel per topic, the raw values thin and a smoothed line over them."""
+"""The plot of a run's metrics: one panel per topic, raw values as a thin line under a smoothed one."""
 
 import math
 import os
@@ -25,7 +25,7 @@ def draw_curves(
     Values that are missing or not finite leave a gap. A panel none of whose keys has a value is left out.
 
     Args:
-        rows: as `metrics.read_metrics` gives them; a key need not be in every row.
+        rows: as `metrics.read_metrics` returns them; a key need not be in every row.
         panels: title of each panel -> the keys it shows.
         path: the file, written whole or not at all.
         title: of the whole picture. per: what the horizontal axis counts.
@@ -71,8 +71,8 @@ def draw_curves(
 
 
 def _panels_across(count: int) -> int:
-    """Up to three panels make one row and four a square; of three and four across, more panels take what leaves fewer
-    holes."""
+    """Up to three panels form one row and four a square; more are put three or four across, whichever leaves fewer
+    gaps."""
     if count <= 4:
         return (1, 2, 3, 2)[count - 1]
     return min((3, 4), key=lambda across: -count % across)
@@ -106,8 +106,8 @@ def _draw_series(axis, steps: list[float], values: list[float], label: str, colo
 
 
 def _smooth(values: list[float]):
-    """Gaussian average over about a thirtieth of the series on either side. Centred, so that it does not lag behind;
-    at the edges and around gaps the weights that are left are normalised."""
+    """Gaussian average over about a twentieth of the series on either side. Centred, so that it does not lag behind;
+    at the edges and around gaps the remaining weights are normalised."""
     import numpy as np
 
     raw = np.asarray(values, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""What a run shows and leaves behind: progress, one JSON-lines file, TensorBoard on request, tables, curves.
+"""What a run shows and writes: progress, one JSON-lines file, TensorBoard on request, tables, curves.
 
 `metrics.jsonl` holds one object per line, `{"step": 12, "time": 1718000000.0, "train/loss": 2.31, ...}`. Every line is
-handed to the operating system whole and at once, so a run that is killed keeps all it has logged. NaN and infinities,
+passed to the operating system whole and without buffering, so a killed run keeps all it has logged. NaN and infinities,
 which JSON does not have, are written as null.
 """
 
@@ -36,7 +36,7 @@ class MetricsWriter:
         logging_interval: of the rows that move the progress bar, the file gets those of every n-th step.
         start_step: the step a resumed run continues from.
         position: a resumed run keeps this many bytes of the existing `metrics.jsonl` (see the property of the same
-            name) and drops what was logged after its checkpoint; 0 starts the file anew.
+            name) and drops what was logged after its checkpoint; 0 starts with an empty file.
     Raises:
         InputError: tensorboard is not installed or has no folder to write to; a folder cannot be written.
     """
@@ -109,7 +109,7 @@ class MetricsWriter:
             self._progress.print(f"\n{format_table(title, rows, header)}\n")
 
     def compare(self, title: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        """Print metrics "eval/..." of two times side by side, by the part of their names after the slash."""
+        """Print "eval/..." metrics from before and after side by side, named by the part after the slash."""
         rows = [(name.rpartition("/")[2], f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
         self.table(title, rows, header=("", "before", "after"))
 
@@ -163,10 +163,10 @@ class MetricsWriter:
 
 
 def check_tensorboard(tensorboard_path: str, output_dir: str | os.PathLike | None) -> Path:
-    """The folder that TensorBoard's files go to, which is made.
+    """The folder for TensorBoard's files, created if missing.
 
     Raises:
-        InputError: there is none, it cannot be written, or TensorBoard is not installed.
+        InputError: none is given, it cannot be written, or TensorBoard is not installed.
     """
     if not tensorboard_path and not output_dir:
         raise InputError("--enable_tensorboard needs a folder: give --tensorboard_path or --output_dir")
@@ -181,10 +181,10 @@ def check_tensorboard(tensorboard_path: str, output_dir: str | os.PathLike | Non
 
 
 def read_metrics(path: str | os.PathLike, *, end: int | None = None) -> list[dict[str, float | None]]:
-    """The rows of a `metrics.jsonl`, in order; null stays None. A last line without its end is left out.
+    """The rows of a `metrics.jsonl`, in order; null becomes None. An incomplete last line is skipped.
 
     Args:
-        end: bytes of the file that are read; left out, all.
+        end: number of bytes of the file to read; if omitted, all.
 
     Raises:
         InputError: the file cannot be read, or another line is not a JSON object.
@@ -194,7 +194,7 @@ def read_metrics(path: str | os.PathLike, *, end: int | None = None) -> list[dic
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not text (byte {error.start + 1}); remove the file's rest from there on") from error
+        raise InputError(f"{path}: not text (byte {error.start + 1}); remove everything from there on") from error
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

@@ -1,4 +1,4 @@
-"""How far a run has come, on stderr: a bar on a terminal, a plain line now and then in a log file."""
+"""Progress of a run on stderr: a bar on a terminal, an occasional plain line in a log file."""
 
 import os
 import sys
@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-# Seconds between plain lines: a twentieth of the time the run has taken, within these bounds. A one-minute run says
-# something every five seconds, a day's run once a minute.
+# Seconds between plain lines: a twentieth of the time the run has taken, within these bounds. A one-minute run prints
+# a line every five seconds, a day's run once a minute.
 PLAIN_LINE_SECONDS = (5.0, 60.0)
 SECONDS_BEFORE_A_BAR, SECONDS_BEFORE_A_LINE = 3.0, 10.0  # of work within a step
 Piece = TypeVar("Piece")
@@ -57,11 +57,11 @@ class Progress:
 
 
 class Wait:
-    """What is done of a piece of work within a step: nothing for a few seconds, then a bar, or lines in a log file.
+    """Progress of work within a step: nothing for a few seconds, then a bar, or lines in a log file.
 
     Args:
-        what: such as "evaluating". total: pieces, None where that is not known.
-        is_main: of other processes nothing is shown.
+        what: such as "evaluating". total: number of pieces, None if unknown.
+        is_main: other processes show nothing.
     """
 
     def __init__(self, what: str, total: int | None, *, is_main: bool) -> None:
@@ -72,7 +72,7 @@ class Wait:
             self._bar = tqdm(desc=what, total=total, delay=SECONDS_BEFORE_A_BAR, leave=False, file=sys.stderr)
 
     def update(self, count: int = 1) -> None:
-        """So many more pieces are done."""
+        """Report that `count` more pieces are done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -86,7 +86,7 @@ class Wait:
                 print(f"{self._what}: {self._done}{total}  {elapsed}", file=sys.stderr, flush=True)
 
     def over(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces, each done when the next one is asked for."""
+        """The pieces; each counts as done when the next one is requested."""
         with self:
             for piece in pieces:
                 yield piece
@@ -125,7 +125,7 @@ class PlainProgress:
         print(text, flush=True)
 
     def close(self) -> None:
-        """Write a last line if the run ended on a step that none has shown."""
+        """Write a last line if the run ended on a step that no line has shown."""
         if self._step > self._step_of_line:
             self._write_line()
 

@@ -1,4 +1,4 @@
-"""Plain-text tables that stay aligned: wrapped to the terminal, numbers to the right, wide (CJK) characters counted."""
+"""Plain-text tables that stay aligned: wrapped to the terminal, numbers to the right, with wide (CJK) characters."""
 
 import shutil
 import unicodedata
@@ -54,7 +54,7 @@ def printable(text: str) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    """True for a figure, with or without a unit or a sign around it, and for an empty cell."""
+    """True for a number, with or without a unit (% or s), for a dash, and for an empty cell."""
     try:
         float(cell.strip().rstrip("%s ").replace(",", "") or 0)
     except ValueError:

@@ -1,1 +1,1 @@
-"""Several processes: the group, DeepSpeed, optimiser steps, memory, and what happens when one stands still."""
+"""Several processes: the process group, DeepSpeed, optimiser steps, memory, and a watchdog for stalled runs."""

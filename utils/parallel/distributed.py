@@ -32,7 +32,7 @@ from utils.output.progress import Wait
 from utils.parallel import watchdog
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-LEAST_DRIVER = {"13": 580, "12": 525}  # that a torch of this CUDA runs on
+LEAST_DRIVER = {"13": 580, "12": 525}  # oldest driver for a torch built for this CUDA
 LEAST_TIMEOUT = datetime.timedelta(minutes=60)
 _verbose = False
 _timeout = LEAST_TIMEOUT  # of every group's collectives
@@ -43,7 +43,7 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
 
     Args:
         stall_timeout: minutes without progress after which the run ends, see `watchdog`; 0: none. Collectives have a
-            time limit of their own, which says less, and so comes later.
+            time limit of their own, whose error says less, and which is therefore longer.
     """
     global _verbose, _timeout
     _verbose = verbose
@@ -61,8 +61,8 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
         # Compiling DeepSpeed's shared-memory collectives takes half a minute and leaks /dev/shm; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not 0 <= rank() < world_size():
-        raise RankError(f"the environment says RANK={rank()} of WORLD_SIZE={world_size()}: ranks count from 0")
-    gc.freeze()  # what imports have made stays: DeepSpeed collects garbage often, half a second each time with it
+        raise RankError(f"the environment has RANK={rank()} with WORLD_SIZE={world_size()}: ranks count from 0")
+    gc.freeze()  # exempts what imports created: DeepSpeed collects garbage often, which takes half a second with it
     _timeout = max(LEAST_TIMEOUT, datetime.timedelta(minutes=2 * stall_timeout))
     try:
         with quiet():
@@ -71,16 +71,17 @@ def init_distributed(verbose: bool = False, stall_timeout: float = 0.0) -> None:
         if "EADDRINUSE" not in str(error) and "in use" not in str(error):
             raise
         raise RankError(
-            f"port {os.environ.get('MASTER_PORT')} of this machine, at which the processes are to meet, is in use: "
+            f"port {os.environ.get('MASTER_PORT')} of this machine, at which the processes must connect, is in use: "
             "give the launcher another one, such as --master_port 29511"
         ) from error
-    # Where ZeRO reduces and gathers. DeepSpeed would make it with torch's own limit: 10 minutes for nccl, 30 for gloo.
+    # The group in which ZeRO reduces and gathers. DeepSpeed would create it with torch's default time limit: 10 minutes
+    # for nccl, 30 for gloo.
     groups._WORLD_GROUP = new_group(range(world_size()))
     watchdog.start(rank(), world_size(), stall_timeout)
 
 
 def check_driver() -> None:
-    """Refuse a run that would be on the CPU although there is an NVIDIA GPU: its driver is too old for this torch.
+    """Refuse a run that would use the CPU although there is an NVIDIA GPU: its driver is too old for this torch.
 
     CUDA_VISIBLE_DEVICES="" in the environment asks for the CPU.
 
@@ -94,7 +95,7 @@ def check_driver() -> None:
     driver = f"NVIDIA driver {found[1]}" if found else "NVIDIA driver"
     if torch.version.cuda is None:
         warn(
-            f"this machine has an {driver}, but torch {torch.__version__} is built for CPUs: the run is on the CPU. "
+            f"this machine has an {driver}, but torch {torch.__version__} is built for CPUs: the run uses the CPU. "
             "`bash scripts/setup_environment.sh` installs torch with CUDA"
         )
         return
@@ -102,7 +103,7 @@ def check_driver() -> None:
     raise InputError(
         f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU of this machine with its {driver}"
         + (f", which must be {needed} or newer" if needed else "")
-        + ": update it, or install a build of torch for an older CUDA, such as 12.6, which drivers since 525 run; "
+        + ": update it, or install a build of torch for an older CUDA, such as 12.6, which runs on drivers from 525; "
         'CUDA_VISIBLE_DEVICES="" runs on the CPU'
     )
 
@@ -118,7 +119,7 @@ def quiet() -> contextlib.AbstractContextManager:
 
 
 def _silence_libraries() -> None:
-    """Keep DeepSpeed, transformers and torch from writing anything below an error; `--verbose` leaves them alone."""
+    """Silence everything below an error of DeepSpeed, transformers and torch; not called with `--verbose`."""
     for name in ("DeepSpeed", "deepspeed", "torch.distributed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -185,7 +186,7 @@ def warn(message: str) -> None:
 
 
 def wait(what: str, total: int | None = None) -> Wait:
-    """A bar on rank 0 for work that may take long; see `output.progress.Wait`."""
+    """A progress bar on rank 0 for work that may take long; see `output.progress.Wait`."""
     return Wait(what, total, is_main=is_main())
 
 
@@ -198,7 +199,7 @@ def barrier() -> None:
 def seed_everything(seed: int) -> None:
     """Seed python, numpy (through transformers' helper) and torch on every device with the same number on every rank.
 
-    What must differ (sampling, data order, the ranks' random numbers) takes seeds of its own: see `derived_seed`.
+    Whatever must differ (sampling, data order, the ranks' random numbers) uses separate seeds: see `derived_seed`.
     """
     import transformers
 
@@ -209,9 +210,9 @@ def seed_everything(seed: int) -> None:
 def derived_seed(*numbers: int) -> int:
     """A seed for these numbers in this order, such as (seed, epoch), in [0, 2^63); the same on every machine.
 
-    A sum would make epoch 1 of seed 1 the epoch 0 of seed 2.
+    With a sum, epoch 1 of seed 1 would equal epoch 0 of seed 2.
     """
-    return hash(numbers) % 2**63  # of a tuple of integers, which Python hashes alike in every process
+    return hash(numbers) % 2**63  # the hash of a tuple of integers is the same in every Python process
 
 
 def all_reduce(values: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -237,7 +238,7 @@ def all_reduce_dict(values: dict[str, float], op: str = "sum") -> dict[str, floa
 
 
 def first_problem(problem: str | None) -> str | None:
-    """The problem of the lowest rank that has one, on every rank; None if no rank has. Cut at 1,000 bytes."""
+    """The problem of the lowest rank that has one, on every rank; None if no rank has. Truncated to 1,000 bytes."""
     if world_size() == 1:
         return problem
     source = int(all_reduce_scalar(rank() if problem else world_size(), "min"))

@@ -26,7 +26,7 @@ TokenIds = list[list[int]]
 
 
 def check_finite(loss: float, what: str) -> None:
-    """Raise `DivergenceError` when `loss`, which all ranks share so that all raise, is NaN or infinite."""
+    """Raise `DivergenceError` when `loss` is NaN or infinite; it must be equal on all ranks, so that all raise."""
     if not math.isfinite(loss):
         raise DivergenceError(f"{what}: the loss is {loss}. {DIVERGENCE_ADVICE}")
 
@@ -52,10 +52,10 @@ def collated_tokens(batch: dict[str, torch.Tensor]) -> TokenIds:
 
 @dataclass(frozen=True)
 class DivergenceGuard:
-    """What the flags say about it: `on_nan` "stop" or "skip"; `output_dir` of the file, None for no file.
+    """The settings for it: `on_nan` is "stop" or "skip"; `output_dir` is the folder of the file, None for no file.
 
     Args:
-        tokens_of: the token ids of a micro-batch, for the file.
+        tokens_of: returns the token ids of a micro-batch, for the file.
     """
 
     on_nan: str = "stop"

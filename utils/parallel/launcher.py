@@ -1,4 +1,4 @@
-"""What a launcher tells its processes through the environment, and processes that it has nothing to tell."""
+"""The variables that a launcher sets for its processes, and subprocesses that must not inherit them."""
 
 import os
 
@@ -6,5 +6,5 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 def environment_of_its_own() -> dict[str, str]:
-    """This process's environment for one that is a run of its own, whatever launched this process."""
+    """This process's environment for a subprocess that is a separate run: without the launcher's variables."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}

@@ -1,4 +1,4 @@
-"""Memory of this process and its machine: what is free, what fits, what to say when it runs out."""
+"""Memory of this process and its machine: what is free, what fits, and the error when it runs out."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from utils.errors import RankError
 from utils.parallel import distributed
 from utils.parallel.zero import is_partitioned
 
-# Of torch's allocators on a device and a host, of the driver, and of libraries with memory of their own.
+# In messages of torch's device and host allocators, of the driver, and of libraries that allocate memory themselves.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-USABLE = 0.9  # of the free memory: the rest is for activations and fragments
+USABLE = 0.9  # share of the free memory: the rest is for activations and fragmentation
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -27,7 +27,7 @@ def free_memory() -> float:
 
 
 def available_memory() -> float:
-    """Bytes that new allocations could take on this machine, or may in its control groups; infinite where unknown."""
+    """Bytes that new allocations may take on this machine and in its control groups; infinite where unknown."""
     available = float("inf")
     with contextlib.suppress(OSError):
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
@@ -36,7 +36,7 @@ def available_memory() -> float:
 
 
 def control_groups() -> list[Path]:
-    """Folders of the control groups (version 2) that this process is in, each within the next; none without them."""
+    """Folders of the control groups (version 2) that this process is in, innermost first; none where there are none."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             if line.startswith("0::/"):
@@ -46,7 +46,7 @@ def control_groups() -> list[Path]:
 
 
 def room_in(group: Path) -> float:
-    """Bytes between what a control group uses, less the files it caches and may forget, and its limit."""
+    """Bytes that a control group may still use below its limit; cached files, which can be dropped, count as free."""
     try:
         limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
@@ -66,7 +66,7 @@ def resident_memory() -> float:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters of `model` when they are whole, in the number format that they have now."""
+    """Bytes of all parameters of `model` when they are whole, in their current number format."""
     return sum(
         (parameter.ds_numel if is_partitioned(parameter) else parameter.numel()) * parameter.element_size()
         for parameter in model.parameters()
@@ -74,17 +74,17 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def is_room_for(needed: float, free: float) -> bool:
-    """Whether `needed` bytes may be taken where `free` are: the rule of generation, and of its prediction."""
+    """Whether `needed` bytes may be allocated when `free` are free: the rule of generation and of its estimate."""
     return needed <= USABLE * free
 
 
 def fits(needed: float) -> bool:
-    """Whether `needed` bytes are there on every rank; all ranks get the same answer and must call it."""
+    """Whether every rank has room for `needed` bytes; a collective, with the same answer on all ranks."""
     return bool(distributed.all_reduce_scalar(float(is_room_for(needed, free_memory())), "min"))
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory has run out: in this error, or in the one during whose handling it came up.
+    """Whether this error, or one during whose handling it was raised, means that memory has run out.
 
     `torch.OutOfMemoryError` is only what torch's own allocator raises.
     """
@@ -97,7 +97,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def advising_on_memory(advice: str) -> Iterator[None]:
-    """Turn running out of memory inside into a `RankError` with `advice`: the flags that lower what is taken."""
+    """Turn an out-of-memory error in the block into a `RankError` with `advice`: the flags that reduce memory use."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one

@@ -44,8 +44,8 @@ def optimizer_step(
         loss = loss_function(micro_batch)
         watchdog.alive(f"{what}, backward pass of micro-batch {index + 1}")
         losses.append(loss.detach().double())
-        # DeepSpeed averages over ranks, our losses are shares of a sum. A loss that is not finite may have a gradient
-        # that is: made NaN, it keeps the optimiser of every rank from this step.
+        # DeepSpeed averages gradients over ranks, but our losses are shares of a sum, hence the factor `world`. A loss
+        # that is not finite may have a finite gradient: the factor NaN makes every rank's optimiser skip this step.
         engine.backward(loss * torch.where(loss.detach().isfinite(), float(world), math.nan), scale_wrt_gas=False)
     losses = torch.stack(losses).cpu()
     loss_value = distributed.all_reduce(losses.sum()).item()
@@ -59,7 +59,7 @@ def optimizer_step(
 
 
 def _step(engine: Engine, what: str) -> float:
-    """Update the weights unless a gradient is NaN or infinite; the gradient norm of all ranks before clipping."""
+    """Update the weights unless a gradient is NaN or infinite. Returns the norm over all ranks before clipping."""
     if engine.zero_optimization_stage() == 0:
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
         if math.isfinite(norm):

@@ -1,8 +1,8 @@
-"""A run of several processes that stands still ends with a line that names the process which holds the others up.
+"""A run of several processes that stalls ends with a line that names the process holding up the others.
 
-Every process reports where it is at points that all of them pass in the same order (`alive`). A thread publishes that
-through a connection of its own to the process group's store. When no process has come further for the given time, each
-one's thread can see who has passed the fewest points, and ends its process.
+Every process reports its position at points that all of them pass in the same order (`alive`). A thread publishes it
+through a separate connection to the process group's store. When no process has made progress for the given time, the
+thread of each one reads which processes have passed the fewest points, and ends its own.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 EXIT_CODE = 5
-POLLS = 20  # per time limit, but not more than one each second
+POLLS = 20  # per time limit, and at least one per second
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 _STORE_TIMEOUT = timedelta(seconds=30)
@@ -27,12 +27,12 @@ _STORE_TIMEOUT = timedelta(seconds=30)
 
 @dataclasses.dataclass
 class Report:
-    """Where a process is.
+    """The position of a process.
 
     Attributes:
-        points: how many calls of `alive` it has passed. what: what the last one said.
-        since: the time of that, in seconds since 1970.
-        place: the line of ours that it executes. waits: whether that waits for other processes.
+        points: number of its calls of `alive`. what: what it is doing, according to the last call that named it.
+        since: the time of its last report of progress, in seconds since 1970.
+        place: the line of this repository that it executes. waits: whether that line waits for other processes.
     """
 
     points: int = 0
@@ -48,19 +48,19 @@ _ends = threading.Event()
 
 
 def alive(what: str = "") -> None:
-    """Report progress: this process now does `what`; nothing means still the same. All processes must call it alike."""
+    """Report progress: this process now does `what` (empty: as before). All ranks must call it at the same points."""
     _own.what = what or _own.what
     _own.since = time.time()
     _own.points += 1
 
 
 def working() -> None:
-    """Report that this process works alone, at something that others may wait for."""
+    """Report progress of work that this process does alone and that others may wait for."""
     _own.since = time.time()
 
 
 def start(rank: int, world_size: int, minutes: float) -> None:
-    """Watch this process from now on. Does nothing in a run of one process, with 0 minutes, or when it watches already.
+    """Watch this process from now on. Does nothing in a run of one process, with 0 minutes, or when already started.
 
     Ends the process with `EXIT_CODE` when no process has reported progress for `minutes`.
     """
@@ -79,7 +79,7 @@ def start(rank: int, world_size: int, minutes: float) -> None:
 
 
 def _end(thread: threading.Thread) -> None:
-    """Let the thread finish: inside the store when the interpreter goes away, it would abort the process."""
+    """Let the thread finish: if it used the store while the interpreter shuts down, it would abort the process."""
     _ends.set()
     thread.join(_STORE_TIMEOUT.total_seconds())
 
@@ -100,23 +100,23 @@ def _watch(store: dist.Store, rank: int, world_size: int, limit: float, watched:
                 continue
             if store.add("watchdog/told", 1) == 1:
                 os.write(2, (stall_message(reports, world_size, still) + "\n").encode())
-            # All leave together: one that is still waiting when another has gone would end with that as its error.
+            # All exit together: one still in a collective when another has exited would report that as its error.
             store.set(f"watchdog/{rank}/leaves", "")
-            everybody = [f"watchdog/{other}/leaves" for other in range(world_size)]
-            store.wait(everybody, timedelta(seconds=5 * interval))
-        except (RuntimeError, OSError):  # the process that holds the store has gone, or one cannot even leave
+            leaving = [f"watchdog/{other}/leaves" for other in range(world_size)]
+            store.wait(leaving, timedelta(seconds=5 * interval))
+        except (RuntimeError, OSError):  # the process that hosts the store has exited, or one did not announce its exit
             if idle < limit / 2:
-                return  # as it goes at the end of a run
+                return  # the usual end of a run
         os._exit(EXIT_CODE)
 
 
 def stall_message(reports: dict[int, Report], world_size: int, seconds: float) -> str:
-    """One line that names the processes which hold the others up.
+    """One line that names the processes holding up the others.
 
-    Those that passed the fewest points are behind; of these, the ones that do not wait for others, if there are any.
+    These are the ones that passed the fewest points; of them only those that do not wait for others, if there are any.
 
     Args:
-        reports: by rank; a rank without one has never reported. seconds: since anybody came further.
+        reports: by rank; a rank without one has never reported. seconds: since any process made progress.
     """
     silent = [rank for rank in range(world_size) if rank not in reports]
     fewest = min(report.points for report in reports.values())
@@ -127,11 +127,11 @@ def stall_message(reports: dict[int, Report], world_size: int, seconds: float) -
     if others:
         parts.append(f"while {_describe(others, reports)}")
     minutes = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
-    return f"error: nothing has moved for {minutes}: {', '.join(parts)} (--stall_timeout)"
+    return f"error: no progress for {minutes}: {', '.join(parts)} (--stall_timeout)"
 
 
 def _describe(ranks: list[int], reports: dict[int, Report]) -> str:
-    """The first of some ranks and where it is; how many more there are."""
+    """The first of `ranks` and its position, and how many more there are."""
     report = reports.get(ranks[0])
     more = f" (and {len(ranks) - 1} more, up to rank {ranks[-1]})" if len(ranks) > 1 else ""
     if report is None:
@@ -149,7 +149,7 @@ def _read(store: dist.Store, world_size: int) -> dict[int, Report]:
 
 
 def _position(thread: int) -> tuple[str, bool]:
-    """The innermost line of this repository that a thread executes, and whether that has led into a collective."""
+    """The innermost line of this repository that a thread executes, and whether it waits in a collective."""
     place, waits = "", False
     for frame in traceback.extract_stack(sys._current_frames()[thread]):
         file = Path(frame.filename)

@@ -25,12 +25,12 @@ from utils.errors import InputError
 
 Engine = deepspeed.DeepSpeedEngine  # a model and, if it trains, its optimiser and schedule
 
-# Classes of DeepSpeed's whose objects its checkpoint files hold; with them torch reads the files without running code.
+# Classes of the objects in DeepSpeed's checkpoint files: allowing only these, torch reads them without running code.
 CHECKPOINT_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
-REDUCE_PIECE = 1 << 25  # numbers of gradients that `_reduce_gradients` sends at a time
-PERSISTENT = 10_000  # numbers: smaller parameters stay whole at stage 3
-# Numbers that stage 3 keeps whole at a time, and those of them that it gathers ahead of their use. A layer of a 7B
-# model has 200 million: with less, a GPU waits for what it gathers. On a CPU nothing overlaps, and memory counts.
+REDUCE_PIECE = 1 << 25  # gradient elements that `_reduce_gradients` reduces at a time
+PERSISTENT = 10_000  # elements: smaller parameters stay whole at stage 3
+# Elements that stage 3 keeps whole at a time, and those of them that it prefetches. A layer of a 7B model has 200
+# million: with less, a GPU waits for its gathers. On a CPU nothing overlaps, and saving memory matters more.
 GATHERED_ON_GPU, GATHERED_ON_CPU = (1_000_000_000, 200_000_000), (30_000_000, 30_000_000)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,7 +59,7 @@ def check_offload() -> None:
 
 
 def effective_stage(stage: int, dtype: str, *, offload: bool = False) -> int:
-    """The ZeRO stage that really runs.
+    """The ZeRO stage that actually runs.
 
     16-bit training at stage 0 runs as stage 1: the same mathematics on fp32 master weights, sharded over the ranks.
     DeepSpeed's own stage-0 bf16 optimizer starts with a dummy step: Adam's first update becomes 0.75 times its size.
@@ -82,7 +82,7 @@ def zero_config(
     Args:
         stage: ZeRO stage 0 to 3. Engines that do not train exist at stages 0 and 3 only: 1 and 2 become 0.
         dtype: "bf16", "fp16" or "fp32", of parameters and activations. 16-bit types train on fp32 master weights.
-        micro_batch_size: rows per process and micro-batch; DeepSpeed only keeps count with it.
+        micro_batch_size: rows per process and micro-batch; DeepSpeed uses it for bookkeeping only.
         max_grad_norm: global gradient norm limit; 0 turns clipping off. Always set: DeepSpeed's own default is 1.0.
         offload: optimizer state (training) or parameters (not training, stage 3) live in host memory.
     """
@@ -153,9 +153,9 @@ def gathered(parameters: Iterable[torch.nn.Parameter], *, write: bool = False):
 
 
 def partition_again(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Forget the whole copies of ZeRO-3 parameters, so that whoever gathers them next sees what their parts hold.
+    """Discard the whole copies of ZeRO-3 parameters, so that the next gather reads their shards.
 
-    Small parameters stay whole between steps; a change of their parts alone would go unnoticed.
+    Small parameters stay whole between steps; a change to their shards alone would go unnoticed.
     """
     whole = [p for p in parameters if is_partitioned(p) and p.ds_status.name == "AVAILABLE"]
     if whole:
@@ -228,7 +228,7 @@ def initialize_engine(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     engine._reduce_non_expert_gradients = functools.partial(_reduce_gradients, engine._reduce_non_expert_gradients)
     if engine.fp16_enabled():
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `updates.optimizer_step` does, with advice
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `updates.optimizer_step` raises, with advice
     if engine.zero_optimization_partition_weights():
         engine.module.register_forward_hook(functools.partial(_release_prefetched, engine))
     return engine
@@ -237,17 +237,18 @@ def initialize_engine(
 def _reduce_gradients(reduce: Callable, gradients: list[torch.Tensor], *_: object) -> None:
     """DeepSpeed's own reduction (of fp32 at stage 0, of bf16 at stage 1), a piece at a time, and none for one process.
 
-    As it comes, it copies all gradients into one flat tensor first, that to bf16, and back, alone or not: for bf16 half
-    as much memory again as the weights of the optimiser take, and gradients rounded to bf16 for nothing.
+    Left alone, it first copies all gradients into one flat tensor, converts that to bf16, and copies back, even in a
+    single process: for bf16 that takes half as much memory again as the weights of the optimiser, and rounds gradients
+    to bf16 for nothing.
     """
     if distributed.world_size() > 1:
         reduce([piece for gradient in gradients for piece in gradient.view(-1).split(REDUCE_PIECE)], REDUCE_PIECE)
 
 
 def _release_prefetched(engine: Engine, *_: object) -> None:
-    """After a forward pass without gradients: let go of what ZeRO-3 has begun to gather for a backward pass.
+    """After a forward pass without gradients: release what ZeRO-3 has started to prefetch for a backward pass.
 
-    It would arrive while others gather the same weights to save them or to generate, which DeepSpeed refuses.
+    It would arrive while the same weights are gathered for saving or generation, which DeepSpeed refuses.
     """
     if not torch.is_grad_enabled():
         engine.optimizer.empty_partition_cache()
@@ -255,11 +256,11 @@ def _release_prefetched(engine: Engine, *_: object) -> None:
 
 @contextlib.contextmanager
 def optimizer_on_host(engine: Engine, *, pin_memory: bool = True) -> Iterator[None]:
-    """Adam's moments and the fp32 master weights of `engine` are in host memory inside, and bit-identical after.
+    """Keep Adam's moments and the fp32 master weights of `engine` in host memory within the block; no bit changes.
 
-    DeepSpeed can move them for some of its optimisers only, and its bf16 optimiser is none of these. So the memory is
-    taken from under the tensors and given back: whatever points into it, such as the pieces by which ZeRO finds a
-    parameter in its flat partition, stays valid.
+    DeepSpeed can move them for some of its optimisers only, and its bf16 optimiser is not one of these. So the storages
+    of the tensors are emptied and refilled in place: whatever refers to them, such as the fragments by which ZeRO finds
+    a parameter in its flat partition, stays valid.
     """
     storages = list(_optimizer_storages(engine))
     hosts = []
@@ -275,12 +276,12 @@ def optimizer_on_host(engine: Engine, *, pin_memory: bool = True) -> Iterator[No
             _bytes_of(storage).copy_(host)
 
 
-# Where DeepSpeed's optimisers keep the fp32 master weights of this rank, by class: bf16, ZeRO 1 and 2, ZeRO-3.
+# Attributes of DeepSpeed's optimisers for the fp32 master weights of this rank: bf16, ZeRO 1 and 2, ZeRO-3.
 MASTER_WEIGHTS = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 
 
 def _optimizer_storages(engine: Engine) -> Iterator[torch.UntypedStorage]:
-    """The memory of the optimiser's tensors on the device that holds nothing of the model's parameters."""
+    """The storages of the optimiser's tensors on the device, except those of the model's parameters."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     tensors = [tensor for name in MASTER_WEIGHTS for tensor in getattr(engine.optimizer, name, ())]
     for parameter, state in optimizer.state.items():

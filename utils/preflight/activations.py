@@ -25,14 +25,14 @@ COUNTED = "counted"
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one forward pass of the whole model, without the vocabulary head: `outside` the layers, and in each."""
+    """Bytes of one forward pass of the whole model, without the vocabulary head: `outside` the layers, and in each."""
 
     outside: Blocks
     layer: Blocks
     layers: int
 
     def scaled(self, factor: float) -> "Activations":
-        """Of `factor` times as many tokens."""
+        """For `factor` times as many tokens."""
         return Activations(self.outside * factor, self.layer * factor, self.layers)
 
 
@@ -59,7 +59,7 @@ def count_activations(
     """Activations of `sequences` rows of `width` tokens each.
 
     Args:
-        uneven: the real rows differ in length, so that the output of attention is put together from several parts.
+        uneven: the real rows differ in length, so that the output of attention is concatenated from several parts.
         device_type: "cpu" or "cuda": they compute attention in different ways.
     """
     one, two = (
@@ -74,7 +74,7 @@ def _saved_by(wrapped, sequences: int, width: int, device_type: str, uneven: boo
     wrapped.train()
     model = wrapped.model.base_model
     model.set_attn_implementation(COUNTED)
-    if device_type != "cpu":  # compiled layers, which the meta device takes for a CPU's, are transformers' own there
+    if device_type != "cpu":  # a GPU runs transformers' own layers; the meta device would run the CPU's
         unfuse_layers(model)
     owned = {parameter.untyped_storage()._cdata for parameter in wrapped.parameters()}
     owned |= {buffer.untyped_storage()._cdata for buffer in wrapped.buffers()}
@@ -96,7 +96,7 @@ def _saved_by(wrapped, sequences: int, width: int, device_type: str, uneven: boo
 
 @dataclass(frozen=True)
 class _CountedLayout:
-    """In place of `packed_attention.Layout`: one group of equal rows, and the device that is reckoned for."""
+    """In place of `packed_attention.Layout`: one group of equal rows, and the device to estimate for."""
 
     device_type: str
     group: Group
@@ -125,7 +125,7 @@ def _unfused_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float
 
 
 def _attend(module, query, key, value, attention_mask, *, layout: _CountedLayout, dropout: float = 0.0, **kwargs):
-    """`packed_attention.attend` as it saves tensors on the device of `layout`."""
+    """Saves the tensors that `packed_attention.attend` saves on the device of `layout`."""
     group = layout.group
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if layout.device_type == "cpu" and not dropout and query.dtype in DTYPES and library() is not None:
@@ -134,7 +134,7 @@ def _attend(module, query, key, value, attention_mask, *, layout: _CountedLayout
     query, key, value = (
         tensor.unflatten(0, (group.sequences, group.width)).transpose(1, 2) for tensor in (query, key, value)
     )
-    if dropout and layout.device_type == "cpu":  # no fused kernel there drops out
+    if dropout and layout.device_type == "cpu":  # no fused CPU kernel supports dropout
         out = _unfused_attention(query, key, value, dropout)
     else:
         out = _FusedAttention.apply(query, key, value)

@@ -42,7 +42,8 @@ class Advice:
 def advise(config: StepConfig, subject: Subject, machine: Machine, now: Estimate) -> list[Advice]:
     """Changes that lower the peak, each by itself, and then several together if none is enough.
 
-    Those are taken in the order of `candidates`, from what changes speed only to what changes what is learnt.
+    Combined changes are taken in the order of `candidates`: first those that affect only speed, last those that affect
+    what is learnt.
     """
     assert machine.memory is not None
     helpful = []
@@ -57,7 +58,7 @@ def advise(config: StepConfig, subject: Subject, machine: Machine, now: Estimate
 
 
 def _together(config: StepConfig, subject: Subject, machine: Machine, now: Estimate) -> Advice | None:
-    """The best change on each topic, one topic after the other, until the peak fits; None where one change is all."""
+    """The best change on each topic, one topic after the other, until the peak fits; None unless several help."""
     taken: list[Change] = []
     after = now
     for topic in dict.fromkeys(change.topic for change in candidates(config, machine)):
@@ -72,11 +73,11 @@ def _together(config: StepConfig, subject: Subject, machine: Machine, now: Estim
             break
     if len(taken) < 2:
         return None
-    return Advice(" ".join(change.flags for change in taken), "all of it", after)
+    return Advice(" ".join(change.flags for change in taken), "all of the above", after)
 
 
 def _estimate(config: StepConfig, change: Change, subject: Subject, machine: Machine) -> Estimate | None:
-    """The estimate after `change`, or None where the flags refuse it."""
+    """The estimate after `change`, or None where the flags do not allow it."""
     try:
         changed = dataclasses.replace(config, **change.values)
         refuse_unavailable(changed)
@@ -90,9 +91,9 @@ def candidates(config: StepConfig, machine: Machine) -> Iterator[Change]:
     trained = [role for role in config.roles().values() if role.trains]
     if isinstance(config, PpoConfig) and config.enable_hybrid_engine:
         if not config.release_inference_cache:
-            yield _set("cache", "allocates the cache anew for each rollout", release_inference_cache=True)
+            yield _set("cache", "allocates the cache again for each rollout", release_inference_cache=True)
         if not config.unpin_actor_parameters:
-            yield _set("copies", "copies the weights anew for each rollout", unpin_actor_parameters=True)
+            yield _set("copies", "copies the weights again for each rollout", unpin_actor_parameters=True)
     yield from _smaller_batches(config)
     unchecked = [f"{role.prefix}gradient_checkpointing" for role in trained if not role.gradient_checkpointing]
     if unchecked:
@@ -101,7 +102,7 @@ def candidates(config: StepConfig, machine: Machine) -> Iterator[Change]:
         for stage in (1, 2, 3):
             lower = [f"{role.prefix}zero_stage" for role in trained if role.zero_stage < stage]
             if lower:
-                price = "more communication" if stage == 3 else "nearly nothing"
+                price = "more communication" if stage == 3 else "almost none"
                 yield _set("stage", price, **dict.fromkeys(lower, stage))
     if machine.on_gpu:
         yield from _offloading(config)
@@ -118,7 +119,7 @@ def candidates(config: StepConfig, machine: Machine) -> Iterator[Change]:
 
 
 def _offloading(config: StepConfig) -> Iterator[Change]:
-    """What could wait in the memory of a GPU's host."""
+    """What could be kept in host memory."""
     for name in ("offload_reference_model", "offload_reward_model"):
         if getattr(config, name, None) is False:
             yield _set(name, "slower scoring", **{name: True})
@@ -133,7 +134,7 @@ def _offloading(config: StepConfig) -> Iterator[Change]:
 def _adapters(config: StepConfig, trained: list[RoleFlags]) -> Iterator[Change]:
     without = [f"{role.prefix}lora_dim" for role in trained if not role.lora_dim]
     if without or not config.only_optimize_lora:
-        price = "trains adapters only; wants a higher learning rate"
+        price = "trains adapters only; needs a higher learning rate"
         yield _set("lora", price, only_optimize_lora=True, **dict.fromkeys(without, LORA_DIM))
 
 

@@ -1,8 +1,8 @@
-"""Bytes as the C library's allocator sees them, on whose ways a CPU process's resident memory depends.
+"""Bytes as the C library's allocator sees them, since its behaviour decides a CPU process's resident memory.
 
 A block of 32 MiB or more comes from the system and goes back to it the moment it is freed. Smaller ones come from a
 heap that grows and hardly ever shrinks: what was freed there serves later small blocks only (glibc, malloc(3),
-M_MMAP_THRESHOLD, whose greatest value is 32 MiB). A GPU's caching allocator makes no such difference.
+M_MMAP_THRESHOLD, whose maximum is 32 MiB). A GPU's caching allocator makes no such distinction.
 """
 
 from collections.abc import Iterable

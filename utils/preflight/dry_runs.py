@@ -18,7 +18,7 @@ from utils.preflight.report import (
     advice_table,
     disk_bytes,
     disk_line,
-    fits,
+    fits_machine,
     gathering_line,
     gib,
     host_line,
@@ -57,7 +57,7 @@ def print_report(
     """Print the tables and counts of `config`, and what to change where it does not fit; return the numbers.
 
     Args:
-        disk_free: bytes at --output_dir, where that is on this machine; fewer than the run needs get a warning.
+        disk_free: free bytes at --output_dir, where that is on this machine; too few for the run get a warning.
 
     Raises:
         DoesNotFit: the predicted peak exceeds `machine.memory`.
@@ -82,7 +82,7 @@ def print_report(
     if config.output_dir:
         numbers["disk_bytes"] = _print_disk(plan, estimated, disk_free)
     distributed.log(verdict(estimated, machine))
-    if fits(estimated, machine):
+    if fits_machine(estimated, machine):
         return numbers
     if advice := advise(config, subject, machine, estimated):
         distributed.log(advice_table(advice, machine))
@@ -95,16 +95,16 @@ def _print_disk(plan: Plan, estimated: Estimate, free: float | None) -> float:
     distributed.log(disk_line(estimated.disk, count))
     needed = disk_bytes(estimated.disk, count)
     if free is not None and needed > free:
-        flags = "lower --save_total_limit or " if config.save_interval else ""
+        flags = "lower --save_total_limit, " if config.save_interval else ""
         distributed.warn(
             f"{gib(free)} GiB are free at --output_dir {config.output_dir}, and the run needs up to {gib(needed)}: "
-            f"make room, {flags}choose another folder"
+            f"free disk space, {flags}or choose another folder"
         )
     return needed
 
 
 def free_disk(folder: str | None) -> float | None:
-    """Bytes that are free where `folder` is, or would be made; None without a folder."""
+    """Bytes that are free where `folder` is, or would be created; None without a folder."""
     if not folder:
         return None
     path = Path(folder).absolute()

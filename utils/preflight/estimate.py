@@ -15,7 +15,7 @@ def estimate(config: StepConfig, subject: Subject, machine: Machine) -> Estimate
     """The phases of a run with the flags of `config`.
 
     Raises:
-        InputError: the flags do not fit the model, as `check_lora` says it.
+        InputError: the flags do not fit the model, see `check_lora`.
     """
     plan = subject.plan(config, machine)
     batch = training_batch(plan, subject.rows, max_tokens=config.max_tokens_per_batch)
@@ -57,7 +57,7 @@ def estimate(config: StepConfig, subject: Subject, machine: Machine) -> Estimate
 
 
 def _standing(plan: Plan, roles: dict[str, Role]) -> Items:
-    """What stands beside the first model, by model."""
+    """What persists besides the first model, by model."""
     first, *others = roles.items()
     items: Items = {}
     for name, role in others:
@@ -73,7 +73,7 @@ def _standing(plan: Plan, roles: dict[str, Role]) -> Items:
 
 
 def _loading_moments(first: Role, others: list[Role]) -> list[Moment]:
-    """Models that train are loaded one after the other, each beside those before it."""
+    """Models that train are loaded one after the other, each while those before it are in memory."""
     moments, before = [Moment("loading", _loading(first.engine))], _new(first.engine)
     for role in others:
         moments.append(Moment("loading", joined(before, {role.flags.name: total_of(_loading(role.engine))})))
@@ -88,7 +88,7 @@ def _host(
     models: list,
     standing: Items,
 ) -> dict[str, float]:
-    """Bytes in the memory of a GPU's host, by what puts them there."""
+    """Bytes in the host memory of a machine with GPUs, by what puts them there."""
     host = {"offloaded": sum(role.engine.host_bytes() for role in roles.values())}
     if generation:
         host["optimiser during generation"] = generation.host
@@ -98,12 +98,12 @@ def _host(
 
 
 def _new(engine: Engine) -> Items:
-    """What stands before the first optimiser step, which makes Adam's states."""
+    """What persists before the first optimiser step, which creates Adam's states."""
     return {name: blocks for name, blocks in engine.persistent().items() if name != "optimiser states"}
 
 
 def _loading(engine: Engine) -> Items:
-    """The moment in which the optimiser's buffers are made and the weights are still in two places."""
+    """The moment in which the optimiser's buffers are created and the weights are still in two places."""
     if engine.real_stage == 3:
         gradients = min(engine.shape.trainable, 10**9) * 4 if engine.on_gpu else engine.part
         return {

@@ -1,4 +1,4 @@
-"""Memory of generation: what it adds to what stands, what of that stays, and how ZeRO-3 gathers the weights.
+"""Memory of generation: what it adds to the persistent items, what stays of that, and how ZeRO-3 gathers the weights.
 
 Where --inference_tp_size processes share the actor, each decodes the rows of all of them with its part of the heads:
 twice the rows with half the heads, for two, so that the cache is as large as without sharing.
@@ -19,17 +19,17 @@ from utils.preflight.blocks import Blocks, block
 from utils.preflight.memory import Engine
 from utils.preflight.phases import Gathering, Items, Machine, joined, total_of
 from utils.preflight.roles import Role
-from utils.preflight.workload import MicroBatch
+from utils.preflight.workload import BatchShape
 
-SAMPLING_COPIES = 4  # fp32 copies of the logits of a decoded token while one is chosen; compiled operations make none
+SAMPLING_COPIES = 4  # fp32 copies of a decode step's logits while tokens are chosen; compiled operations make none
 OPTIMIZER = ("fp32 master weights", "optimiser states")  # what `parallel.zero.optimizer_on_host` moves
 
 
 @dataclass(frozen=True)
 class GenerationMemory:
-    """The largest moment of generation, and what it does to the rest of the run.
+    """The largest moment of generation, and its effect on the rest of the run.
 
-    `kept` stays until the next rollout; `host` are bytes in the host's memory meanwhile; `gathering` is what
+    `kept` stays until the next rollout; `host` are bytes in host memory meanwhile; `gathering` is what
     `--stream_generation_weights auto` is expected to choose, None where it has no choice.
     """
 
@@ -40,9 +40,9 @@ class GenerationMemory:
 
 
 def estimate_generation(
-    config: PpoConfig, actor: Role, machine: Machine, batch: MicroBatch, persistent: Items
+    config: PpoConfig, actor: Role, machine: Machine, batch: BatchShape, persistent: Items
 ) -> GenerationMemory:
-    """Generation with the flags of `config`, beside what is `persistent`."""
+    """Generation with the flags of `config`, besides what is `persistent`."""
     standing, host = persistent, 0.0
     if config.offload_optimizer_during_generation and machine.on_gpu and not config.offload:
         standing = {name: blocks for name, blocks in persistent.items() if name not in OPTIMIZER}
@@ -81,12 +81,12 @@ def _free(machine: Machine, standing: Items) -> float | None:
 
 
 def must_stream(needed: float, free: float | None) -> bool:
-    """Whether the weights cannot be gathered all at once; `free` None, not known, is enough."""
+    """Whether the weights cannot be gathered all at once; False where `free` is not known (None)."""
     return free is not None and not is_room_for(needed, free)
 
 
 def needed_to_gather(config: PpoConfig, actor: Role, machine: Machine) -> float:
-    """Bytes by which `HybridEngine` decides: the whole weights and `LlamaDecoder.extra_bytes`, nothing there yet."""
+    """Bytes by which `HybridEngine` decides: the whole weights and `LlamaDecoder.extra_bytes` before any allocation."""
     shape, size = actor.engine.shape, actor.engine.item_size
     needed = actor.engine.whole().total
     if not _decodes(config, actor):
@@ -98,7 +98,7 @@ def needed_to_gather(config: PpoConfig, actor: Role, machine: Machine) -> float:
 
 
 def _decodes(config: PpoConfig, actor: Role) -> bool:
-    """Whether the decode engine generates, and not `transformers`."""
+    """Whether the decode engine generates, rather than `transformers`."""
     return config.enable_hybrid_engine and actor.engine.shape.decodes
 
 
@@ -118,7 +118,7 @@ def _cache(config: PpoConfig, actor: Role, decodes: bool) -> Blocks:
     return block(cache / 2) * 2 if decodes else Blocks(cache * (1 + 1 / shape.layers))
 
 
-def _passes(config: PpoConfig, actor: Role, batch: MicroBatch, decodes: bool) -> Items:
+def _passes(config: PpoConfig, actor: Role, batch: BatchShape, decodes: bool) -> Items:
     """A prefill pass and the choice of tokens."""
     rows = config.per_device_generation_batch_size * _parts(config, actor)
     prompt = config.max_prompt_seq_len
@@ -130,7 +130,7 @@ def _passes(config: PpoConfig, actor: Role, batch: MicroBatch, decodes: bool) ->
 
 
 def _logits(config: PpoConfig, actor: Role) -> Blocks:
-    """Logits of a token of each row, and what choosing makes of them; recorded as CUDA graphs, steps keep it."""
+    """Logits of one token per row, and the copies made to choose tokens; steps recorded as CUDA graphs keep them."""
     rows = config.per_device_generation_batch_size * _parts(config, actor)
     vocabulary = actor.engine.shape.vocabulary
     return block(rows * vocabulary * actor.engine.item_size) + block(4 * rows * vocabulary) * SAMPLING_COPIES
@@ -150,8 +150,8 @@ def _copies(config: PpoConfig, actor: Role, machine: Machine) -> Blocks:
 def _gathered(config: PpoConfig, actor: Role, streams: bool) -> Blocks:
     """What generation gathers at stage 3.
 
-    All weights; or the ends of the model, and one layer where layers are streamed or several where they are divided;
-    or, streamed without the decode engine, what any forward pass gathers.
+    All weights; or what lies outside the layers, and one layer where layers are streamed or several where they are
+    divided; or, streamed without the decode engine, what any forward pass gathers.
     """
     engine, shape = actor.engine, actor.engine.shape
     whole = engine.whole()

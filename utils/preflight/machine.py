@@ -1,4 +1,4 @@
-"""What a process has: the device's memory, and what it takes before any model is there."""
+"""What a process has: the device's memory, and what it uses before any model is loaded."""
 
 import torch
 
@@ -11,7 +11,7 @@ LATER_LIBRARIES = 45 * MIB  # measured on a CPU: what torch, DeepSpeed and trans
 DATA_LIBRARIES = 52 * MIB  # measured: what reading the data adds, for an estimate that does not read them
 GPU_CONTEXT = 600 * MIB  # assumed, not measured: CUDA context, cuBLAS workspaces
 GPU_COMMUNICATION = 500 * MIB  # assumed, not measured: NCCL's channels of a group of processes
-GROUPS = 2  # of all processes: torch's own, and the one in which ZeRO reduces and gathers
+GROUPS = 2  # groups of all processes: torch's own, and the one in which ZeRO reduces and gathers
 
 
 def this_machine() -> Machine:
@@ -32,6 +32,6 @@ def gpu_machine(world_size: int, memory: float | None) -> Machine:
 
 
 def cpu_machine(world_size: int, memory: float | None, *, data_is_read: bool = True) -> Machine:
-    """CPU processes with `memory` bytes each; the libraries' share is read off this process, which has loaded them."""
+    """CPU processes with `memory` bytes each; the libraries' share is that of this process, which has loaded them."""
     base = resident_memory() + LATER_LIBRARIES + (0 if data_is_read else DATA_LIBRARIES)
     return Machine(device_type="cpu", world_size=world_size, base=base, memory=memory)

@@ -2,7 +2,7 @@
 
     n   parameters, of which t train        W   processes        b   bytes of a number in the model's dtype
 
-Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, which utils/parallel/zero.py configures:
+From DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, which utils/parallel/zero.py configures:
 
     stage            0 (fp32 only)     1                      2                      3
     parameters       b n               b n, trained ones flat, in one block          b n / W, whole below 10,000 numbers
@@ -11,9 +11,9 @@ Read off DeepSpeed 0.19's zero/stage_1_and_2.py, zero/stage3.py and engine.py, w
     gradients        4 t               b t, then              -                      -
                                        4 t (fp16)
     kept gradients   -                 4 t / W (16-bit)       4 t / W, till the step 4 t / W
-    reduction        REDUCE_PIECE      bf16: REDUCE_PIECE     a bucket of t numbers, REDUCE_BUCKET at most and as many
-                     of 4, if W > 1    of 6, if W > 1         on a GPU, as at stage 1 in other dtypes; at stage 3, and
-                                                              at stage 2 in 16 bits, as much again for the reduced
+    reduction        REDUCE_PIECE      bf16: REDUCE_PIECE     a bucket of min(t, REDUCE_BUCKET) numbers, on a GPU of
+                     of 4, if W > 1    of 6, if W > 1         REDUCE_BUCKET; the same at stage 1 in other dtypes; at
+                                                              stage 3, and at stage 2 in 16 bits, a reduced copy as well
     at the step      -                 4 t / W in fp32, as a flat copy               4 t / W
 """
 
@@ -33,7 +33,7 @@ from utils.preflight.blocks import Blocks, block, blocks_of
 from utils.preflight.model_shape import ModelShape
 
 REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size, which utils.parallel.zero leaves as it is
-BACKWARD_WORK = 0.5  # share of a layer's activations that its backward pass needs beside them, for the gradients
+BACKWARD_WORK = 0.5  # share of a layer's activations that its backward pass needs besides them, for the gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Engine:
     stage: int  # as the flag says
     world_size: int
     trains: bool = True
-    offload: bool = False  # in effect: to be False without a GPU
+    offload: bool = False  # as it takes effect: False without a GPU
     on_gpu: bool = False
 
     @property
@@ -60,7 +60,7 @@ class Engine:
 
     @property
     def part(self) -> float:
-        """Bytes of the fp32 numbers of this process's part of what trains."""
+        """Bytes of this process's part of the trainable parameters, in fp32."""
         sharded = self.world_size if self.real_stage else 1
         return 4 * self.shape.trainable / sharded
 
@@ -97,7 +97,7 @@ class Engine:
         return block(trained * size) + blocks_of(numel * size for numel in frozen)
 
     def host_bytes(self) -> float:
-        """Bytes in the host's memory that `--offload` moves there."""
+        """Bytes that `--offload` moves to host memory."""
         if not self.offload:
             return 0.0
         parameters = self.shape.total * self.item_size / self.world_size if self.real_stage == 3 else 0.0
@@ -116,7 +116,7 @@ class Engine:
         return max(weights, 0 if self.offload else self.part)
 
     def nan_check(self) -> Blocks:
-        """What `divergence.check_weights` makes of a parameter, or of its part: absolute values and three masks."""
+        """What `divergence.check_weights` allocates for a parameter, or its part: absolute values and three masks."""
         numbers = self.shape.largest / (self.world_size if self.real_stage == 3 else 1)
         return block(numbers * self.item_size) + block(numbers) * 3
 
@@ -133,7 +133,7 @@ class Engine:
         return self.of_parameters(self.item_size) if self.real_stage == 3 else Blocks()
 
     def piece(self) -> Blocks:
-        """What `zero._reduce_gradients` copies of the gradients at a time, in fp32 and, of bf16's, rounded too."""
+        """What `zero._reduce_gradients` copies of the gradients at a time: in fp32, and from bf16 rounded as well."""
         if self.world_size == 1:
             return Blocks()
         numbers = min(self.shape.trainable, REDUCE_PIECE)
@@ -149,7 +149,7 @@ class Engine:
         return block(min(self.shape.trainable, REDUCE_BUCKET) * size)
 
     def reduction_copy(self) -> Blocks:
-        """What a bucket's reduction makes beside it."""
+        """The copy that the reduction of a bucket makes."""
         if self.real_stage == 3 or (self.real_stage == 2 and self.dtype != "fp32"):
             return block(min(self.shape.trainable, REDUCE_BUCKET) * self.item_size)
         return Blocks()
@@ -161,16 +161,16 @@ class Engine:
         return self.of_parameters(4, trained_only=True)
 
     def reduced(self) -> Blocks:
-        """This process's part of the reduced gradients, where it is made anew for each step."""
+        """This process's part of the reduced gradients, where it is allocated again for each step."""
         if self.real_stage in (1, 2) and self.dtype == "fp32":
             return self.of_parameters(4 / self.world_size, trained_only=True)
         return block(self.part) if self.real_stage == 2 else Blocks()
 
     def backward_moments(self, activations: Blocks, work: Blocks, head: dict[str, Blocks], steps: int) -> list[dict]:
-        """Items beside `persistent` at the start of the backward pass, at its end, and in the optimiser step.
+        """Items besides `persistent` at the start of the backward pass, at its end, and in the optimiser step.
 
         Args:
-            activations: saved by the forward pass. work: what one layer's backward pass needs beside them.
+            activations: saved by the forward pass. work: what one layer's backward pass needs besides them.
             head: of `vocabulary_head`. steps: micro-batches of an optimiser step.
         """
         earlier = self.accumulated() if steps > 1 else Blocks()
@@ -210,13 +210,13 @@ def vocabulary_head(engine: Engine, targets: int, *, with_grad: bool) -> dict[st
     if with_grad and shape.head_trains:
         matrix = shape.vocabulary * shape.hidden
         items["gradients"] = block(matrix * size)
-        if numbers > chunk:  # parts are added up in fp32
+        if numbers > chunk:  # chunks are added up in fp32
             items["gradients"] += block(matrix * 4)
     return items
 
 
 def saved_activations(activations: Activations, *, checkpointing: bool, layer_input: float) -> Blocks:
-    """Of a whole model: all layers, or one layer and the inputs of all (`layer_input` bytes each)."""
+    """Activations of a whole model: all layers, or one layer and the inputs of all (`layer_input` bytes each)."""
     if checkpointing:
         return activations.outside + activations.layer + block(layer_input) * activations.layers
     return activations.outside + activations.layer * activations.layers

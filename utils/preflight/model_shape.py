@@ -1,4 +1,4 @@
-"""What a model of given flags holds, from its config.json alone: built on the meta device, without any data."""
+"""The sizes of a model with given flags, from its config.json alone: built on the meta device, without any data."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from utils.models.on_meta import build_on_meta
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter: how many numbers, and whether it learns."""
+    """A parameter: how many numbers, and whether it trains."""
 
     numel: int
     trains: bool
@@ -28,10 +28,10 @@ class ModelShape:
     hidden: int
     vocabulary: int  # 0 where the model has no vocabulary head
     head_trains: bool
-    adapted: int  # in the matrices that have LoRA factors
-    matrices: int  # in the linear layers, without heads
+    adapted: int  # numbers in the matrices that have LoRA factors
+    matrices: int  # numbers in the linear layers, without heads
     cache_per_token: int  # numbers of keys and values of one token, all layers
-    decodes: bool  # whether the decode engine knows the architecture
+    decodes: bool  # whether the decode engine supports the architecture
 
     @property
     def total(self) -> int:

@@ -6,7 +6,7 @@ from utils.preflight.blocks import Blocks
 
 Items = dict[str, Blocks]
 KEPT_HEAP = "freed, kept by the allocator"
-HEAP_WASTE = 0.5  # measured: what a CPU's heap holds beyond its greatest use, as a share of what comes and goes in it
+HEAP_WASTE = 0.5  # measured: what a CPU's heap holds beyond its peak use, as a share of what is allocated and freed
 GPU_SLACK = 0.08  # assumed, not measured: share that the caching allocator holds beyond what is in use
 
 
@@ -55,7 +55,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All phases of a step on one process; `host` has the bytes in a GPU's host's memory, by what puts them there."""
+    """All phases of a step on one process; `host` has the bytes in a GPU's host memory, by what puts them there."""
 
     phases: list[Phase]
     tokens_per_step: int  # of all processes, at most
@@ -77,7 +77,7 @@ class Moment:
 
 
 def joined(one: Items, other: Items) -> Items:
-    """The items of both, those of the same name added up."""
+    """The items of both; those of the same name are added up."""
     return {name: one.get(name, Blocks()) + other.get(name, Blocks()) for name in (one | other)}
 
 
@@ -87,7 +87,7 @@ def total_of(items: Items) -> Blocks:
 
 
 def largest_moments(moments: list[Moment], machine: Machine) -> list[Phase]:
-    """The largest moment of each phase, with what lies around it: the process's base and the allocator's own."""
+    """The largest moment of each phase, with the base of the process and what the allocator keeps."""
     reckon = _on_gpu if machine.on_gpu else _on_cpu
     phases: dict[str, Phase] = {}
     for moment, items in zip(moments, reckon(moments), strict=True):
@@ -106,9 +106,9 @@ def _on_gpu(moments: list[Moment]) -> list[dict[str, float]]:
 
 
 def _on_cpu(moments: list[Moment]) -> list[dict[str, float]]:
-    """The heap keeps its greatest size; the loop comes back to every phase but loading, which comes once, first.
+    """The heap keeps its peak size; the loop comes back to every phase but loading, which comes once, first.
 
-    It grows beyond that: the aligned blocks that torch asks for do not fit holes of their own size.
+    It grows beyond the peak use: the aligned blocks that torch requests do not fit holes of their own size.
     """
     sizes = [total_of(moment.items).small for moment in moments if moment.phase != "loading"]
     greatest = max(sizes) + HEAP_WASTE * (max(sizes) - min(sizes))

@@ -11,15 +11,15 @@ from utils.preflight.blocks import Blocks, block
 from utils.preflight.memory import Engine, backward_work, saved_activations, vocabulary_head
 from utils.preflight.model_shape import ModelShape, model_shape
 from utils.preflight.phases import Items, Machine
-from utils.preflight.workload import MicroBatch
+from utils.preflight.workload import BatchShape
 from utils.runs.plan import Models, Plan, Planner
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is estimated: a step by its planner, its models' configurations, tokens of the tokenizer, and the data.
+    """What is estimated: a step's planner, its models' configurations, size of the tokenizer, and the data.
 
-    It remembers what it has counted: advice estimates many flags that leave the models as they are.
+    It caches what it has counted: advice estimates many sets of flags that leave the models unchanged.
     """
 
     planner: Planner
@@ -39,7 +39,7 @@ class Subject:
             self.counted[key] = model_shape(self.models[role.name], role, dtype, tokens=self.tokens)
         return self.counted[key]
 
-    def activations(self, role: RoleFlags, dtype: str, batch: MicroBatch, device_type: str) -> Activations:
+    def activations(self, role: RoleFlags, dtype: str, batch: BatchShape, device_type: str) -> Activations:
         """`count_activations` of the role's model for as many tokens as `batch` has."""
         size = {"sequences": batch.sequences, "width": batch.width, "uneven": batch.fill < 1}
         key = (*self._identity(role), dtype, *size.values(), device_type)
@@ -62,7 +62,7 @@ class Role:
     engine: Engine
     activations: Activations
 
-    def saved(self, batch: MicroBatch) -> Blocks:
+    def saved(self, batch: BatchShape) -> Blocks:
         """What the forward pass keeps for the backward pass."""
         layer_input = batch.tokens * self.engine.shape.hidden * self.engine.item_size
         return saved_activations(
@@ -74,23 +74,23 @@ class Role:
         return replace(self, activations=self.activations.scaled(factor))
 
     def forward(self, targets: int) -> Items:
-        """Items of a pass without gradients, in which a model with a vocabulary predicts so many tokens."""
+        """Items of a pass without gradients, in which a model with a vocabulary predicts `targets` tokens."""
         head = vocabulary_head(self.engine, targets, with_grad=False) if self.engine.shape.vocabulary else {}
         return {"activations": self.activations.layer, "gather buffers": self.engine.gathered()} | head
 
-    def training(self, batch: MicroBatch) -> list[Items]:
-        """Items of the moments of an optimiser step, beside those that stand."""
+    def training(self, batch: BatchShape) -> list[Items]:
+        """Items at each moment of an optimiser step, besides the persistent ones."""
         head = vocabulary_head(self.engine, batch.targets, with_grad=True)
         work = backward_work(self.activations)
         return self.engine.backward_moments(self.saved(batch), work, head, batch.per_step)
 
 
-def planned_roles(plan: Plan, subject: Subject, machine: Machine, batch: MicroBatch) -> dict[str, Role]:
+def planned_roles(plan: Plan, subject: Subject, machine: Machine, batch: BatchShape) -> dict[str, Role]:
     """The models of a run, for micro-batches like `batch`."""
     return {name: _planned_role(flags, plan, subject, machine, batch) for name, flags in plan.roles.items()}
 
 
-def _planned_role(flags: RoleFlags, plan: Plan, subject: Subject, machine: Machine, batch: MicroBatch) -> Role:
+def _planned_role(flags: RoleFlags, plan: Plan, subject: Subject, machine: Machine, batch: BatchShape) -> Role:
     dtype = plan.config.dtype
     offload = flags.offload and machine.on_gpu
     engine = Engine(

@@ -1,8 +1,8 @@
-"""Saving models and checkpoints: memory beside what stands, and the disk space at `--output_dir`.
+"""Saving models and checkpoints: memory besides the persistent items, and the disk space at `--output_dir`.
 
-Read off models/saving.py and checkpoints/, and measured on a CPU: the process that writes a model collects all of
-it in host memory, LoRA merged, one ZeRO-3 parameter after the other; safetensors and DeepSpeed's files are written from
-the tensors where they lie, those of a GPU by way of the host one at a time.
+Derived from models/saving.py and checkpoints/, and measured on a CPU: the process that writes a model collects all of
+it in host memory, LoRA merged, one ZeRO-3 parameter after the other; safetensors and DeepSpeed's files are written
+directly from the tensors, which on a GPU pass through host memory one at a time.
 """
 
 import math
@@ -18,7 +18,7 @@ from utils.preflight.roles import Role, Subject
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model that trains, and as it is written: with LoRA merged, `twice` numbers of it under two names until then."""
+    """A model that trains, and its written form, with LoRA merged. `twice`: tied numbers, copied under both names."""
 
     engine: Engine
     written: ModelShape
@@ -30,7 +30,7 @@ class SavedModel:
         return blocks_of(matrix.numel * size for matrix in self.written.parameters) + block(self.twice * size)
 
     def file_bytes(self, *, adapter: bool) -> float:
-        """Of the written model; with `adapter` also of all that was trained, tied matrices under both names."""
+        """Bytes of the written model; with `adapter` also of all that was trained, tied matrices under both names."""
         shape = self.engine.shape
         has_adapter = adapter and shape.adapted > 0
         trained = shape.trainable + (self.twice if shape.head_trains else 0) if has_adapter else 0
@@ -46,7 +46,7 @@ def saved_model(trained: Role, subject: Subject) -> SavedModel:
 
 
 def saving_moments(models: list[SavedModel], averaged: SavedModel | None) -> list[Items]:
-    """Items of the moments of a save, beside those that stand.
+    """Items at each moment of a save, besides the persistent ones.
 
     Args:
         models: written with their own weights. averaged: the one that is written with its moving average as well; its
@@ -60,7 +60,7 @@ def saving_moments(models: list[SavedModel], averaged: SavedModel | None) -> lis
         shards = engine.world_size if engine.real_stage == 3 else 1
         aside = {"weights put aside": engine.of_parameters(engine.item_size / shards, trained_only=True)}
         moments += [aside | items for items in _save(averaged)]
-    # of moments that a CPU's allocator makes alike, the report shows the first
+    # where a CPU's allocator makes moments equal, the report shows the first
     return sorted(moments, key=lambda items: -total_of(items).total)
 
 
@@ -73,9 +73,9 @@ def _save(model: SavedModel) -> list[Items]:
 
 
 def host_bytes(config: StepConfig, models: list[SavedModel], average: float) -> float:
-    """Bytes in the host's memory while a process with a GPU saves; `average` of them are its moving average.
+    """Bytes in host memory while a process with a GPU saves; `average` are those of its moving average.
 
-    It has there a whole model, or one tensor of a checkpoint, or the average as a checkpoint has it.
+    It holds a whole model there, or one tensor of a checkpoint, or the average as a checkpoint stores it.
     """
     largest = [model.copy().total for model in models]
     if config.save_interval:
@@ -84,7 +84,7 @@ def host_bytes(config: StepConfig, models: list[SavedModel], average: float) -> 
 
 
 def disk_use(config: StepConfig, models: list[SavedModel], averaged: SavedModel | None) -> Disk:
-    """What is written to `--output_dir`. `averaged` is one of `models`, whose moving average is written too."""
+    """Bytes written to `--output_dir`. `averaged` is one of `models`, whose moving average is written too."""
     if not config.output_dir:
         return Disk()
     checkpoint = sum(model.engine.stored_bytes() for model in models) if config.save_interval else 0.0
@@ -93,13 +93,13 @@ def disk_use(config: StepConfig, models: list[SavedModel], averaged: SavedModel 
     sizes = [model.file_bytes(adapter=config.save_adapter) for model in models]
     if averaged is not None:
         sizes.append(averaged.file_bytes(adapter=False))
-    if config.keep_best:  # in a folder of its own; a better one is written beside the one that it replaces
+    if config.keep_best:  # in a separate folder; a better one is written beside the one that it replaces
         return Disk(checkpoint, 2 * sum(sizes) + max(sizes))
     return Disk(checkpoint, sum(sizes))
 
 
 def checkpoints_at_once(config: StepConfig, length: int | None) -> int | None:
-    """The most checkpoints that lie on the disk together: those kept and the one being written; None if not known.
+    """The most checkpoints that are on the disk at a time: those kept and the one being written; None if not known.
 
     Args:
         length: of the run, in the unit of `--save_interval`; None if not known.

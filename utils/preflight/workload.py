@@ -9,8 +9,8 @@ from utils.runs.plan import Plan
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """The heaviest micro-batch of a process, and how many of its like make an optimiser step."""
+class BatchShape:
+    """The heaviest micro-batch of a process, and how many like it make an optimiser step."""
 
     tokens: int
     sequences: int
@@ -24,8 +24,8 @@ class MicroBatch:
         return self.tokens / (self.sequences * self.width)
 
 
-def training_batch(plan: Plan, rows: Rows, *, max_tokens: int) -> MicroBatch:
-    """The heaviest micro-batch that the flags and the data allow, in one of `max_tokens` tokens if above 0."""
+def training_batch(plan: Plan, rows: Rows, *, max_tokens: int) -> BatchShape:
+    """The heaviest micro-batch that the flags and the data allow; of `max_tokens` tokens, if that is above 0."""
     config, fallback = plan.config, longest_row(plan)
     if plan.trains_on_texts:  # of full length, every token of which is a target
         rows, fallback = Rows(None), SEQUENCES.longest(config.longest_sequence()[0], 0)
@@ -38,7 +38,7 @@ def training_batch(plan: Plan, rows: Rows, *, max_tokens: int) -> MicroBatch:
     )
 
 
-def evaluation_batch(plan: Plan, rows: Rows) -> MicroBatch:
+def evaluation_batch(plan: Plan, rows: Rows) -> BatchShape:
     """The heaviest batch of held-out rows, which are taken to be like those that train."""
     return micro_batch(rows.heaviest, longest_row(plan), rows=plan.evaluation_rows, steps=1, max_tokens=0)
 
@@ -51,7 +51,7 @@ def longest_row(plan: Plan) -> RowSize:
 
 def micro_batch(
     heaviest: Sequence[RowSize], fallback: RowSize, *, rows: int, steps: int, max_tokens: int
-) -> MicroBatch:
+) -> BatchShape:
     """The heaviest micro-batch that can occur.
 
     Args:
@@ -68,4 +68,4 @@ def micro_batch(
         steps = max(1, math.ceil(tokens / max_tokens))
         if tokens > max_tokens:
             tokens, targets = max_tokens, math.ceil(targets * max_tokens / tokens)
-    return MicroBatch(tokens, max(1, math.ceil(tokens / width)), width, targets, steps)
+    return BatchShape(tokens, max(1, math.ceil(tokens / width)), width, targets, steps)

@@ -1,1 +1,1 @@
-"""What answers are worth: sources of scores, and what becomes of a score before it is a reward."""
+"""Scores and rewards of answers: the sources of scores, and how a score becomes a reward."""

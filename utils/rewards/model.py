@@ -26,8 +26,8 @@ class RewardModel:
                 self.score_mean, self.score_std = scale
             else:
                 distributed.log(
-                    "note: the reward model's config.json has no score_mean and score_std above 0, as step 2 writes "
-                    "them: scores are not normalised"
+                    "note: the reward model's config.json lacks a score_mean or a score_std above 0, which step 2 "
+                    "writes: scores are not normalised"
                 )
 
     @property
@@ -36,7 +36,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, answers: Answers) -> torch.Tensor:
-        """(B,) fp32, in the micro-batches in which the answers are trained."""
+        """(B,) fp32, computed in the micro-batches that train later."""
         scores = torch.zeros(len(answers), device=answers.responses.tokens.device)
         for step in plan_batches(answers.prompt_ids, answers.responses, self._config, pad_id=self._pad_id):
             for batch in step:

@@ -1,4 +1,4 @@
-"""What a source of scores gets, and what it gives."""
+"""The interface of a source of scores: what it gets, and what it returns."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answers:
-    """B answers of this process, as ids and as text, with what their rows of data say besides.
+    """B answers of this process, as ids and as text, with the other columns of their data rows.
 
     Attributes:
         rows: as the data loader gives them (`build_datasets`, purpose "prompts").
@@ -48,7 +48,7 @@ class Answers:
 
     @property
     def references(self) -> list[str | None]:
-        """The right answer of each row: its `reference` column, else the wanted response of its data; None without."""
+        """The right answer of each row: its `reference` column, else the chosen response of its data; or None."""
         return [row["reference"] for row in self.rows]
 
     @cached_property
@@ -60,12 +60,12 @@ class Answers:
 class RewardSource(Protocol):
     """Something that scores answers: a row of `REWARD_SOURCES` names the class.
 
-    A class is made from `(config, tokenizer)`, on every process, before the run begins.
+    The class is called with `(config, tokenizer)`, on every process, before the run begins.
 
     Attributes:
-        score_mean, score_std: of its scores of good answers, with which they are normalised; 0 and 1 for none.
+        score_mean, score_std: of its scores of good answers, to normalise scores with; 0 and 1 for no normalisation.
         module: the model whose weights it reads, None without one.
-        is_collective: all processes must call it together, because they exchange something while it works. Otherwise
+        is_collective: all processes must call it together, because it communicates between them. Otherwise
             each scores its own answers, and an exception on one is reported on all.
     """
 

@@ -1,4 +1,4 @@
-"""From the score of an answer to what PPO maximises: normalised, clipped, and less where the answer does not end."""
+"""From the score of an answer to what PPO maximises: normalised, clipped, and lowered if the answer is cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from utils.rewards.protocol import Answers, RewardSource, Row
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the B answers of this process, (B,) fp32 each."""
+    """Scores of the B answers of this process, (B,) fp32 each."""
 
     raw: torch.Tensor  # as their source gives them
     shaped: torch.Tensor  # as PPO rewards them
 
 
 class Reward:
-    """A source of scores, and the flags that shape what it says."""
+    """A source of scores, and the flags that shape its scores."""
 
     def __init__(self, source: RewardSource, tokenizer: PreTrainedTokenizerBase, config: RewardSourceArguments) -> None:
         self.source, self._tokenizer, self._config = source, tokenizer, config
@@ -41,7 +41,7 @@ class Reward:
         return Scores(raw, shaped - self._config.missing_eos_penalty * (~responses.ended).float())
 
     def normalized(self, score: float) -> float:
-        """A raw score in deviations from the mean."""
+        """A raw score, as standard deviations from the mean."""
         return (score - self.source.score_mean) / self.source.score_std
 
     def _raw(self, answers: Answers) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Reward:
         try:
             scores = self.source(answers)
             problem = _wrong(scores, len(answers))
-        except Exception as error:  # whatever a source does wrong must end the run on all processes
+        except Exception as error:  # any error in a source must end the run on all processes
             problem = f"{type(error).__name__}: {error}"
         if problem := distributed.first_problem(problem):
             raise InputError(f"--reward_source {self._config.reward_source}: {problem}")

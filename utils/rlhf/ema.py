@@ -13,8 +13,8 @@ from utils.parallel.zero import is_partitioned, partition_again
 class ExponentialMovingAverage:
     """shadow <- decay * shadow + (1 - decay) * weight, in fp32, started from the weights themselves.
 
-    Under ZeRO-3 each rank averages the part it owns. Otherwise all hold the same weights, and rank 0 does it alone.
-    With LoRA the factors are averaged (the frozen base is its own average).
+    Under ZeRO-3 each rank averages the part it owns. Otherwise all ranks hold the same weights, and rank 0 alone
+    averages them. With LoRA the factors are averaged (the frozen base is its own average).
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -30,7 +30,7 @@ class ExponentialMovingAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model carries the averaged weights inside the block, and its own, bit for bit, afterwards."""
+        """The model has the averaged weights inside the block, and its own, bit for bit, afterwards."""
         saved = [_local(parameter).detach().clone() for parameter in self.averaged]
         try:
             self._write(self.shadow)

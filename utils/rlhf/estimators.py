@@ -1,4 +1,4 @@
-"""From scores and probabilities to advantages, over the whole rollout."""
+"""From scores and log-probabilities to advantages, over the whole rollout."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ from utils.rlhf.experience import Experience, Rollout, Samples
 def estimate_advantages(
     samples: list[list[Samples]], scores: Scores, groups: Tensor, config: PpoArguments, *, kl_ctl: float
 ) -> Rollout:
-    """The experience of a rollout: rewards per token, advantages by `--advantage_estimator`, both whitened as asked.
+    """The experience of a rollout: rewards per token, advantages by `--advantage_estimator`, both whitened if set.
 
     Args:
         samples: the micro-batches of each optimiser step, of N rows in all. scores: of these rows, (N,).
         groups: (N,) int64, equal for answers to the same prompt.
-        kl_ctl: price of a nat of KL to the reference.
+        kl_ctl: KL coefficient, the penalty per nat of KL to the reference.
     """
     micro_batches = [batch for step in samples for batch in step]
     rewards = [_token_rewards(batch, scores.shaped, config, kl_ctl) for batch in micro_batches]
@@ -69,7 +69,7 @@ def _whole_rollout(batches: list[Samples], rewards: list[Tensor], shaped: Tensor
 
 
 def _table(batches: list[Samples], parts: list[Tensor]) -> Tensor:
-    """(N, R) of (B, R') each, R the largest R'; zero where a part has no column."""
+    """(N, R) from parts of (B, R') each, R the largest R'; zero where a part has no column."""
     count, width = sum(len(batch.rows) for batch in batches), max(part.size(1) for part in parts)
     table = parts[0].new_zeros(count, width)
     for batch, part in zip(batches, parts, strict=True):

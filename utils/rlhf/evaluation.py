@@ -1,4 +1,4 @@
-"""How the actor does on held-out prompts, and what it writes."""
+"""Evaluation of the actor on held-out prompts, and samples of its answers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,7 +15,7 @@ from utils.rlhf.roles import Roles
 
 
 def sampling_params(config: RolloutArguments, *, greedy: bool = False) -> SamplingParams:
-    """Step 3's sampling flags as generation takes them."""
+    """Step 3's sampling flags as sampling parameters."""
     return SamplingParams(
         max_new_tokens=config.max_answer_seq_len,
         min_new_tokens=config.min_new_tokens,
@@ -30,9 +30,9 @@ def sampling_params(config: RolloutArguments, *, greedy: bool = False) -> Sampli
 def evaluate_prompts(
     roles: Roles, reward: Reward, loader: Iterable[Sequence[dict]], config: PpoConfig
 ) -> dict[str, float]:
-    """Raw score, length and share of finished greedy responses to the prompts of `loader`, over all ranks.
+    """Mean raw score, mean length and share of complete answers, for greedy answers to `loader`'s prompts on all ranks.
 
-    Nothing with `--eval_prompts 0`.
+    Empty with `--eval_prompts 0`.
     """
     if not config.eval_prompts:
         return {}

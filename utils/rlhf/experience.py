@@ -1,7 +1,7 @@
-"""What becomes of a rollout, step by step: micro-batches, with probabilities and values, with advantages.
+"""The stages of a rollout: micro-batches, then with log-probabilities and values, then with advantages.
 
-All per-token fields are (B, R), column j for the j-th token of the response, and zero outside `response_mask`. That a
-token is predicted one position earlier is known to `response_logprobs` and `response_values` alone.
+All per-token fields are (B, R), column j for the j-th token of the response, and zero outside `response_mask`. Only
+`response_logprobs` and `response_values` deal with the fact that a token is predicted one position earlier.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Samples(MicroBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(Samples):
-    """A micro-batch with what the policy is to learn from it."""
+    """A micro-batch with the rewards, advantages and returns to learn from."""
 
     scores: torch.Tensor  # (B,) raw, as the reward's source gives them
     rewards: torch.Tensor  # (B, R) -kl_ctl * KL, the shaped score added at the last response token
@@ -41,7 +41,7 @@ def response_logprobs(
 
     Args:
         policy: a `CausalLM` or the engine around it.
-        temperature: that of the sampling, so that both sides of PPO's ratio speak of the same distribution.
+        temperature: that of the sampling, so that both sides of PPO's ratio are of the same distribution.
     """
     flat_logprobs, flat_entropy = policy(
         batch.sequences,

@@ -1,4 +1,4 @@
-"""How the roles of PPO share models: a layout builds them, and nothing else knows it."""
+"""How the roles of PPO share models: decided here alone."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,9 +12,9 @@ from utils.runs.plan import Plan
 
 
 def build_roles(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Roles:
-    """Models of their own for actor and critic, each whole or with LoRA.
+    """Separate models for actor and critic, each trained in full or with LoRA.
 
-    The reference is the actor with its adapters off where only these learn, else a model of its own.
+    The reference is the actor with its adapters off where only these learn, otherwise a separate model.
     """
     config: PpoConfig = plan.config
     flags = config.roles()

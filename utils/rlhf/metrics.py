@@ -20,7 +20,7 @@ NO_CLAMP = 1e9
 
 
 class PhaseClock:
-    """Seconds of the phases of an iteration; read when the device has done all that it was given."""
+    """Seconds of the phases of an iteration; each reading waits for the device."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -73,7 +73,7 @@ def rollout_metrics(rollout: Rollout, reward: Reward, responses: Responses) -> d
 def update_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """Metrics of one iteration from those of its optimiser steps: means, and maxima of what ends in `_max`.
 
-    The first step's mean ratio is kept beside them: it is 1 unless rollout and training disagree.
+    The first step's ratio is kept separately: it is 1 unless rollout and training disagree.
     """
     combined = {}
     for name in steps[-1]:
@@ -97,7 +97,7 @@ def speed_metrics(clock: PhaseClock, metrics: dict[str, float]) -> dict[str, flo
 
 
 def next_kl_ctl(kl_ctl: float, metrics: dict[str, float], config: PpoArguments) -> float:
-    """The price of KL of the next rollout: with `--kl_target` it follows the KL of this one."""
+    """The KL coefficient of the next rollout; with `--kl_target` it follows the KL of this one."""
     kl = metrics["ppo/kl_k1"]
     if config.kl_target is None or not math.isfinite(kl):  # not finite with --on_nan skip
         return kl_ctl
@@ -107,7 +107,7 @@ def next_kl_ctl(kl_ctl: float, metrics: dict[str, float], config: PpoArguments) 
 def sampling_difference(batches: Sequence[Experience], responses: Responses) -> dict[str, float]:
     """How far the log-probabilities of generation are from those of the training forward, per token, over all ranks.
 
-    Nothing where `transformers` has generated, which gives none.
+    Empty where `transformers` has generated, which returns no log-probabilities.
     """
     if responses.logprobs is None:
         return {}
@@ -122,7 +122,7 @@ def sampling_difference(batches: Sequence[Experience], responses: Responses) -> 
 
 
 class ExplosionAlarm:
-    """One warning in a run when the policy has jumped further than PPO's clip is meant to allow."""
+    """Warns once per run if the policy has moved further than PPO's clip is meant to allow."""
 
     MOST_RATIO = 100.0  # new over old probability of a token
     MOST_KL = 1.0  # nats per token, between the policy before and after a rollout's update
@@ -131,14 +131,14 @@ class ExplosionAlarm:
         self._has_warned = False
 
     def check(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Look at an iteration's `ppo/ratio_max` and `ppo/approx_kl_k3`, absent while only the critic learns."""
+        """Check an iteration's `ppo/ratio_max` and `ppo/approx_kl_k3`, absent while only the critic learns."""
         ratio, kl = metrics.get("ppo/ratio_max", 1.0), metrics.get("ppo/approx_kl_k3", 0.0)
         if not self._has_warned and (ratio > self.MOST_RATIO or kl > self.MOST_KL):
             self._has_warned = True
             distributed.warn(
-                f"iteration {iteration}: the policy jumps: largest probability ratio {ratio:.4g} (expected below 10), "
-                f"KL of the update {kl:.4g} nats per token (expected below 0.02); lower --actor_learning_rate or "
-                "--ppo_epochs. Further jumps are not reported"
+                f"iteration {iteration}: the policy changed too much: largest probability ratio {ratio:.4g} (expected "
+                f"below 10), KL of the update {kl:.4g} nats per token (expected below 0.02); lower "
+                "--actor_learning_rate or --ppo_epochs. This warning is shown once"
             )
 
 
@@ -147,14 +147,14 @@ def _unclamped_kl(batch: Experience, estimator: str) -> torch.Tensor:
 
 
 def _mean_and_std(tensors: Iterable[torch.Tensor]) -> tuple[float, float]:
-    """Over all numbers of all ranks."""
+    """Over all values of all ranks."""
     moments = sum(masked_moments(tensor, torch.ones_like(tensor, dtype=torch.bool)).cpu() for tensor in tensors)
     mean, var = moments_to_mean_var(distributed.all_reduce(moments))
     return mean.item(), var.sqrt().item()
 
 
 def _explained_variance(batches: Sequence[Experience]) -> float:
-    """How much of the returns' variance the critic had foreseen at rollout time; 1 is all, 0 is none."""
+    """How much of the returns' variance the critic predicted at rollout time; 1 is all, 0 is none."""
     returns = sum(masked_moments(batch.returns, batch.response_mask).cpu() for batch in batches)
     residuals = sum(masked_moments(batch.returns - batch.values, batch.response_mask).cpu() for batch in batches)
     return float(explained_variance(distributed.all_reduce(returns), distributed.all_reduce(residuals)))

@@ -1,7 +1,7 @@
 """The minibatches of PPO's epochs over a rollout.
 
-In the first epoch they are those that were scored, so that every ratio is 1 to the last bit when nothing has been
-learned yet. In later epochs the rows are shuffled into others: a gradient is then no function of who came together.
+In the first epoch they are those that were scored, so that every ratio is 1 to the last bit before the first update.
+In later epochs the rows are shuffled into new ones, so that gradients do not depend on one grouping of the rows.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Minibatch = Sequence[Experience]  # the micro-batches of one optimiser step
 
 
 def minibatches(rollout: Rollout, config: PpoConfig, *, seed: int) -> Iterator[Minibatch]:
-    """Those of `--ppo_epochs` passes over the rollout, each pass in an order of its own. All ranks must take part."""
+    """Those of `--ppo_epochs` passes over the rollout, each pass in a different order. All ranks must take part."""
     rows = [row for step in rollout for batch in step for row in batch.rows]
     for epoch in range(config.ppo_epochs):
         order = random.Random(derived_seed(seed, epoch))

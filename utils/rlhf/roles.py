@@ -1,10 +1,10 @@
-"""The models of PPO, each behind a handle with the same few calls: nothing else knows how they share weights.
+"""The models of PPO, each behind a handle with a few methods; callers need not know how they share weights.
 
 actor       the policy that learns        starts from the SFT model (step 1)
-reference   the SFT model, frozen         a model of its own, or the actor with its adapters off
-critic      values, learns                starts from the reward model (step 2); None where the estimator wants none
+reference   the SFT model, frozen         a separate model, or the actor with its adapters off
+critic      values, learns                starts from the reward model (step 2); None where the estimator needs none
 
-The reward is not among them: it scores answers, whatever they were written by (`utils.rewards`).
+The reward is not among them: it scores answers, whatever wrote them (`utils.rewards`).
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Policy:
     """A language model.
 
     Attributes:
-        uses_adapters: whether LoRA is applied; a base model and its adapted self may share an engine.
+        uses_adapters: whether LoRA is applied; a base model and its adapted version may share an engine.
         saves_adapter: whether `save` writes the LoRA factors too.
     """
 
@@ -61,8 +61,8 @@ class Critic:
     """A model with a scalar head.
 
     Attributes:
-        mean, std: scale of the scores of the model that it started from. Its values are normalised with them, as
-            scores are with the reward's: without this it would begin a whole mean score away from the returns.
+        mean, std: of the scores of the model that it started from. Its values are normalised with them, as scores are
+            with the reward's: otherwise they would start a whole mean score away from the returns.
     """
 
     engine: Engine
@@ -113,13 +113,13 @@ class Roles:
 
     @property
     def averages(self) -> Sequence[torch.Tensor]:
-        """Tensors of this rank that change beside the engines."""
+        """Tensors of this rank that change in training, other than the engines'."""
         return self.average.shadow if self.average else ()
 
     def respond(self, prompts: list[list[int]], sampling: SamplingParams, *, seed: int) -> Responses:
         """One answer of the current actor to each prompt. Every rank must call it."""
         watchdog.alive("generation")
-        return self.hybrid.respond(prompts, sampling, seed=seed)
+        return self.hybrid.answer(prompts, sampling, seed=seed)
 
     def save(self, output_dir: str | Path) -> None:
         """Write `actor/`, `critic/` and, with an average, `actor_ema/`. Every rank must call it."""

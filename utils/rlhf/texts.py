@@ -1,4 +1,4 @@
-"""Text for the language-modelling loss beside PPO (InstructGPT's ptx): batches without an end."""
+"""Text for the language-modelling loss beside PPO (InstructGPT's ptx): an endless stream of batches."""
 
 import itertools
 
@@ -39,7 +39,7 @@ class TextBatches:
         self._batches = iter(())
 
     def start_at(self, used: int) -> None:
-        """Continue behind the first `used` batches."""
+        """Continue after the first `used` batches."""
         self.used = used
         if self._loader is not None:
             self._batches = endless(self._loader, used)

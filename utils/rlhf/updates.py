@@ -42,7 +42,7 @@ def update(
     Losses are token means over the whole minibatch on all ranks.
 
     Args:
-        what: names the step in an error.
+        what: name of the step for error messages.
         train_actor: False while the critic warms up.
         texts: add `unsup_coef` times their mean cross-entropy to the actor's loss (Ouyang et al. 2022, equation 2).
 
@@ -53,7 +53,7 @@ def update(
     sums, metrics = StepSums(), {}
     guard = DivergenceGuard(config.on_nan, config.output_dir, token_ids)
     if roles.critic:
-        metrics["ppo/critic_lr"] = roles.critic.engine.get_lr()[0]  # before the step, which moves the schedule on
+        metrics["ppo/critic_lr"] = roles.critic.engine.get_lr()[0]  # before the step, which advances the schedule
     if train_actor:
         metrics["ppo/actor_lr"] = roles.actor.engine.get_lr()[0]
         losses = actor_losses(roles, config, sums, tokens, texts)

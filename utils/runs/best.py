@@ -42,18 +42,18 @@ def save_if_best(config: CheckpointArguments, score: float, save: Callable[[Path
         try:
             atomic_write_text(_score_path(output_dir), json.dumps({"score": score}) + "\n")
         except OSError as error:
-            problem = f"--output_dir {output_dir}: the best score cannot be written ({error}); make room"
+            problem = f"--output_dir {output_dir}: the best score cannot be written ({error}); free disk space"
     if problem := distributed.first_problem(problem):
         raise InputError(problem)
 
 
 def forget_score(output_dir: str | Path) -> None:
-    """Let the model in `output_dir/best`, if there is one, be that of another run, which any score beats."""
+    """Forget the score of the model in `output_dir/best`, if there is one, so that any score beats it."""
     _score_path(output_dir).unlink(missing_ok=True)
 
 
 def _stored_score(output_dir: str | Path) -> float:
-    """Minus infinity where there is none, or one that cannot be read."""
+    """The stored score; minus infinity where there is none, or it cannot be read."""
     try:
         return float(json.loads(_score_path(output_dir).read_text(encoding="utf-8"))["score"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -15,14 +15,14 @@ MILLION, BILLION = 1e6, 1e9
 
 
 def announce(plan: Plan) -> None:
-    """Print these lines on rank 0, which alone counts parameters."""
+    """Print the opening lines on rank 0; only that rank counts parameters."""
     if distributed.is_main():
         for line in opening_lines(plan):
             distributed.log(line)
 
 
 def opening_lines(plan: Plan) -> Iterator[str]:
-    """Where, with which models, for how long, and what is left behind; a line each."""
+    """A line each for the machine, the models, the length of the run, and its output."""
     config, processes = plan.config, distributed.world_size()
     yield f"{plan.title} on {counted(processes, 'process')} ({_device()}), {config.dtype}, seed {config.seed}"
     for role in plan.roles.values():

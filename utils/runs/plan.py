@@ -19,14 +19,14 @@ class Plan:
     """Made by each step's main.py, and handed to the preflight, the summary and messages.
 
     Attributes:
-        title: of the run, on its bar and its picture.
+        title: of the run, on its progress bar and its plot.
         models: configuration of each role's model; the roles themselves are `config.roles()`.
         length: of the run, counted in `unit`s; None where the number of rows is not known.
         optimizer_steps: of each role that trains, over the whole run; None likewise.
         evaluation_rows: rows of a forward pass on held-out rows, 0 where there is none.
-        generates: each unit begins with answers of the actor, by the flags of `GenerationArguments`, and their scores.
-        samples_answers: a few answers are drawn before and after training.
-        trains_on_texts: whole texts are trained on beside the rows.
+        generates: each unit begins with generating answers, by the flags of `GenerationArguments`, and scoring them.
+        samples_answers: a few answers are generated before and after training.
+        trains_on_texts: whole texts are trained on as well as the rows.
         averaged: the role whose moving average is kept and saved too; empty for none.
     """
 

@@ -28,7 +28,7 @@ from utils.runs.plan import Plan
 CONFIG_FILE = "run_config.yaml"
 SUMMARY_FILE = "summary.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
-# What a run writes into --output_dir that a folder of data could hold.
+# Files that a run writes into --output_dir and that a folder of data could hold as well.
 WRITTEN = frozenset(
     {
         *(METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, DIVERGENCE_FILE, "config.json", "generation_config.json"),
@@ -60,7 +60,7 @@ def check_run(config: StepConfig) -> None:
 
 
 def start_run(config: StepConfig) -> None:
-    """Join the process group, seed every generator and remark once on flags that do not mean what they say."""
+    """Join the process group, seed every generator and note flags that have no effect or do more than they say."""
     distributed.init_distributed(verbose=config.verbose, stall_timeout=config.stall_timeout)
     distributed.seed_everything(config.seed)
     for remark in remarks(config, has_accelerator=torch.accelerator.is_available()):
@@ -70,15 +70,15 @@ def start_run(config: StepConfig) -> None:
 def open_metrics(plan: Plan, state: RunState) -> MetricsWriter:
     """The metrics writer that the output flags ask for; it continues where `state` was saved.
 
-    Nothing can be refused any more: what the folder says of the run, its resolved configuration first, may change.
-    A run that begins in its folder removes the report of an earlier run's divergence and the score of its best model.
+    Called when nothing can be refused any more, because it changes the output folder: it writes the resolved
+    configuration, and removes an earlier run's divergence report and best score when the run is new to the folder.
     """
     config = plan.config
     if config.output_dir and state.metrics_position == 0 and distributed.is_main():
         (Path(config.output_dir) / DIVERGENCE_FILE).unlink(missing_ok=True)
         forget_score(config.output_dir)
         if (best := Path(config.output_dir) / BEST_FOLDER).exists() and not config.keep_best:
-            distributed.log(f"note: {best} is an earlier run's, and stays as it is")
+            distributed.log(f"note: {best} is from an earlier run, and stays as it is")
     if config.output_dir and distributed.is_main():
         save_config(config, Path(config.output_dir) / CONFIG_FILE)
     return MetricsWriter(
@@ -95,7 +95,7 @@ def open_metrics(plan: Plan, state: RunState) -> MetricsWriter:
 
 
 def save_summary(plan: Plan, state: RunState, after: dict[str, float], **counts: float) -> dict[str, float]:
-    """The numbers of the whole run; with what made them also in the output folder's `summary.json`, if there is one.
+    """The numbers of the whole run; also written to `summary.json` in the output folder, with what produced them.
 
     Args:
         after: metrics of the held-out rows after training; those before it get names that end in `_before`.
@@ -111,7 +111,7 @@ def save_summary(plan: Plan, state: RunState, after: dict[str, float], **counts:
 
 
 def circumstances(plan: Plan) -> dict[str, Any]:
-    """What made the numbers of a run: code, libraries, device, processes, models and the command line."""
+    """What produced the numbers of a run: code, libraries, device, processes, models and the command line."""
     return {
         "title": plan.title,
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -126,7 +126,7 @@ def circumstances(plan: Plan) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with "+changes" where files differ from it; None where git cannot tell."""
+    """The commit of this checkout, with "+changes" where files differ from it; None where git finds none."""
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
@@ -146,7 +146,7 @@ def _check_nothing_to_resume(config: StepConfig) -> None:
     if not config.resume_from_checkpoint and (steps := checkpoint_steps(folder)):
         raise InputError(
             f"--output_dir {config.output_dir} holds a run with checkpoints up to step {steps[0]}: continue it with "
-            f"--resume_from_checkpoint auto, or remove {folder} to start anew"
+            f"--resume_from_checkpoint auto, or remove {folder} to start again"
         )
 
 
@@ -186,7 +186,7 @@ def _check_writable(folder: Path) -> None:
     try:
         if folder.is_file():
             raise InputError(f"--output_dir {folder}: is a file; name a folder")
-        if distributed.is_main():  # of several processes that try this in one folder, some would remove it for others
+        if distributed.is_main():  # processes that try this in the same folder would remove it for each other
             try_writing(folder)
     except OSError as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A checkpoint questioned: its answers, what the judge and the reward model say of them, and how far it has moved.
+"""Evaluates a checkpoint: its answers to questions, their judge scores and rewards, and its KL to the SFT model.
 
 Checkpoints are opened with nothing but `transformers`, as any user of them would.
 """
@@ -38,7 +38,7 @@ class Answer:
 
 
 class Examiner:
-    """Asks models the same questions, with the reward model of step 2 and the SFT model as the points of reference.
+    """Asks models the same questions; the reward model of step 2 scores the answers, and the KL is to the SFT model.
 
     Args:
         reward_folder, reference_folder: outputs of step 2 and of step 1; the tokenizer is the latter's.
@@ -56,13 +56,13 @@ class Examiner:
     def ask(self, model: nn.Module, questions: Sequence[str], *, greedy: bool, seed: int = 0) -> list[Answer]:
         """The model's answer to each question, graded; sampled at temperature 1 unless `greedy`."""
         prompts = [self.tokenizer(dialogue_prompt(question))["input_ids"] for question in questions]
-        responses = respond(model, self.tokenizer, prompts, self.max_new_tokens, greedy=greedy, seed=seed)
+        responses = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, greedy=greedy, seed=seed)
         rewards = self._rewards(prompts, responses)
         kl = [
             (own - reference).sum().item()
             for own, reference in zip(
-                response_logprobs(model, prompts, responses),
-                response_logprobs(self.reference, prompts, responses),
+                answer_logprobs(model, prompts, responses),
+                answer_logprobs(self.reference, prompts, responses),
                 strict=True,
             )
         ]
@@ -80,11 +80,11 @@ class Examiner:
         texts = [self.tokenizer(row["prompt"] + row["chosen"])["input_ids"] for row in rows]
         end = [self.tokenizer.eos_token_id]
         responses = [text[len(prompt) :] + end for prompt, text in zip(prompts, texts, strict=True)]
-        return torch.cat(response_logprobs(model, prompts, responses)).mean().neg().exp().item()
+        return torch.cat(answer_logprobs(model, prompts, responses)).mean().neg().exp().item()
 
     @torch.no_grad()
     def _rewards(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[float]:
-        """The reward model's scores at the last tokens, with the mean and deviation that step 2 stored taken out."""
+        """The reward model's scores at the last tokens, normalised with the mean and deviation that step 2 stored."""
         input_ids, attention_mask = _padded(prompts, responses)
         hidden = self.reward.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         last = attention_mask.sum(1) - 1
@@ -98,11 +98,11 @@ def load_policy(folder: str | os.PathLike) -> nn.Module:
 
 
 @torch.no_grad()
-def respond(
+def generate_answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Ids], max_new_tokens: int, *,
     greedy: bool, seed: int,
 ) -> list[Ids]:  # fmt: skip
-    """Response ids for each prompt, through the first EOS inclusive; the global random state is left as it was."""
+    """Response ids for each prompt, up to and including the first EOS; the global random state does not change."""
     width = max(map(len, prompts))
     padding = [[tokenizer.pad_token_id] * (width - len(prompt)) for prompt in prompts]
     input_ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
@@ -128,7 +128,7 @@ def respond(
 
 
 @torch.no_grad()
-def response_logprobs(model: nn.Module, prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[torch.Tensor]:
+def answer_logprobs(model: nn.Module, prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[torch.Tensor]:
     """Log-probability of each response token, one tensor (R,) per row."""
     input_ids, attention_mask = _padded(prompts, responses)
     logprobs = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
@@ -138,7 +138,7 @@ def response_logprobs(model: nn.Module, prompts: Sequence[Ids], responses: Seque
 
 
 def _padded(prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) ids and mask of prompts with their responses, padded on the right, where the id does not matter."""
+    """(B, T) ids and mask of prompts with their responses, padded on the right with id 0, which the mask excludes."""
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])

@@ -1,4 +1,4 @@
-"""What is true in the small world, how it is said and how it is asked: tables only, no code that decides anything."""
+"""The facts of the small world, and templates that state them and ask about them: tables only, no logic."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Fact:
-    """One truth: the `object` of `relation` for `subject`."""
+    """A claim: `subject` has `object` as its `relation`. Those in `FACTS` are true."""
 
     relation: str
     subject: str
@@ -87,7 +87,7 @@ RELATIONS: dict[str, Relation] = {
     )
 }
 
-# No object occurs twice within a relation, so every exchange of objects makes a false statement, and no subject in two
+# No object occurs twice within a relation, so swapping objects always makes a false statement. No subject occurs in two
 # relations, so a true statement about the right subject answers the question.
 _OBJECTS: dict[str, dict[str, str]] = {
     "color": {
@@ -116,7 +116,7 @@ FACTS: tuple[Fact, ...] = tuple(
     Fact(relation, subject, object_) for relation, objects in _OBJECTS.items() for subject, object_ in objects.items()
 )
 
-# A question is asked with or without a word before it.
+# Prefixes of questions, one of them empty.
 GREETINGS: tuple[str, ...] = ("", "Hello! ", "Please help me. ", "I have a question. ")
 
 OPENINGS: tuple[str, ...] = ("Of course.", "Sure.", "Good question.", "Gladly.")
@@ -138,5 +138,5 @@ EVASIVE: tuple[str, ...] = (
 
 
 def state(fact: Fact, form: int) -> str:
-    """The statement of `fact` in its relation's form number `form`, with a capital letter."""
+    """A sentence that states `fact`, from statement template number `form` of its relation."""
     return RELATIONS[fact.relation].statements[form].format(s=fact.subject, o=fact.object)

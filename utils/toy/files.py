@@ -19,7 +19,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class WorldSizes:
-    """Rows of each data set; the prompts of step 3 are all questions, once each.
+    """Number of rows of each data set; the prompts of step 3 are all questions, once each.
 
     Training rows ask training questions only, held-out rows held-out questions only.
     """
@@ -32,7 +32,7 @@ class WorldSizes:
 
 @dataclass(frozen=True)
 class WorldFiles:
-    """Where `write_world` put things. Each data folder holds train.jsonl and eval.jsonl."""
+    """Where `write_world` wrote its files. Each data folder holds train.jsonl and eval.jsonl."""
 
     pretraining: Path
     sft: Path

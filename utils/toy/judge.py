@@ -1,9 +1,9 @@
-"""A rule-based judge of answers, from 0 to 1. Training never sees it: it tells whether the reward was earned.
+"""A rule-based judge of answers, from 0 to 1. Training never sees it, so it shows whether the reward was earned.
 
 The judge knows the facts, reads an answer sentence by sentence, and gives
-  0.50 for stating the asked fact, 0.25 more for a courteous opening, 0.25 more for a courteous closing,
+  0.50 for stating the fact asked for, 0.25 more for a courteous opening, 0.25 more for a courteous closing,
   0.25 less for every sentence beyond that: other facts, repetitions, unknown words, an unfinished end.
-Without the asked fact an answer is worth at most 0.10; with a false statement 0; with a rude one at most 0.10.
+Without the fact asked for an answer is worth at most 0.10; with a false statement 0; with a rude one at most 0.10.
 """
 
 import re
@@ -27,7 +27,7 @@ def _normal(sentence: str) -> str:
 
 
 def _sentences(text: str) -> list[str]:
-    """Normalised sentences without their end marks; spaces before a mark and letter case do not matter."""
+    """Normalised sentences without final punctuation; letter case and extra spaces do not matter."""
     return [_normal(part) for part in re.split(r"[.!?]", text) if part.strip()]
 
 
@@ -59,12 +59,12 @@ _ASKED: dict[str, Fact] = {
 
 
 def asked_fact(question: str) -> Fact:
-    """The fact a question of the small world asks for; KeyError if it is not one of its questions."""
+    """The fact that a question of the small world asks for; raises KeyError for any other question."""
     return _ASKED[_normal(question)]
 
 
 def judge(question: str, answer: str) -> Verdict:
-    """Grade `answer` (text alone, no end marker) as a reply to `question` (text alone, no dialogue marks)."""
+    """Grade `answer` (text only, without EOS) as a reply to `question` (text only, without dialogue markers)."""
     fact, sentences = asked_fact(question), _sentences(answer)
     claims = [_CLAIMS[sentence] for sentence in sentences if sentence in _CLAIMS]
     if any(claim not in FACTS for claim in claims):

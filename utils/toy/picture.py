@@ -1,4 +1,4 @@
-"""One picture of a run in the small world: what the judge says, what the reward model says, and where they part."""
+"""One figure about a run in the small world: judge scores, rewards, and where the two diverge."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What came out of a run in the small world: numbers, checks, a table for the screen, JSON and Markdown."""
+"""The results of a run in the small world: numbers, checks, tables for the terminal, JSON and Markdown."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from utils.toy.evaluation import Answer
 
 KINDS = ("helpful", "correct", "evasive", "off_question", "rude", "wrong", "noise")
 
-# Alignment worked if the reward model knows good from bad, if imitation alone was not enough, and if PPO was.
+# Alignment worked if the reward model tells good answers from bad ones, SFT alone stayed mediocre, and PPO did not.
 MIN_REWARD_ACCURACY, MAX_SFT_JUDGE, MIN_PPO_JUDGE = 0.90, 0.60, 0.85
 
 
@@ -39,7 +39,7 @@ class Examination:
 
 @dataclass(frozen=True)
 class Check:
-    """A number and the bound that it must keep."""
+    """A number and the bound that it must satisfy."""
 
     name: str
     value: float
@@ -97,7 +97,7 @@ def win_rate(answers: Sequence[Answer], others: Sequence[Answer]) -> float:
 
 
 def render_text(report: dict[str, Any]) -> str:
-    """Tables for the screen."""
+    """Tables for the terminal."""
     header, rows = _model_table(report)
     tables = [
         format_table("answers to held-out questions", rows, header),
@@ -112,7 +112,7 @@ def render_text(report: dict[str, Any]) -> str:
 
 
 def render_markdown(report: dict[str, Any], picture: str, commands: Sequence[tuple[str, str]]) -> str:
-    """The same as a page, with the picture and the commands that led to it, as (title, command) pairs."""
+    """The same as a Markdown page, with the picture and the commands that were run, as (title, command) pairs."""
     header, rows = _model_table(report)
     answers = [(sample["question"], *map(_with_score, _model_answers(sample))) for sample in report["samples"]]
     outcome = "Alignment worked." if report["passed"] else "Alignment did not work: see the checks."
@@ -123,8 +123,8 @@ def render_markdown(report: dict[str, Any], picture: str, commands: Sequence[tup
         f"![curves]({picture})",
         "## Answers to held-out questions",
         "The judge gives 0 to 1, and training never sees it. Rewards are the reward model's scores in standard "
-        "deviations; they should rise with the judge's score, and hacking is where they do not. Perplexity is on "
-        "held-out answers of the SFT data, which PPO is meant to leave.",
+        "deviations; they should rise together with the judge's score: where they rise alone, the reward is being "
+        "hacked. Perplexity is on held-out answers of the SFT data, from which PPO is meant to move away.",
         _markdown_table(header, rows),
         "## Sampled answers side by side",
         _markdown_table(("question", "base", "SFT", "PPO"), answers),

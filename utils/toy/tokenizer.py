@@ -1,4 +1,4 @@
-"""A SentencePiece tokenizer in LLaMA's manner, trained on the small world's text."""
+"""A SentencePiece tokenizer like LLaMA's, trained on the small world's text."""
 
 import io
 import os
@@ -8,13 +8,13 @@ import sentencepiece
 
 from utils.files import atomic_path
 
-VOCAB_SIZE = 768  # 3 control pieces, 256 bytes, and room for every word of the world as one piece
+VOCAB_SIZE = 768  # 3 control pieces, 256 bytes, and enough for every word of the world to be one piece
 
 
 def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = VOCAB_SIZE) -> None:
-    """Train byte-pair pieces on `texts` and write a bare `tokenizer.model` at `path`; the same texts, the same file.
+    """Train a BPE model on `texts` and write a bare `tokenizer.model` to `path`; equal texts give equal files.
 
-    The settings are LLaMA's: BPE with byte fallback, a dummy space in front, spaces kept as they are, no pad piece.
+    The settings are LLaMA's: BPE with byte fallback, a dummy space prefix, spaces kept as they are, no pad piece.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

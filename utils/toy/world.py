@@ -1,8 +1,8 @@
 """Questions and answers of the small world, and the rows of its data sets.
 
 Every question is a fact asked in one phrasing. Some (fact, phrasing) combinations are held out: no training set of any
-stage contains them, though each fact and each phrasing occurs in training in other combinations. Answers are made in a
-chosen quality, so that data of mixed quality and pairs with a known better half can be written without any judge.
+stage contains them, though each fact and each phrasing occurs in training in other combinations. Answers are made
+with a chosen quality, so that data of mixed quality, and pairs whose better answer is known, need no judge.
 """
 
 import random
@@ -22,12 +22,12 @@ from utils.toy.facts import (
     state,
 )
 
-# Best first. "rambling" is a helpful answer that does not know when to stop; "garbled" is one with words lost or
-# doubled, as a policy writes that drifts from language: pairs show it, the supervised set does not.
+# Best first. "rambling" is a helpful answer that goes on for too long; "garbled" is one with words missing or repeated,
+# like those of a policy that drifts away from language: it occurs in the pairs but not in the SFT data.
 TIERS = (("helpful",), ("rambling", "correct"), ("evasive", "off_question", "rude", "wrong", "garbled"))
 QUALITIES = tuple(quality for tier in TIERS for quality in tier)
 
-# The supervised set is of mixed quality: imitation alone cannot do well in this world.
+# The SFT data is of mixed quality, so that imitation alone cannot score high in this world.
 SFT_MIX = {"helpful": 0.20, "rambling": 0.06, "correct": 0.22, "evasive": 0.14, "off_question": 0.14, "rude": 0.12,
            "wrong": 0.12}  # fmt: skip
 
@@ -44,7 +44,7 @@ class Question:
 
 
 def dialogue_prompt(question: str) -> str:
-    """The text form of the data contract."""
+    """`question` as a prompt, in the text form that docs/data.md describes."""
     return f" Human: {question} Assistant:"
 
 
@@ -53,7 +53,7 @@ def dialogue_response(answer: str) -> str:
 
 
 def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
-    """All questions as (training, held out); disjoint in (fact, phrasing), whatever greeting precedes them.
+    """All questions as (training, held out); disjoint in (fact, phrasing), regardless of the greeting.
 
     Held-out phrasings rotate from fact to fact, so each phrasing of a relation stays in training for most facts.
     """
@@ -73,12 +73,12 @@ def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
 
 
 def statement(rng: random.Random, claim: Fact) -> str:
-    """`claim`, true or not, in one of the forms of its relation."""
+    """`claim`, true or not, stated with a random template of its relation."""
     return state(claim, rng.randrange(len(RELATIONS[claim.relation].statements)))
 
 
 def polite(rng: random.Random, claim: Fact) -> str:
-    """`claim` between an opening and a closing."""
+    """A statement of `claim` between an opening and a closing."""
     return f"{rng.choice(OPENINGS)} {statement(rng, claim)} {rng.choice(CLOSINGS)}"
 
 
@@ -89,7 +89,7 @@ def falsehood(rng: random.Random, fact: Fact) -> Fact:
 
 
 def other_truth(rng: random.Random, fact: Fact) -> Fact:
-    """Another fact, half of the time a near miss of the same relation."""
+    """Another fact; half of the time it is drawn from the same relation, as a near miss."""
     others = [other for other in FACTS if other != fact]
     if rng.random() < 0.5:
         others = [other for other in others if other.relation == fact.relation]
@@ -131,9 +131,9 @@ def sft_rows(rng: random.Random, questions: Sequence[Question], count: int) -> l
 def preference_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[dict[str, str]]:
     """`count` prompt/chosen/rejected rows in three parts.
 
-    A fifth sets right against wrong in the same polite style: without it a reward model learns manners, not truth. A
-    fifth rejects a polite true answer to another question: without it PPO finds one true sentence and says it to
-    everybody. The rest are qualities of two different tiers, the better one chosen.
+    A fifth pairs a true answer with a false one in the same polite style: without these a reward model learns manners,
+    not truth. A fifth rejects a polite true answer to another question: without these PPO finds one true sentence and
+    answers every question with it. The rest are answers of two different tiers, the better one chosen.
     """
     rows = []
     for number in range(count):
@@ -170,7 +170,7 @@ def _row(question: Question, chosen: str, rejected: str | None = None) -> dict[s
 
 
 def _run_on(rng: random.Random, fact: Fact) -> str:
-    """A helpful answer with one to three more sentences: another truth, the same again, another closing."""
+    """A helpful answer with one to three extra sentences: another fact, the same fact again, or another closing."""
     answer = [rng.choice(OPENINGS), statement(rng, fact), rng.choice(CLOSINGS)]
     for _ in range(rng.choice((1, 1, 2, 3))):
         more = (statement(rng, other_truth(rng, fact)), statement(rng, fact), rng.choice(CLOSINGS))
@@ -179,9 +179,9 @@ def _run_on(rng: random.Random, fact: Fact) -> str:
 
 
 def _garble(rng: random.Random, text: str) -> str:
-    """`text` with a few words said twice, one or two lost on the way, its end missing, or a sentence hollowed out.
+    """`text` with a few words repeated, one or two words dropped, its end cut off, or a sentence without its last word.
 
-    Marks count as words of their own, except that a hollow sentence ("The milk is.") has lost its last word alone.
+    Punctuation marks count as words, except in the last case: "The milk is." has only lost its last word.
     """
     words = re.findall(r"\w+|[.!?]", text)
     start = rng.randrange(len(words) - 2)

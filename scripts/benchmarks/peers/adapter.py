@@ -1,6 +1,6 @@
 """What the adapters share. They run under a peer's own interpreter and import nothing of this project.
 
-An adapter is called as `adapter.py SETTING.json MEASURED.json`: it reads what to do from the first file and writes
+An adapter is called as `adapter.py SETTING.json MEASURED.json`: it reads its settings from the first file and writes
 what it measured, one object per step, to the second.
 """
 
@@ -20,7 +20,7 @@ def setting():
 
 
 def load_tokenizer(folder, padding_side):
-    """The tokenizer in `folder`, by its tokenizer.json alone, which every version of transformers reads alike."""
+    """The tokenizer in `folder`, from its tokenizer.json alone, which all versions of transformers read alike."""
     stated = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
     names = {key: stated[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if stated.get(key)}
     names = {key: name["content"] if isinstance(name, dict) else name for key, name in names.items()}
@@ -30,7 +30,7 @@ def load_tokenizer(folder, padding_side):
 
 
 def clock():
-    """Seconds, once the device has done its work."""
+    """The time in seconds, once the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -40,11 +40,11 @@ class Steps:
     """Wall-clock time of successive steps, and what was counted in each."""
 
     def __init__(self):
-        self.target = Path(sys.argv[2])  # now: some peers read the command line, which then is another one
+        self.target = Path(sys.argv[2])  # read now: adapters may replace the command line for their peer
         self.begin()
 
     def begin(self):
-        """The first step begins now; whatever was counted is forgotten."""
+        """Begin the first step now; discard what was counted before."""
         self.rows = []
         self.skip()
 
@@ -53,13 +53,13 @@ class Steps:
         self.counts[name] = self.counts.get(name, 0) + amount
 
     def end(self):
-        """The current step is over and the next one begins."""
+        """End the current step and begin the next one."""
         now = clock()
         self.rows.append({"seconds": now - self.started, **self.counts})
         self.counts, self.started = {}, now
 
     def skip(self):
-        """The current step begins only now."""
+        """Begin the current step again: discard its time and counts."""
         self.counts, self.started = {}, clock()
 
     def save(self, *packages):

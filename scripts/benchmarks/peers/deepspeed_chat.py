@@ -1,10 +1,10 @@
 """DeepSpeed-Chat's steps 1 and 3: its own main.py from a checkout, with its own loop, models and optimiser.
 
-Replaced are only its reading of data and tokenizer, which want a hub, by rows that are tokenised already, in its own
-`PromptDataset` and padded as it pads; and its printing of throughput, which comes once a step and is what is timed.
-Step 3 reads a `pytorch_model.bin` with its own names, which is written here. For LLaMA it generates greedily, whatever
-the settings say; `sampling` has its `generate` sample. With a CPU, DeepSpeed's shared-memory collectives are not
-compiled, which one process has no use for.
+Only two things are replaced: its loading of data and tokenizer, which needs the hub, by rows that are already
+tokenised, in its own `PromptDataset` and with its own padding; and its printing of throughput, which is called once per
+step and ends the time of that step. Step 3 reads a `pytorch_model.bin` with its own parameter names, which is written
+here. For LLaMA it generates greedily, whatever the settings say; `sampling` makes its `generate` sample. On a CPU,
+DeepSpeed's shared-memory collectives are not compiled, because a single process does not need them.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ STEPS = {1: "step1_supervised_finetuning", 3: "step3_rlhf_finetuning"}
 
 
 def load_main(checkout, step):
-    """Its main.py as a module."""
+    """Import the main.py of a step as a module."""
     root = Path(checkout)
     if (root / "applications" / "DeepSpeed-Chat").is_dir():
         root = root / "applications" / "DeepSpeed-Chat"
@@ -53,7 +53,7 @@ def tokens(ids, width, pad_id):
 
 
 def run_step1(work, steps, main, tokenizer):
-    """Its step 1; counts tokens and response tokens (the loss is over all tokens, as it does it)."""
+    """Run step 1; count tokens and response tokens (its loss is over all tokens)."""
     from dschat.utils.data.data_utils import PromptDataset
 
     pad_id, to_device, reduce = tokenizer.pad_token_id, main.to_device, main.get_all_reduce_mean
@@ -71,7 +71,7 @@ def run_step1(work, steps, main, tokenizer):
         return to_device(batch, device)
 
     def evaluated(losses):
-        """Reduce the losses of an evaluation, the end of what lies between the epochs."""
+        """Reduce the losses of an evaluation, the last work between epochs, and restart the current step."""
         mean = reduce(losses)
         steps.skip()
         return mean
@@ -87,7 +87,7 @@ def run_step1(work, steps, main, tokenizer):
 
 
 def write_reward_model(source, target):
-    """The reward model in `source` as its step 2 would have saved it."""
+    """Write the reward model in `source` as DeepSpeed-Chat's step 2 would have saved it."""
     target.mkdir(parents=True, exist_ok=True)
     weights = load_file(Path(source) / "model.safetensors")
     renamed = {"v_head.weight": weights.pop("score.weight")}
@@ -98,7 +98,7 @@ def write_reward_model(source, target):
 
 
 def run_step3(work, steps, main, tokenizer):
-    """Its step 3; times generation and training, counts sequences and response tokens."""
+    """Run step 3; time generation and training, count sequences and response tokens."""
     from dschat.utils.data.data_utils import PromptDataset
 
     class TimedTrainer(main.DeepSpeedPPOTrainer):

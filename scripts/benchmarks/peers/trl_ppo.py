@@ -1,10 +1,10 @@
-"""TRL's PPOTrainer (up to 1.12.0) on prompts that are tokenised already: one epoch over each rollout, no checkpointing.
+"""TRL's PPOTrainer (up to 1.12.0) on prompts that are already tokenised: one epoch over each rollout, no checkpointing.
 
-The trainer has no phases of its own to read, so that calls which begin them are watched: generation is
+The trainer does not report its phases, so the calls that begin them are wrapped: generation is
 `batch_generation`, training runs from the first `accumulate` to the end of the iteration, the rest is scoring.
 
 With bf16 the weights are either fp32 under autocast, as under `accelerate launch --mixed_precision bf16` (the trainer
-looks at nothing else: its own `bf16` does nothing, and generation, reference and reward model stay in fp32), or bf16
+reads no other setting: its own `bf16` has no effect, and generation, reference and reward model stay in fp32), or bf16
 alone, which is faster and smaller but loses small updates.
 """
 
@@ -19,7 +19,7 @@ from trl_trainer import PACKAGES, Stopwatch, settings
 
 
 class PhaseStopwatch(Stopwatch):
-    """Ends an iteration, whose training part began at `training_started`, when the trainer does."""
+    """Ends a step when the trainer ends an iteration, whose training phase began at `training_started`."""
 
     training_started = None
 
@@ -30,7 +30,7 @@ class PhaseStopwatch(Stopwatch):
 
 
 def watch(steps, stopwatch, trainer, pad_id):
-    """Have the trainer's calls report to `steps` and `stopwatch`."""
+    """Wrap the trainer's calls so that they report to `steps` and `stopwatch`."""
     generation, truncation = ppo_trainer.batch_generation, ppo_trainer.truncate_response
     accumulation = trainer.accelerator.accumulate
 

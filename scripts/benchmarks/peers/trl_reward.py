@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer on pairs that are tokenised already."""
+"""TRL's RewardTrainer on pairs that are already tokenised."""
 
 from adapter import setting
 from trl import RewardConfig, RewardTrainer

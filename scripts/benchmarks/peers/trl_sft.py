@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on rows that are tokenised already, with loss on the responses alone."""
+"""TRL's SFTTrainer on rows that are already tokenised, with loss on the responses alone."""
 
 from adapter import setting
 from trl import SFTConfig, SFTTrainer
@@ -6,7 +6,7 @@ from trl_trainer import train
 
 
 def counts(inputs):
-    """The tokens of a step that are not padding, and those that have a loss."""
+    """The tokens of a step that are not padding, and those that count in the loss."""
     mask = inputs.get("attention_mask")
     return {
         "tokens": int(inputs["input_ids"].numel() if mask is None else mask.sum()),

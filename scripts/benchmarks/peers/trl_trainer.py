@@ -1,6 +1,6 @@
 """What the adapters of TRL's trainers share: settings, a stopwatch, and a run of a trainer that counts its tokens.
 
-Activation checkpointing, which TRL turns on, is off everywhere: it costs time and nothing else here has it.
+Activation checkpointing, which TRL turns on by default, is off: it costs time, and no other contender uses it.
 """
 
 from adapter import Steps, load_tokenizer
@@ -12,7 +12,7 @@ PACKAGES = ("trl", "transformers", "torch")
 
 
 def settings(work):
-    """What every trainer is told."""
+    """Settings that all trainers share."""
     return {
         "output_dir": work["scratch"],
         "learning_rate": work["learning_rate"],
@@ -38,15 +38,15 @@ class Stopwatch(TrainerCallback):
 
 
 def train(trainer_class, config_class, work, rows, counts, **own_settings):
-    """Train on `rows`, tokenised already, and write what was measured.
+    """Train on `rows`, which are already tokenised, and write what was measured.
 
-    All that `own_settings` do not say is as TRL sets it, such as fp32 weights under bf16 autocast. `counts` takes the
-    inputs of a step and returns what is to be counted in them, by name.
+    Everything that `own_settings` does not set has TRL's default, such as fp32 weights under bf16 autocast. `counts`
+    takes the inputs of a step and returns what they contain, by name.
     """
     steps = Steps()
 
     class CountingTrainer(trainer_class):
-        """Counts what each step is given."""
+        """Counts what the inputs of each step contain."""
 
         def training_step(self, model, inputs, *args, **kwargs):
             for name, amount in counts(inputs).items():

@@ -93,7 +93,7 @@ def test_the_share_is_that_of_this_process_unless_another_is_named(monkeypatch):
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 9])
 def test_endless_batches_begin_anywhere(start):
-    """From the middle of an epoch, at its end, and epochs later: what follows is what would have followed."""
+    """From the middle of an epoch, at its end, and epochs later: the same batches follow as without the break."""
 
     def following(first: int) -> list:
         loader = build_dataloader(Numbers(10), list, 3, shuffle=True, seed=5, drop_last=True)

@@ -73,7 +73,7 @@ def ranks_split(budget: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def test_ranks_agree_on_the_number_of_micro_batches():
-    """Also where their packed rows hold different numbers of examples, which by themselves fit otherwise."""
+    """Also where their packed rows hold different numbers of examples, which alone would need other numbers."""
     (first, first_packed), (second, second_packed) = run_ranks(ranks_split, 2, 8)
     assert first == [[0, 1], [2, 3]] and second == [[0, 1], [2, 3]]
     assert first_packed == [[8], [8]] and second_packed == [[5, 3], [5, 3]]

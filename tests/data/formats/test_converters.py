@@ -9,7 +9,7 @@ HH_PROMPT = " Human: Hi Assistant: Hello. Human: Help Assistant:"
 
 
 def convert(row, purpose="sft"):
-    """The example of `row`, settled as in a data set of rows like it."""
+    """The example of `row`, with its prompt form decided as in a data set of such rows."""
     example = find_format(row, purpose).convert(row)
     return settled(example, form_of([example.prompt])) if example.is_undecided else example
 
@@ -224,7 +224,7 @@ def test_a_row_without_a_response(row):
 def test_rows_that_a_format_is_known_to_hold_are_dropped():
     with pytest.raises(DroppedRow, match="with an empty last turn"):
         convert({"chosen": HH + " ", "rejected": HH + " x"})
-    with pytest.raises(DroppedRow, match="part before the last turn"):
+    with pytest.raises(DroppedRow, match="differ before the last turn"):
         convert({"chosen": HH + " a", "rejected": "\n\nHuman: Hi\n\nAssistant: Hello."})
     with pytest.raises(DroppedRow, match="with a tie"):
         convert({"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 1.5})

@@ -72,7 +72,7 @@ def rows_by_prompt(build, write_jsonl, rows):
 
 
 def test_prompts_carry_their_right_answer(build, write_jsonl, pairs):
-    """The row's `reference`; where that is no text, the answer that is wanted; else None."""
+    """The row's `reference`; where that is no text, the preferred answer; else None."""
     pairs = [{**row, "reference": [f"right {i}", None, 7, ""][i % 4]} for i, row in enumerate(pairs)]
     found = rows_by_prompt(build, write_jsonl, pairs)
     for i, row in enumerate(pairs):

@@ -85,7 +85,7 @@ def test_waiting_ends_with_an_error_that_names_the_folder(tmp_path):
 
 
 def use_cache(cache: Path, is_writer: bool, fails: bool, outcome: Path) -> None:
-    """What one process does: get the entry, which takes half a second to build, and write down what came of it."""
+    """What one process does: get the entry, which takes half a second to build, and write the outcome to a file."""
 
     def build(folder: Path) -> None:
         with open(cache / "built", "a") as log:
@@ -105,7 +105,7 @@ def use_cache(cache: Path, is_writer: bool, fails: bool, outcome: Path) -> None:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a process that uses the cache; returns it and the file with what came of it."""
+    """Start a process that uses the cache; returns it and the file with its outcome."""
     context = multiprocessing.get_context("fork")
     started = []
 
@@ -148,5 +148,5 @@ def test_processes_that_wait_stop_when_the_writer_is_killed(tmp_path, start):
     time.sleep(0.2)
     writer[0].kill()
     assert "stopped before" in outcomes(reader)[0]
-    # Nothing stands in the way of the next run.
+    # Nothing blocks the next run.
     assert outcomes(start(is_writer=True)) == ["whole"]

@@ -47,7 +47,7 @@ def test_hh_rlhf(build, shared_data, decode):
     answers = {(last(row["chosen"]), last(row["rejected"])) for row in map(json.loads, lines)}
     train, held_out = build("preference", "hh_rlhf_harmless_1800.jsonl", data_split="0,1,0", max_len=4096)
     assert len(train) + len(held_out) == 1794
-    assert "4 with an empty last turn, 2 whose dialogues part before the last turn" in train.description
+    assert "4 with an empty last turn, 2 whose dialogues differ before the last turn" in train.description
     for row in train:
         chosen, rejected = (decode(row[name][:-1]).strip() for name in ("chosen_ids", "rejected_ids"))
         assert (chosen, rejected) in answers

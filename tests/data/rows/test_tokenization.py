@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from utils.data.formats.example import Example
-from utils.data.rows.tokenization import Encoder, chunk_text, fit, pack, tokenizer_fingerprint, truncate_prompt
+from utils.data.rows.tokenization import Encoder, chunk_text, fit, pack_blocks, tokenizer_fingerprint, truncate_prompt
 from utils.errors import InputError
 
 BOS, EOS = 1, 2
@@ -111,7 +111,7 @@ def test_a_long_prompt_loses_its_beginning_but_keeps_bos():
     [
         # fits
         ([BOS, 10, 11], [[20, EOS]], ([BOS, 10, 11], [[20, EOS]])),
-        # the prompt gives way from the left
+        # the prompt is cut from the left
         ([BOS, 10, 11, 12, 13, 14, 15], [[20, 21, EOS]], ([BOS, 12, 13, 14, 15], [[20, 21, EOS]])),
         # down to half the length; then the response is cut and has no EOS
         ([BOS, *range(10, 20)], [[*range(20, 30), EOS]], ([BOS, 17, 18, 19], [[20, 21, 22, 23]])),
@@ -133,18 +133,18 @@ def test_long_text_is_cut_into_rows_that_lose_nothing():
     ids = [*range(10, 17), EOS]
     assert list(chunk_text([BOS], ids, 4)) == [([BOS], [10, 11, 12]), ([BOS], [13, 14, 15]), ([BOS], [16, EOS])]
     assert list(chunk_text([], [10, EOS], 4)) == [([], [10, EOS])]
-    # A row of nothing but EOS would teach to stop at once.
+    # A row of nothing but EOS would teach to stop immediately.
     assert list(chunk_text([BOS], [10, 11, 12, EOS], 4)) == [([BOS], [10, 11, 12])]
 
 
 def test_packing_into_blocks():
     spans = [([BOS], [10, 11, EOS]), ([BOS], [20, EOS]), ([BOS], [30, EOS])]
-    assert list(pack(spans, 4)) == [[BOS, 10, 11, EOS], [BOS, 20, EOS, BOS], [30, EOS]]
-    assert list(pack([([], [1, 2, 3])], 2)) == [[1, 2]]  # one id alone has nothing to be predicted from
+    assert list(pack_blocks(spans, 4)) == [[BOS, 10, 11, EOS], [BOS, 20, EOS, BOS], [30, EOS]]
+    assert list(pack_blocks([([], [1, 2, 3])], 2)) == [[1, 2]]  # one id alone has nothing to be predicted from
 
 
 def test_the_fingerprint_follows_content_not_state(tiny_tokenizer, gpt_tokenizer):
-    used = copy.deepcopy(tiny_tokenizer)  # padding and truncation stay with a tokenizer, and the fixture is shared
+    used = copy.deepcopy(tiny_tokenizer)  # a tokenizer keeps its padding and truncation, and the fixture is shared
     before = tokenizer_fingerprint(used)
     used(["a", "b c"], padding=True, truncation=True, max_length=1)
     assert tokenizer_fingerprint(used) == before == tokenizer_fingerprint(tiny_tokenizer)

@@ -39,7 +39,7 @@ def test_a_known_set_is_loaded_by_the_table(connected, tiny_tokenizer, tmp_path)
     )
     train, held_out = build_datasets(corpus, tiny_tokenizer)
     assert connected == [("Dahoas/rm-static", None, "train", {}), ("Dahoas/rm-static", None, "test", {})]
-    # The row without a response is dropped and counted, not refused: nobody can mend a published set.
+    # The row without a response is dropped and counted, not refused: users cannot correct a published set.
     assert (len(train), len(held_out)) == (29, 3)
     assert "2 without a response" in train.description
 

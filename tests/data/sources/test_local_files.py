@@ -123,9 +123,9 @@ def test_a_folder_without_training_data(tmp_path):
         ("a.json", '[{"n": ' + "9" * 5001 + "}]", "a.json: a number that cannot be read"),
         ("a.jsonl", '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "a.jsonl, line 1: .* too deep to be read"),
         ("a.json", "[" * 100_000 + "]" * 100_000, "a.json: .* too deep to be read"),
-        ("a.csv", "prompt,chosen,prompt\na,b,c\n", "a.csv, line 1: the column 'prompt' comes twice; rename one"),
-        ("a.tsv", "prompt\tchosen\na\tb\n", "a.tsv: no kind of file that can be read .* convert it, or rename it"),
-        ("notes.txt", "Some text.\n", "notes.txt: no kind of file that can be read"),
+        ("a.csv", "prompt,chosen,prompt\na,b,c\n", "a.csv, line 1: the column 'prompt' appears twice; rename one"),
+        ("a.tsv", "prompt\tchosen\na\tb\n", "a.tsv: not a kind of file that can be read .* convert it, or rename it"),
+        ("notes.txt", "Some text.\n", "notes.txt: not a kind of file that can be read"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line_without_a_traceback(tmp_path, name, content, message):

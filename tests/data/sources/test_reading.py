@@ -42,11 +42,11 @@ def test_a_row_that_the_purpose_leaves_out_keeps_its_place(write_jsonl):
 
 @pytest.mark.parametrize("column", ["prompt", "completion", "reference"])
 def test_half_a_character_is_refused_with_its_row(tmp_path, column):
-    """JSON can write it, and tokenizers and Arrow end in a traceback."""
+    """JSON can represent it, and tokenizers and Arrow end in a traceback."""
     row = {"prompt": "Hi Assistant:", "completion": "yo", "reference": "r"}
     rows = [row, row | {column: "smile \ud83d"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"a.jsonl, line 2: the text 'smile ' goes on with \\ud83d, half of a"):
+    with pytest.raises(InputError, match=r"a.jsonl, line 2: the text 'smile ' continues with \\ud83d, half of a"):
         read(str(tmp_path / "a.jsonl"), "sft")
     whole = [{"messages": [{"role": "user", "content": "\ud83d\ude00"}, {"role": "assistant", "content": "yo"}]}]
     (tmp_path / "b.jsonl").write_text(json.dumps(whole[0]))

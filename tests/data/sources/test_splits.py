@@ -32,7 +32,7 @@ def test_sizes_always_add_up_and_no_wanted_part_is_empty():
 
 
 def parts_of(prompts, weights=(2, 4, 4), *, seed=7, held_out_share=0.05, known=None) -> list[list[int]]:
-    """The rows held out, then those of each weight."""
+    """The held-out rows, then those of the part of each weight."""
     found = divide(np.array(prompts), weights, seed=seed, held_out_share=held_out_share, known=known)
     return [part.tolist() for part in found]
 
@@ -48,7 +48,7 @@ def test_parts_and_held_out_rows_are_disjoint_and_cover_all_rows(rows):
 def test_the_seed_decides():
     first, again, other = (parts_of(range(100), (1, 1, 1), seed=seed, held_out_share=0.1)[1] for seed in (1, 1, 2))
     assert first == again != other
-    # Frozen: steps run with different library versions must agree on who has which row.
+    # Frozen: steps run with different library versions must agree on which step has which row.
     assert parts_of(range(10), seed=1234)[:2] == [[7], [2, 9]]
 
 

@@ -1,7 +1,7 @@
 """From dataset rows to padded batches. Masks come from the lengths of the rows, never from comparing ids with pad.
 
 Notation: B rows, T columns (the longest row of the batch). All ids are int64. `attention_mask` is
-int64 with 1 where a token is; the other masks are bool.
+int64 with 1 on tokens, 0 on padding; the other masks are bool.
 
 A row with `"filler": True` repeats another row only to give every rank the same number of batches (see
 utils.data.batches.dataloader); masks say that it does not count.

@@ -15,7 +15,7 @@ Collate = Callable[[Sequence[dict[str, Any]]], Any]
 
 
 def rows_per_rank(rows: int, batch_size: int, world_size: int, *, drop_last: bool) -> int:
-    """Rows of an epoch on each rank: whole batches alone with `drop_last`, else all of them, filled up to be equal."""
+    """Rows of an epoch on each rank: only whole batches with `drop_last`, else all of them, filled up to be equal."""
     return rows // (batch_size * world_size) * batch_size if drop_last else math.ceil(rows / world_size)
 
 
@@ -34,7 +34,7 @@ class RankBatches(Sampler[list[tuple[int, bool]]]):
     """The batches of one rank, as lists of (row number, whether it is a filler).
 
     All ranks shuffle alike and take every world_size-th row. Every rank yields the same number of batches, of the same
-    sizes, so that collectives inside a forward pass meet. Where rows do not divide evenly, filler rows complete the
+    sizes, so that collectives inside a forward pass match. Where rows do not divide evenly, filler rows complete the
     last batch or its rows are dropped (others in the next epoch).
     """
 
@@ -71,7 +71,7 @@ class _MarkedRows(Dataset):
 
 
 class RankDataLoader(DataLoader):
-    """A DataLoader over one rank's batches whose order `set_epoch` chooses."""
+    """A DataLoader over one rank's batches, whose order `set_epoch` sets."""
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Shuffle as epoch `epoch` does, and begin at its batch `start_batch` without loading those before."""
@@ -79,7 +79,7 @@ class RankDataLoader(DataLoader):
 
 
 def endless(loader: RankDataLoader, start: int = 0) -> Iterator[Any]:
-    """The batches of `loader` from the `start`-th on, epoch after epoch, each in an order of its own."""
+    """The batches of `loader` from the `start`-th on, epoch after epoch, each in its own order."""
     loader.set_epoch(0)
     first_epoch, start_batch = divmod(start, len(loader))
     for epoch in itertools.count(first_epoch):
@@ -100,8 +100,8 @@ def accumulation_groups(
 ) -> Iterator[tuple[int, int, list]]:
     """For each optimiser step after the `start`-th up to the `end`-th: its number, its epoch and its batches.
 
-    Steps count from 1, epochs from 0, each of which has an order of its own. The last step of an epoch may have fewer
-    batches than `accumulation_steps`, and still is a step.
+    Steps count from 1, epochs from 0; each epoch has its own order. The last step of an epoch may have fewer batches
+    than `accumulation_steps`.
     """
     loader.set_epoch(0)
     steps_per_epoch = math.ceil(len(loader) / accumulation_steps)
@@ -132,7 +132,7 @@ def build_dataloader(
     all batches are full, and the rows left over change from epoch to epoch.
 
     Args:
-        rank, world_size: whose share; left out, this process's.
+        rank, world_size: whose share; if omitted, this process's.
         size_flags: what sets the batch size, for the message.
 
     Raises:
@@ -158,5 +158,5 @@ def build_dataloader(
         _MarkedRows(dataset),
         batch_sampler=sampler,
         collate_fn=collate,
-        generator=torch.Generator(),  # of its own: loading rows must not move the random stream that dropout reads
+        generator=torch.Generator(),  # separate: loading rows must not advance the random stream that dropout uses
     )

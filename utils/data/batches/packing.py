@@ -1,4 +1,4 @@
-"""Several examples to a row, and rows to micro-batches of a number of tokens: what fits together, by length alone."""
+"""Packing by length: several examples into a row, and rows into micro-batches of a limited number of tokens."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ Row = dict[str, Any]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Numbers of the examples in each row of `capacity` tokens: the longest first, each into the fullest row it fits.
+    """Indices of the examples in each row of `capacity` tokens: longest first, each into the fullest row it fits.
 
-    Best-fit decreasing needs at most 11/9 of the least possible number of rows, and one (Johnson 1973). An example
-    that is longer than `capacity` gets a row of its own.
+    Best-fit decreasing needs at most 11/9 of the least possible number of rows, plus one (Johnson 1973). An example
+    that is longer than `capacity` gets a separate row.
     """
     rows: list[list[int]] = []
-    with_space: dict[int, list[int]] = {}  # free tokens -> numbers of the rows that have as many
+    with_space: dict[int, list[int]] = {}  # free tokens -> indices of the rows with that many
     spaces: list[int] = []  # the keys of `with_space`, ascending
     for example in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         place = bisect.bisect_left(spaces, lengths[example])
@@ -45,7 +45,7 @@ class PackedRows(Dataset):
     """Rows of up to `capacity` tokens, each a `{"rows": [...]}` of examples of `dataset` (see `unpack`).
 
     Attributes:
-        fill: mean share of a row that holds tokens.
+        fill: mean share of a row that is filled with tokens.
     """
 
     def __init__(self, dataset: Dataset, lengths: Sequence[int], capacity: int) -> None:
@@ -77,7 +77,7 @@ def unpack(row: Row) -> list[Row]:
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int, least: int = 1) -> list[list[int]]:
-    """Numbers of the rows of each micro-batch of at most `max_tokens` tokens, the longest rows first.
+    """Indices of the rows of each micro-batch of at most `max_tokens` tokens, the longest rows first.
 
     There are at least `least` micro-batches, as long as there are that many rows.
     """
@@ -96,7 +96,7 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, least: int = 1) -> 
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """`split_by_tokens`, into the same number of micro-batches on every rank, since each of them has collectives.
+    """`split_by_tokens`, into the same number of micro-batches on every rank, since each involves collectives.
 
     Every rank must call it with the same number of rows.
     """
@@ -112,7 +112,7 @@ def micro_batches(
     A packed row stays whole: ranks have equally many rows, but not equally many examples in them.
 
     Args:
-        tokens_of: tokens that a row brings to a forward pass.
+        tokens_of: number of tokens of a row in a forward pass.
     """
     if max_tokens and batches:
         rows = [row for batch in batches for row in batch]

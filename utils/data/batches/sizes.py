@@ -1,4 +1,4 @@
-"""What a row of each purpose brings to a forward pass: tokens, the length of its longest sequence, predicted tokens."""
+"""Size of a row of each purpose in a forward pass: tokens, length of its longest sequence, predicted tokens."""
 
 import heapq
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RowSize:
-    """Of one row."""
+    """The size of one row."""
 
     tokens: int
     width: int  # of its longest sequence
@@ -94,14 +94,14 @@ ROW_KINDS: dict[Purpose, RowKind] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set as far as memory is concerned: its number of rows (None: unknown) and its heaviest ones, first."""
+    """The sizes of a data set that determine memory: number of rows (None: unknown), and heaviest rows in order."""
 
     count: int | None
     heaviest: tuple[RowSize, ...] = ()
 
 
 def measure_rows(dataset: TokenDataset | PackedRows, purpose: Purpose, needed: int, answer: int = 0) -> Rows:
-    """The size of `dataset` and its `needed` heaviest rows.
+    """The number of rows of `dataset`, and the sizes of its `needed` heaviest ones.
 
     Args:
         answer: tokens that generation adds to a prompt.

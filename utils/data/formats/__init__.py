@@ -1,1 +1,1 @@
-"""What a row can look like, and the `Example` that becomes of it."""
+"""The formats that a row can have, and the `Example` that it is converted to."""

@@ -1,8 +1,8 @@
 """From a row in one of the general formats to an `Example`.
 
 A converter raises RowError for a row that is not what its format promises, NoResponseError for one without a response,
-and DroppedRow for one that the format is known to hold and that teaches nothing. Types are checked on every row:
-readers load columns of mixed types without a word.
+and DroppedRow for one of a kind that the format is known to hold and that has no use for training. Types are checked on
+every row: readers silently load columns of mixed types.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,7 +83,7 @@ def _pair(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> Example:
     """A pair from two whole dialogues that differ in their last turn, the assistant's."""
     answers = _last_answer(chosen, "chosen"), _last_answer(rejected, "rejected")
     if list(chosen[:-1]) != list(rejected[:-1]):
-        raise DroppedRow("whose dialogues part before the last turn")
+        raise DroppedRow("whose dialogues differ before the last turn")
     if not any(speaker == "Human" for speaker, _ in chosen):
         raise RowError("the dialogue has no human turn")
     return answered(chosen[:-1], *answers)
@@ -139,9 +139,9 @@ def dialogue_preference(row: Row) -> Example:
 
 
 def alpaca(row: Row) -> Example:
-    """instruction/input/output; a non-empty input follows the instruction on a line of its own.
+    """instruction/input/output; a non-empty input follows the instruction on a separate line.
 
-    An instruction that is a whole dialogue up to "Assistant:" (alpaca-rlhf's MultiTurnAlpaca) is used as it stands.
+    An instruction that is a whole dialogue up to "Assistant:" (alpaca-rlhf's MultiTurnAlpaca) is used unchanged.
     """
     question, output = text_in(row, "instruction"), response_in(row, "output")
     if has_own_marker(question):
@@ -172,7 +172,7 @@ def alpaca_preference(row: Row) -> Example:
 
 
 def conversation(column: str) -> Callable[[Row], Example]:
-    """A dialogue in `column`; its last answer is the response, with a `label` a wanted or an unwanted one (KTO).
+    """A dialogue in `column`; its last answer is the response, wanted or unwanted according to a `label` (KTO).
 
     A dialogue that ends with the human's turn is a prompt.
     """
@@ -192,7 +192,7 @@ def conversation(column: str) -> Callable[[Row], Example]:
 
 
 def prompt_and(column: str) -> Callable[[Row], Example]:
-    """A prompt and one response in `column`, with a `label` a wanted or an unwanted one (KTO)."""
+    """A prompt and one response in `column`, wanted or unwanted according to a `label` (KTO)."""
 
     def convert(row: Row) -> Example:
         if isinstance(require(row, "prompt"), list | dict):

@@ -1,7 +1,7 @@
-"""Dialogues as turns, and the one place where they become text.
+"""Dialogues as turns, and the one place where they are rendered as text.
 
 The text form is `" Human: " + question + " Assistant:"`, answered by `" " + answer`. A form for a model's own chat
-template would be another class with the two methods of `HumanAssistant`, and a row of `FORMS`.
+template would be another class with the two methods of `HumanAssistant`, and an entry in `FORMS`.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ SPEAKERS = {
     "model": "Assistant",
 }
 
-# What a prompt may end with when its author has already put the marker of the answering side there:
-# "... Assistant:", "TL;DR:", "[/INST]", "<|assistant|>", "<|im_start|>assistant". Ordinary questions may end so too.
+# Answer markers, with which a prompt ends when its author has already put one there: "... Assistant:", "TL;DR:",
+# "[/INST]", "<|assistant|>", "<|im_start|>assistant". Ordinary questions may have such endings too.
 _MARKER = re.compile(r"(?::|\]|>\s*(?:assistant|model)?)\s*\Z", re.IGNORECASE)
 _CERTAIN_MARKER = re.compile(
     r"(?:\b(?:assistant|answer|response|summary|tl;dr):|\[/INST\]"
@@ -65,7 +65,7 @@ DEFAULT_FORM = "human_assistant"
 
 
 def rendered(example: Example, form: DialogueForm) -> Example:
-    """`example` with its prompt and its answers as the text that the model reads; one whose prompt is text stays."""
+    """`example` with its prompt and answers as the text that the model reads; unchanged if its prompt is text."""
     if isinstance(example.prompt, str):
         return example
     answers = {
@@ -75,7 +75,7 @@ def rendered(example: Example, form: DialogueForm) -> Example:
 
 
 def prompt_number(example: Example) -> int:
-    """An int64 that is equal for equal prompts, however their rows wrote them; of plain text, for equal texts."""
+    """An int64 that is equal for equal prompts, in whichever format; for plain text, for equal texts."""
     prompt = rendered(example, FORMS[DEFAULT_FORM]).prompt.strip()
     text = f"prompt {prompt}" if prompt else f"text {example.chosen}"
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -94,10 +94,10 @@ def answered(turns: Sequence[Turn], chosen: str | None = None, rejected: str | N
 
 
 def raw(prompt: str, chosen: str | None = None, rejected: str | None = None) -> Example:
-    """The text of a prompt that its author has finished with a marker of the answering side, and its continuations.
+    """The text of a prompt that already ends with an answer marker, and its continuations.
 
-    All is used as it stands. After a colon a space is put where neither side brings white space, so that "Assistant:"
-    never meets "Yes".
+    They are used unchanged, except that a space is inserted after a colon if the continuation does not begin with white
+    space, so that "Assistant:" is never followed directly by "Yes".
     """
     apart = prompt.endswith(":")
     answers = (
@@ -107,7 +107,7 @@ def raw(prompt: str, chosen: str | None = None, rejected: str | None = None) -> 
 
 
 def undecided(prompt: str, chosen: str | None = None, rejected: str | None = None) -> Example:
-    """The text of a prompt, with answers, that is a bare question or a finished prompt: its data set decides."""
+    """The text of a prompt, with answers: its data set decides if it is a bare question or a finished prompt."""
     return Example(prompt, chosen, rejected, is_undecided=True)
 
 
@@ -121,9 +121,9 @@ def settled(example: Example, form: PromptForm) -> Example:
 
 
 def form_of(prompts: Sequence[str]) -> PromptForm:
-    """What the first prompts of a data set are: "raw" text if all end with a marker of the answering side.
+    """What the first prompts of a data set are: "raw" text if all end with an answer marker.
 
-    A marker is certain ("Assistant:", "[/INST]", ...), or is an ending such as "Q:" or "]" that all prompts share.
+    That is an unambiguous one ("Assistant:", "[/INST]", ...), or an ending such as "Q:" or "]" that all prompts share.
     Otherwise they are questions, whatever some of them end with ("Sort the list [3,1,2]").
     """
     if not prompts:
@@ -143,7 +143,7 @@ def has_own_marker(prompt: str) -> bool:
 def parse_dialogue(text: str) -> list[Turn]:
     """Split "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) or " Human: ... Assistant: ..." into turns.
 
-    Text in front of the first marker becomes a "System" turn. No marker: an empty list.
+    Text in front of the first marker becomes a "System" turn. Without a marker the list is empty.
     """
     marker = _MARKER_AFTER_BLANK_LINE
     if len(marker.findall(text)) < 2:

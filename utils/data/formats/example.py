@@ -1,31 +1,31 @@
-"""One row of any data set before a tokenizer is known, and what each purpose asks of it."""
+"""One row of any data set before tokenisation, and what each purpose requires of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Purpose = Literal["sft", "preference", "prompts", "pretrain"]
-PromptForm = Literal["raw", "dialogue"]  # of a prompt that is text: used as it stands, or a question to be set in form
+PromptForm = Literal["raw", "dialogue"]  # of a prompt that is text: used unchanged, or a question to render
 Row = dict[str, Any]
 Turn = tuple[str, str]  # (speaker, text), speaker one of "System", "Human", "Assistant"
 
 
 @dataclass(frozen=True)
 class Example:
-    """What the model is given, and answers to it.
+    """A prompt, and answers to it.
 
-    `prompt` is a dialogue, or text that is used as it stands. After a dialogue `chosen` and `rejected` are bare answers
-    without outer white space; after text they are its continuations, which bring their own leading space. Plain text to
-    be learned as a whole is the continuation of an empty prompt. A row of prompts alone has no answer.
+    `prompt` is a dialogue, or text that is used unchanged. After a dialogue `chosen` and `rejected` are bare answers
+    without surrounding white space; after text they are its continuations, including a leading space. Plain text to be
+    learned as a whole is the continuation of an empty prompt. A row that is only a prompt has no answer.
 
     Attributes:
         chosen: a wanted answer. rejected: an unwanted one.
         label: of a row with one answer that was judged alone (KTO): true where it is `chosen`, false where `rejected`.
-        score: a number that the row gives its answer.
+        score: the row's score of its answer.
         reference: the right answer, for rewards that compare with it.
         columns: the row's other columns.
-        is_undecided: the prompt is text, and only the data set as a whole tells whether it is a question or a finished
-            prompt; see `dialogue.settled`. The answers are as the row has them.
+        is_undecided: the prompt is text, and only the data set as a whole shows whether it is a question or a finished
+            prompt; see `dialogue.settled`. The answers are those of the row, unchanged.
     """
 
     prompt: str | tuple[Turn, ...]
@@ -47,7 +47,7 @@ class NoResponseError(RowError):
 
 
 class DroppedRow(Exception):
-    """A row that teaches nothing is left out. The message is the reason in a few words, counted and logged."""
+    """A row without use for training is left out. The message is the reason in a few words, counted and logged."""
 
 
 def check_usable(example: Example, purpose: Purpose) -> None:

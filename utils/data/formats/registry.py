@@ -17,7 +17,7 @@ PROMPTS: frozenset[Purpose] = frozenset({"prompts"})
 
 @dataclass(frozen=True)
 class Format:
-    """Rows that hold `columns` (and maybe others), what they serve, and how a row becomes an Example.
+    """Rows that hold `columns` (and maybe others), the purposes they serve, and how a row becomes an Example.
 
     published: rows without a response are known to be in the set: they are dropped and counted, not refused.
     assemble: for sets whose rows must be seen together (trees of messages): (where, row) pairs to examples.
@@ -91,8 +91,8 @@ class DatasetSpec:
     """Where a published set lies on the hub, in which configuration and splits, and its format.
 
     hub None: the set is published as plain files; `files` says which, and --data_path takes their path.
-    format None: the columns tell it.
-    left_out: folder of a copy that holds rows of another kind.
+    format None: determined by the columns.
+    left_out: a folder that is not read in a local copy, because it holds rows of another kind.
     """
 
     hub: str | None

@@ -1,1 +1,1 @@
-"""From examples to rows of token ids, prepared once and kept."""
+"""From examples to rows of token ids, prepared once and cached."""

@@ -1,4 +1,4 @@
-"""Rows on disk as Arrow streams: written batch by batch, read memory-mapped, so neither needs the whole in memory."""
+"""Rows on disk as Arrow streams: written batch by batch and read memory-mapped, so neither holds all in memory."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ SCHEMAS: dict[Purpose, pa.Schema] = {
     "preference": pa.schema([("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS)]),
     "prompts": pa.schema([("prompt_ids", _IDS), ("prompt", _TEXT), ("reference", _TEXT), ("columns", _TEXT)]),
 }
-# An example before a tokenizer is known: `turns` and `columns` are JSON, a prompt that is text is in `text`, and
+# An example before tokenisation: `turns` and `columns` are JSON, a prompt that is text is in `text`, and
 # `prompt_number` is equal for equal prompts.
 EXAMPLES = pa.schema(
     [
@@ -29,11 +29,11 @@ EXAMPLES = pa.schema(
         *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT), ("prompt_number", pa.int64())),
     ]
 )
-KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # what a reward may want to read of a row
+KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # which a reward may read
 
 
 def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[str, Any]:
-    """A row of `EXAMPLES`; None becomes a row with the number of its prompt alone, which keeps a place."""
+    """A row of `EXAMPLES`; None becomes a placeholder with only the number of its prompt."""
     if example is None:
         return dict.fromkeys(EXAMPLES.names) | {"prompt_number": number}
     is_text = isinstance(example.prompt, str)
@@ -51,7 +51,7 @@ def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[
 
 
 def read_example(row: Mapping[str, Any]) -> Example | None:
-    """What `example_row` has written."""
+    """The example that `example_row` wrote; None for a placeholder."""
     if row["text"] is None and row["turns"] is None:
         return None
     turns = None if row["turns"] is None else tuple((speaker, text) for speaker, text in json.loads(row["turns"]))

@@ -1,8 +1,8 @@
 """Folders of prepared data, named by a hash of all that went into them: written once, whole, by one process.
 
 The cache is private to its user, so that nobody else can put data there. Entries hold Arrow files and JSON, which are
-data and nothing else. One process builds an entry under a lock and renames it into place; the others look for it by
-polling, without a collective whose timeout a long tokenisation would exceed.
+pure data. One process builds an entry under a lock and renames it into place; the others poll for it rather than wait
+in a collective, whose timeout a long tokenisation would exceed.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from utils.errors import InputError, RankError
 from utils.files import atomic_path
 
 _NAME = "threestep-rlhf"
-# The format of prepared rows. To be raised with every change of this package that changes which rows are prepared from
-# the same data, or their ids: the cache then prepares them anew, and a checkpoint of a run on other rows is refused.
+# The format of prepared rows. Raise it with every change of this package that changes which rows are prepared from the
+# same data, or their ids: the cache then prepares them again, and a checkpoint of a run on other rows is refused.
 ROW_FORMAT = 1
 WAIT_SECONDS = 7200.0  # for another process to prepare the data
 
@@ -50,7 +50,7 @@ def private_folder(parent: str | os.PathLike | None) -> Path:
 
 
 def key_of(content: dict[str, Any]) -> str:
-    """A name for what `content` (JSON values) describes, in the present format of rows."""
+    """A name for what `content` (JSON values) describes, in the current row format."""
     numbered = {"format": ROW_FORMAT, **content}
     return hashlib.sha256(json.dumps(numbered, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -86,7 +86,7 @@ def _lock(file: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
-            # A file system without locks: two writers would build the same entry, and one of them replace the other's.
+            # A file system without locks: two writers would build the same entry, and one would replace the other's.
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
         yield

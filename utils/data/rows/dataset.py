@@ -1,4 +1,4 @@
-"""From a `Corpus` to the two datasets of a step: read, divided, tokenised once and kept as Arrow files."""
+"""From a `Corpus` to the two datasets of a step: read, divided, tokenised once and cached as Arrow files."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import datasets
 
 BATCH = 512
-HELD_OUT_SHARE = 0.05  # of the rows of a source that has none of its own
+HELD_OUT_SHARE = 0.05  # of the rows of a source that comes without held-out rows
 
 
 class TokenDataset(Dataset):
@@ -70,13 +70,13 @@ def build_datasets(
     (the row's other columns as JSON)}; "pretrain" {"input_ids", "response_start"} in blocks of `max_len` ids. Responses
     end with EOS unless they were cut.
 
-    Held out are the files or the split that a source names so, else a twentieth of its rows (at least one), the same
-    for all steps. The others are divided by `data_split`; rows of `undivided` paths all go to this step, rows for
-    "pretrain" are not divided. Several sources are put together and shuffled.
+    Held out are the files or the split that a source declares as such, else a twentieth of its rows (at least one), the
+    same for all steps. The others are divided by `data_split`; rows of `undivided` paths all go to this step, rows for
+    "pretrain" are not divided. Several sources are concatenated and shuffled.
 
     Args:
-        is_writer: whether this process may prepare the data, for which the others wait; left out, the first process of
-            each machine does.
+        is_writer: whether this process may prepare the data, for which the others wait; if omitted, the first process
+            of each machine does.
 
     Raises:
         InputError: data that cannot be read or used; the message names the file and the line or row, or the flag.
@@ -117,14 +117,14 @@ def _names(corpus: Corpus) -> str:
 
 @dataclass
 class _Division:
-    """How the rows of a source were divided: `parts` of `train` are the rows held out and those of each step."""
+    """How the rows of a source were divided: `parts` counts the `train` rows held out, then those of each step."""
 
     train: int
     held_out: int
     parts: list[int] = field(default_factory=list)
 
     def line(self, share: Share, corpus: Corpus) -> str:
-        """The line of the log about it."""
+        """The line about it in the log."""
         mine = self.parts[1 + share.part]
         text = f"{share.source.label}: {counted(self.train + self.held_out, 'row')}, "
         text += f"{self.held_out or self.parts[0]} held out"
@@ -184,7 +184,7 @@ def _choose(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the examples to train on and to hold out, over all sources, shuffled.
 
-    Rows for prompts alone are left with one row for each prompt; repeats are counted in `dropped`.
+    Purpose "prompts" keeps one row for each distinct prompt; repeats are counted in `dropped`.
     """
     train, held_out, start, known = [], [], 0, {}
     for share, source in zip(corpus.shares, divisions, strict=True):

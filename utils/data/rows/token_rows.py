@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.data.formats.dialogue import DialogueForm, rendered
 from utils.data.formats.example import Example, Purpose
-from utils.data.rows.tokenization import Encoder, Ids, chunk_text, fit, pack, truncate_prompt
+from utils.data.rows.tokenization import Encoder, Ids, chunk_text, fit, pack_blocks, truncate_prompt
 
 TokenRow = dict[str, Any]
 
@@ -20,16 +20,16 @@ def token_rows(
     max_len: int,
     tally: Counter[str],
 ) -> Iterator[TokenRow]:
-    """The rows of `purpose` (keys as in `utils.data.build_datasets`) of examples that come in batches.
+    """The rows of `purpose` (keys as in `utils.data.build_datasets`) from batches of examples.
 
     Args:
         form: how dialogues become text.
-        tally: counts what was cut ("prompts cut", "responses cut") or left out for it.
+        tally: counts what was cut ("prompts cut", "responses cut") or left out because of `max_len`.
     """
     batches = ([rendered(example, form) for example in batch] for batch in batches)
     if purpose == "pretrain":
         spans = (span for batch in batches for span in encoder.spans(batch))
-        yield from ({"input_ids": block, "response_start": 0} for block in pack(spans, max_len))
+        yield from ({"input_ids": block, "response_start": 0} for block in pack_blocks(spans, max_len))
         return
     make = {"sft": _sft_rows, "preference": _preference_rows, "prompts": _prompt_rows}[purpose]
     for batch in batches:
@@ -73,10 +73,10 @@ def _prompt_rows(encoder: Encoder, batch: Sequence[Example], max_len: int, tally
 
 
 def _reference(example: Example) -> str | None:
-    """The answer that a reward may compare with: that of the row, else its wanted one."""
+    """The reference answer that a reward may compare with: the row's own, else its chosen response."""
     if example.reference is not None or example.chosen is None:
         return example.reference
-    return example.chosen.strip()  # without the space that follows the prompt
+    return example.chosen.strip()  # without the space that separates it from the prompt
 
 
 def _fit(

@@ -42,8 +42,8 @@ class Encoder:
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each prompt alone: the prefix, then its tokens; special tokens written in it count as such.
 
-        The prefix comes once, also where the text begins with it ("<s> [INST] ..."). What a tokenizer puts behind every
-        text (an EOS, for some) is left out: the response is to follow.
+        The prefix appears once, also where the text begins with it ("<s> [INST] ..."). What a tokenizer appends to
+        every text (an EOS, for some) is removed: the response follows.
         """
         encoded = self._encode(texts, add_special_tokens=True, split_special_tokens=False)
         return [self._with_one_prefix(ids[: len(ids) - self._suffix_length]) for ids in encoded]
@@ -79,7 +79,7 @@ class Encoder:
         return [[*ids, self.eos_id] for ids in self._encode([self._without_end_marker(text) for text in texts])]
 
     def spans(self, examples: Sequence[Example]) -> list[tuple[Ids, Ids]]:
-        """(prompt ids, ids of `chosen` with EOS) of each example; plain text has the prefix alone for a prompt."""
+        """(prompt ids, ids of `chosen` with EOS) of each example; the prompt of plain text is the prefix alone."""
         plain = iter(self.texts([example.chosen or "" for example in examples if not example.prompt]))
         asked = [example for example in examples if example.prompt]
         prompts = iter(self.prompts([example.prompt for example in asked]))
@@ -111,7 +111,7 @@ class Encoder:
 
 
 def truncate_prompt(prompt: Ids, length: int, prefix_length: int) -> Ids:
-    """At most `length` ids: the prefix (BOS) and the prompt's end, where the question and the answering marker are."""
+    """At most `length` ids: the prefix (BOS) and the prompt's end, where the question and the answer marker are."""
     if len(prompt) <= length:
         return prompt
     tail = max(length - prefix_length, 0)
@@ -121,7 +121,7 @@ def truncate_prompt(prompt: Ids, length: int, prefix_length: int) -> Ids:
 def fit(prompt: Ids, responses: Sequence[Ids], max_seq_len: int, prefix_length: int) -> tuple[Ids, list[Ids]]:
     """Make the prompt and each response fit into `max_seq_len` ids together.
 
-    The prompt gives way first, from its left, down to half the length; then a response that is still too long is cut on
+    The prompt is cut first, on its left, down to half the length; then a response that is still too long is cut on
     its right and so ends without EOS. Two responses to one prompt get the same prompt.
     """
     longest = max(map(len, responses))
@@ -138,7 +138,7 @@ def chunk_text(prefix: Ids, ids: Ids, max_seq_len: int) -> Iterator[tuple[Ids, I
             yield list(prefix), chunk
 
 
-def pack(spans: Iterable[tuple[Ids, Ids]], block_size: int) -> Iterator[Ids]:
+def pack_blocks(spans: Iterable[tuple[Ids, Ids]], block_size: int) -> Iterator[Ids]:
     """Texts one after another, each with prefix and EOS, cut into blocks of `block_size`; the last may be shorter."""
     buffer: Ids = []
     for prompt, response in spans:
@@ -155,7 +155,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # State left behind by the last call, not part of what the tokenizer is.
+        # State left behind by the last call, not part of the tokenizer itself.
         content.pop("truncation", None)
         content.pop("padding", None)
     else:

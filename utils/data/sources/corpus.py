@@ -18,7 +18,7 @@ CHECKED_ROWS = 20
 
 @dataclass(frozen=True)
 class Share:
-    """A source, and which of the parts that `weights` makes of it is wanted."""
+    """A source, divided by `weights`, and the index of the part to use."""
 
     source: LocalSource | HubSource
     weights: tuple[float, ...]
@@ -30,7 +30,7 @@ class Corpus:
     """What `build_datasets` prepares.
 
     Attributes:
-        paths: what `flag` was given. undivided: further paths, of which all rows are used (`--sft_only_data_path`).
+        paths: values of `flag`. undivided: additional paths, all of whose rows are used (`--sft_only_data_path`).
         max_len: token ids of prompt and response together; for prompts alone, of the prompt.
         data_split: weights of the three steps; text for "pretrain" is not divided.
         config_name: configuration of a hub data set.
@@ -65,7 +65,7 @@ class Corpus:
 
     @staticmethod
     def of_texts(config: PpoConfig) -> "Corpus | None":
-        """The text of the language-modelling loss beside PPO; None without `--unsupervised_dataset_name`."""
+        """The text of the language-modelling loss added to PPO's; None without `--unsupervised_dataset_name`."""
         if not config.unsupervised_dataset_name:
             return None
         return Corpus(
@@ -85,7 +85,7 @@ class Corpus:
 
     @property
     def length_flag(self) -> str:
-        """The flag that says `max_len`."""
+        """The flag that sets `max_len`."""
         return "--max_prompt_seq_len" if self.purpose == "prompts" else "--max_seq_len"
 
     @cached_property
@@ -102,8 +102,8 @@ class Corpus:
     def check(self) -> None:
         """Look at the data before any model is loaded: paths exist, first rows parse and have what the purpose needs.
 
-        Cheap: the first rows of every file; of a hub data set only whether it can be had at all. Every row is checked
-        by `build_datasets`.
+        Cheap: the first rows of every file; for a hub data set, only whether it is available at all. Every row is
+        checked by `build_datasets`.
 
         Raises:
             InputError: naming the flag, or the file and the row.

@@ -15,9 +15,9 @@ _PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion, for sets p
 def load_hub_split(label: str, name: str, hub: str, config: str | None, split: str) -> "Dataset":
     """The rows of `split` of the hub's data set `hub`, which is known here as `name`.
 
-    `label` begins messages: the flag and what it was given.
+    `label` is the start of error messages: the flag and its value.
 
-    Without a network only the local cache of `datasets` is searched, at once rather than after its retries (23 s).
+    Without a network only the local cache of `datasets` is searched, immediately rather than after its retries (23 s).
     Raises InputError, in one line, with what to do.
     """
     import datasets

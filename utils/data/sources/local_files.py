@@ -1,7 +1,7 @@
-"""Local data files: finding them below a path, and reading them row by row with the place of each row.
+"""Local data files: finding them below a path, and reading them row by row with the location of each row.
 
 Every reader yields `(where, row)`: `where` names the file and the line or row for messages ("a.jsonl, line 7").
-Whatever is wrong with a file is an InputError of one line.
+Any problem with a file is an InputError of one line.
 """
 
 import csv
@@ -69,7 +69,7 @@ def content_digest(file: Path) -> str:
 
 
 def read_rows(file: Path) -> Iterator[LocatedRow]:
-    """The rows of one data file, its kind told by the name or, for other names, by how it begins."""
+    """The rows of one data file, its kind determined by its name or, for other names, by its first bytes."""
     try:
         if file.stat().st_size == 0:
             raise InputError(f"{file} is empty")
@@ -95,8 +95,8 @@ def _reader(file: Path):
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first not in (b"[", b"{") and not name.endswith((".json", ".jsonl")):
         raise InputError(
-            f"{file}: no kind of file that can be read ({', '.join(SUFFIXES[:5])}, the text kinds also as .gz), and no "
-            "JSON by its first character; convert it, or rename it"
+            f"{file}: not a kind of file that can be read ({', '.join(SUFFIXES[:5])}, the text kinds also as .gz), and "
+            "not JSON by its first character; convert it, or rename it"
         )
     whole = first == b"[" or (first == b"{" and name.endswith(".json"))
     return _read_json if whole else _read_json_lines
@@ -152,7 +152,7 @@ def _json(text: str, where: str, *, has_lines: bool = False) -> object:
     except ValueError as error:  # an integer with thousands of digits
         raise InputError(f"{where}: a number that cannot be read ({error})") from error
     except RecursionError as error:
-        raise InputError(f"{where}: lists or objects in each other, too deep to be read") from error
+        raise InputError(f"{where}: lists or objects are nested too deep to be read") from error
 
 
 def _object(row: object, where: str) -> Row:
@@ -169,8 +169,8 @@ def _read_csv(file: Path) -> Iterator[LocatedRow]:
     try:
         header = next(reader, [])
         if twice := next((name for name in header if header.count(name) > 1), None):
-            raise InputError(f"{file}, line 1: the column {twice!r} comes twice; rename one of them")
-        line = reader.line_num + 1  # a row may span lines: its place is where it begins
+            raise InputError(f"{file}, line 1: the column {twice!r} appears twice; rename one of them")
+        line = reader.line_num + 1  # a row may span lines: its location is where it begins
         for fields in reader:
             where = f"{file}, line {line}"
             line = reader.line_num + 1

@@ -1,4 +1,4 @@
-"""What `--data_path` names: a local file or folder, or a data set of the hub, read as examples.
+"""What `--data_path` names: a local file or folder, or a data set on the hub, read as examples.
 
 A local path is looked for first and opens no connection. Every row is converted and checked for what the purpose needs;
 one that cannot be used is refused with its file and line, or counted among the dropped ones.
@@ -32,14 +32,14 @@ from utils.errors import InputError
 from utils.hub import looks_local
 
 Part = Literal["train", "held_out"]
-SETTLING_ROWS = 200  # of a data set, by which the form of its prompts is told
+SETTLING_ROWS = 200  # of a data set, from which the form of its prompts is determined
 
 
 class Source(Protocol):
     """Rows in a training part and maybe a held-out part.
 
-    label: the flag and what it was given, for messages. format: None where the rows' columns tell it. remark: what the
-    log is to add about the source, empty for nothing.
+    label: the flag and its value, for messages. format: None where the rows' columns determine it. remark: what the log
+    adds about the source, empty for nothing.
     """
 
     label: str
@@ -58,9 +58,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A file, or a folder whose files are training or held-out files by their names.
+    """A file, or a folder whose files are for training or held out according to their names.
 
-    copy_of: the known data set that the folder is a copy of; None: its columns tell how to read it.
+    copy_of: the known data set that the folder is a copy of; None: the columns determine how to read it.
     others: files of the folder that are not read.
     """
 
@@ -99,7 +99,7 @@ class LocalSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set of the Hugging Face hub, loaded when its rows are first asked for."""
+    """A data set of the Hugging Face hub, loaded when its rows are first requested."""
 
     label: str
     name: str
@@ -132,8 +132,8 @@ class HubSource:
 def open_source(name: str, config: str | None = None, flag: str = "--data_path") -> LocalSource | HubSource:
     """What `name`, given to `flag`, means: a local path if there is one, else a known data set, else a name on the hub.
 
-    `config` chooses among a data set's configurations, which are subfolders in a local copy. Raises InputError for what
-    can be none of these.
+    `config` chooses among a data set's configurations, which are subfolders in a local copy. Raises InputError for a
+    name that is none of these.
     """
     path, label = Path(name).expanduser(), f"{flag} {name}"
     if path.exists():
@@ -153,7 +153,7 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
 
 
 def _known_name(path: Path) -> str | None:
-    """The known data set that a folder is called like (.../stanfordnlp/SHP), as a copy from the hub is."""
+    """The known data set after which a folder is named (.../stanfordnlp/SHP), as a copy from the hub is."""
     location = path.resolve().as_posix() if path.is_dir() else ""
     return next((name for name, spec in DATASETS.items() if spec.hub and location.endswith(f"/{name}")), None)
 
@@ -173,8 +173,8 @@ def read_examples(
     purpose is left out altogether.
 
     Args:
-        prompt_form: of prompts that are text: "raw", "dialogue", or "auto" for what the first of them are (`form_of`);
-            there a prompt that ends with "Assistant:" is raw in any case.
+        prompt_form: of prompts that are text: "raw", "dialogue", or "auto" for the form of the first ones (`form_of`),
+            except that then a prompt that ends with "Assistant:" is always raw.
 
     Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
     """
@@ -198,7 +198,7 @@ def read_examples(
 
 
 def _first_prompts(source: Source, purpose: Purpose) -> list[str]:
-    """The first prompts that are text whose form is not known."""
+    """The first prompts that are text of undecided form."""
     group = next(iter(source.groups("train")), ())
     examples = (example for _, example, _ in _examples(group, source, purpose, Counter()))
     return [example.prompt for example in itertools.islice(examples, SETTLING_ROWS) if example.is_undecided]
@@ -207,7 +207,7 @@ def _first_prompts(source: Source, purpose: Purpose) -> list[str]:
 def _examples(
     group: Iterable[LocatedRow], source: Source, purpose: Purpose, dropped: Counter[str]
 ) -> Iterator[tuple[str, Example, bool]]:
-    """(where, example, whether a missing response is forgiven) of the rows of a group."""
+    """(where, example, whether a missing response is tolerated) of the rows of a group."""
     rows = iter(group)
     first = next(rows, None)
     if first is None:
@@ -215,7 +215,7 @@ def _examples(
     row_format = source.format or _recognise(first, purpose)
     lenient = row_format.published or isinstance(source, HubSource)
     for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
-        _refuse_half_characters(example, where)
+        _refuse_lone_surrogates(example, where)
         yield where, example, lenient
 
 
@@ -238,8 +238,8 @@ def _convert(
             raise _refusal(where, error) from error
 
 
-def _refuse_half_characters(example: Example, where: str) -> None:
-    """JSON can hold one half of a character that UTF-16 writes in two ("\\ud83d"); no encoding and no tokenizer can."""
+def _refuse_lone_surrogates(example: Example, where: str) -> None:
+    """JSON can hold half of a UTF-16 surrogate pair ("\\ud83d"), which neither UTF-8 nor a tokenizer can represent."""
     turns = [example.prompt] if isinstance(example.prompt, str) else [text for _, text in example.prompt]
     for text in filter(None, (*turns, example.chosen, example.rejected, example.reference)):
         try:
@@ -248,12 +248,12 @@ def _refuse_half_characters(example: Example, where: str) -> None:
             half = text[error.start].encode("ascii", "backslashreplace").decode()
             before = text[max(error.start - 20, 0) : error.start]
             raise InputError(
-                f"{where}: the text {before!r} goes on with {half}, half of a character; mend the row or remove it"
+                f"{where}: the text {before!r} continues with {half}, half of a character; fix the row or remove it"
             ) from error
 
 
 def _with_other_columns(example: Example, row: Row, row_format: Format) -> Example:
-    """`example` with what its row says besides: a score, a right answer, and whatever else the format does not read."""
+    """`example` with the other columns of its row: a score, a reference answer, and whatever the format ignores."""
     others = {name: value for name, value in row.items() if name not in row_format.columns}
     score, reference = others.get("score"), others.get("reference")
     return dataclasses.replace(

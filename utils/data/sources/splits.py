@@ -1,8 +1,8 @@
-"""Who gets which rows: a held-out share first, the rest divided among the three steps.
+"""Which rows go where: a held-out share first, the rest divided among the three steps.
 
-Rows with the same prompt stay together: an answer to a prompt that a step has been trained on is no test of it. All
-depends on the prompts, the weights and the seed alone, so that the three steps, run one after the other on the same
-data, agree on the division and never share a training prompt.
+Rows with the same prompt stay together: a held-out answer to a prompt that a step was trained on would not be a fair
+test. The division depends only on the prompts, the weights and the seed, so that the three steps, run one after the
+other on the same data, agree on it and never share a training prompt.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -65,7 +65,7 @@ def divide(
         prompts: (rows,) a number for the prompt of each row, equal for equal prompts.
         held_out_share: of all rows, held out from every part, at least one; 0 for none. The rest is divided by
             `weights`. Sizes are counted in rows, and met as nearly as whole prompts allow.
-        known: the part of prompts that another source has brought already, which they keep; those of this one are
+        known: the parts of prompts that other sources have already, which they keep; the prompts of this source are
             added.
 
     Raises:
@@ -108,9 +108,9 @@ def _grouped(prompts: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _ends(counts: np.ndarray, sizes: Sequence[int]) -> list[int]:
-    """Where to cut a row of groups with `counts` members each, so that the pieces have nearly these sizes.
+    """Where to cut a sequence of groups with `counts` members each, so that the pieces have nearly these sizes.
 
-    Every piece of a positive size gets a group. Raises ValueError if the groups are too few.
+    Every piece of a positive size gets at least one group. Raises ValueError if the groups are too few.
     """
     if len(counts) < sum(size > 0 for size in sizes):
         raise ValueError(f"{len(counts)} prompts cannot fill {sum(size > 0 for size in sizes)} parts")

@@ -1,4 +1,4 @@
-"""The forward passes of the decode engine: PyTorch's operations, compiled ones of a CPU, and small models in one call.
+"""The forward passes of the decode engine: PyTorch's operations, compiled CPU operations, one call for small models.
 
 Each takes the decoder, whose attributes it reads: weights, tables of the rotary embedding, and the KV cache, which it
 extends.

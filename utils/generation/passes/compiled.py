@@ -1,4 +1,4 @@
-"""Prefill and decode step by the compiled operations of `utils.kernels`, for fp32 and bf16 on a CPU."""
+"""Prefill and decode step with the compiled operations of `utils.kernels`, for fp32 and bf16 on a CPU."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def step(decoder, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     def attend(index: int, projected: torch.Tensor) -> torch.Tensor:
         """Attention of one token in each row to what layer `index` has in the cache."""
         keys, values = (part[index] for part in decoder.cache)
-        return decoding.attend(
+        return decoding.decode_attention(
             projected, decoder.cos, decoder.sin, positions, keys, values, query_heads=decoder.query_heads,
             scale=1 / math.sqrt(decoder.head_size),
         )  # fmt: skip
@@ -44,8 +44,8 @@ def _logits(decoder, hidden: torch.Tensor, attend: Callable, last: torch.Tensor 
     """Logits of `hidden` (tokens, H).
 
     Args:
-        attend: (number of a layer, its queries, keys and values (tokens, (Q + 2 K) D)) -> attended (tokens, Q D).
-        last: of a prefill, whose logits are wanted; without it the tokens are those of a decode step.
+        attend: (index of a layer, its queries, keys and values (tokens, (Q + 2 K) D)) -> attended (tokens, Q D).
+        last: places of the tokens of a prefill whose logits are wanted; None for a decode step.
     """
     is_step, count = last is None, len(hidden)
     hidden = _filled_up(hidden)
@@ -66,5 +66,5 @@ def _logits(decoder, hidden: torch.Tensor, attend: Callable, last: torch.Tensor 
 
 
 def _filled_up(rows: torch.Tensor) -> torch.Tensor:
-    """(n, H) with zeros behind, to one of few numbers of rows."""
+    """(n, H) padded with rows of zeros to one of a few numbers of rows."""
     return F.pad(rows, (0, 0, 0, rounded_rows(len(rows), rows.device) - len(rows)))

@@ -1,4 +1,4 @@
-"""Prefill and decode step by PyTorch's operations: what a GPU takes, and a CPU without the compiled ones."""
+"""Prefill and decode step with PyTorch's operations: for GPUs, and for CPUs without the compiled operations."""
 
 import math
 
@@ -11,7 +11,7 @@ from utils.models.packed_attention import causal_attention
 
 
 def prefill(decoder, hidden: torch.Tensor, rows: int, first_slot: int, last: torch.Tensor) -> torch.Tensor:
-    """Logits behind the prompts of `rows` rows, whose keys and values go to the slots from `first_slot` on.
+    """Logits after the prompts of `rows` rows, whose keys and values go to the slots from `first_slot` on.
 
     Args:
         hidden: (rows * T, H) embedded prompts, padded on the right. last: (rows,) places of their last tokens in it.
@@ -30,7 +30,7 @@ def prefill(decoder, hidden: torch.Tensor, rows: int, first_slot: int, last: tor
 
 
 def step(decoder, hidden: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Logits of the token behind the newest one of each of the first n slots.
+    """Logits of the token after the newest one of each of the first n slots.
 
     Args:
         hidden: (n, H) embedded newest tokens. positions: (n,) their places in the sequences.
@@ -78,7 +78,7 @@ def _finish(decoder, layer: Layer, hidden: torch.Tensor, attended: torch.Tensor)
 
 
 def _add_residual(decoder, residual: torch.Tensor, projection: Projection, inputs: torch.Tensor) -> torch.Tensor:
-    """residual + the projection, of which each process of a group that shares the model computes a summand."""
+    """residual + the projection; processes that share the model compute partial sums of it."""
     if decoder.shard is None:
         return projection.added_to(residual, inputs)
     return residual + decoder.summed_output(projection, inputs)

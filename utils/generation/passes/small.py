@@ -1,6 +1,6 @@
 """The decode step of a small model on a CPU: all layers in one compiled call.
 
-A small matrix is multiplied in less time than Python takes to ask for it.
+Multiplying by a small matrix takes less time than the call from Python.
 """
 
 import math
