@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv with the development requirements, checks the code with ruff and runs the tests, two files at a time.
+# Sets up .venv with the development requirements, checks the code with ruff and runs the tests, two at a time.
 # Safe to run again. Flags are passed to pytest, for example
 #
 #   bash scripts/test.sh tests/arguments -k yaml
@@ -13,4 +13,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 echo "test: ruff check"
 ruff check .
 echo "test: pytest"
-exec python -m pytest -q -n 2 --dist loadfile "$@"
+exec python -m pytest -q -n 2 --dist worksteal "$@"

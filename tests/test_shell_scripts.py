@@ -285,4 +285,4 @@ def test_quickstart_and_test_pass_their_flags_on(setup):
     for script in ("test.sh", "../.ci/run"):
         code, output, calls = setup.run("-k", "yaml", script=script)
         assert code == 0, output
-        assert calls[-2:] == ["ruff check .", "python -m pytest -q -n 2 --dist loadfile -k yaml"]
+        assert calls[-2:] == ["ruff check .", "python -m pytest -q -n 2 --dist worksteal -k yaml"]
