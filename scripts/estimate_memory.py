@@ -23,6 +23,7 @@ from types import ModuleType
 from transformers import PreTrainedConfig
 
 from utils.arguments import SftConfig, StepConfig, parse_config, refuse_unavailable
+from utils.arguments.steps import STEPS
 from utils.data import Corpus, build_datasets, pack_rows
 from utils.data.batches.sizes import Rows, measure_rows
 from utils.errors import DoesNotFit, InputError
@@ -31,11 +32,6 @@ from utils.preflight import Machine, Subject, print_report
 from utils.preflight.machine import cpu_machine, gpu_machine
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-STEPS = {
-    "step1": "step1_supervised_finetuning",
-    "step2": "step2_reward_model_finetuning",
-    "step3": "step3_rlhf_finetuning",
-}
 
 
 def load_step(folder: str) -> ModuleType:
@@ -119,7 +115,7 @@ def main(argv: list[str]) -> None:
         InputError: flags that cannot work. DoesNotFit: the run needs more than `--device_memory`.
     """
     options, flags = parse_options(argv)
-    step = load_step(STEPS[options.step])
+    step = load_step(STEPS[options.step].folder)
     config = parse_config(step.Config, flags)
     refuse_unavailable(config)
     models = read_models(config)

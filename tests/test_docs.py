@@ -17,13 +17,13 @@ from step_scripts import REPOSITORY
 
 from utils.arguments import parse_config, refuse_unavailable
 from utils.arguments.parser import build_parser, flag_actions
-from utils.arguments.steps import CONFIGS
+from utils.arguments.steps import CONFIGS, STEPS
 from utils.data.sources.reading import open_source, read_examples
 
 README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
-STEPS = sorted((REPOSITORY / "training").glob("*/README.md"))
-PAGES = [README, CONTRIBUTING, REPOSITORY / "CHANGELOG.md", *DOCS, *STEPS]
+STEP_PAGES = sorted((REPOSITORY / "training").glob("*/README.md"))
+PAGES = [README, CONTRIBUTING, REPOSITORY / "CHANGELOG.md", *DOCS, *STEP_PAGES]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 SITE = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
 SITE_SOURCES = {page.name: f"docs/{page.name}" for page in DOCS} | SITE["extra"]["pages"]  # by page of the site
@@ -148,8 +148,7 @@ def test_commands_parse_and_are_not_refused(words):
 @pytest.mark.parametrize("words", ESTIMATES, ids=lambda words: " ".join(words)[:60])
 def test_commands_of_the_memory_estimate_parse(words):
     options, flags = estimate_memory.parse_options(words[words.index("scripts/estimate_memory.py") + 1 :])
-    folder = next(folder for folder in CONFIGS if folder.startswith(options.step))
-    refuse_unavailable(parse_config(CONFIGS[folder], flags))
+    refuse_unavailable(parse_config(STEPS[options.step].config, flags))
 
 
 @cache

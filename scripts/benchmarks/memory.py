@@ -26,6 +26,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from utils.arguments import Arguments, flag, run
+from utils.arguments.steps import STEPS
 from utils.errors import InputError
 from utils.files import atomic_write_text
 from utils.output.tables import format_table
@@ -34,11 +35,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30
 VOCABULARY = 32_000
 SIZES = {"24M": (288, 768, 6, 6, 6), "72M": (576, 1536, 10, 9, 3)}  # hidden, intermediate, layers, heads, kv heads
-STEPS = {
-    1: "step1_supervised_finetuning",
-    2: "step2_reward_model_finetuning",
-    3: "step3_rlhf_finetuning",
-}
 ROWS = 240
 HEADER = ("configuration", "step", "model", "processes", "flags", "predicted", "measured", "ratio")
 
@@ -47,7 +43,7 @@ HEADER = ("configuration", "step", "model", "processes", "flags", "predicted", "
 class Run:
     """A run to predict and to measure; `length` is the tokens of a row of the data, half of them prompt."""
 
-    step: int
+    step: str  # a name of `utils.arguments.steps.STEPS`
     size: str
     length: int
     flags: str
@@ -55,49 +51,50 @@ class Run:
 
 
 RUNS = {
-    "sft-fp32": Run(1, "72M", 256, "--dtype fp32 --per_device_train_batch_size 8"),
-    "sft-bf16": Run(1, "72M", 256, "--dtype bf16 --per_device_train_batch_size 8"),
+    "sft-fp32": Run("step1", "72M", 256, "--dtype fp32 --per_device_train_batch_size 8"),
+    "sft-bf16": Run("step1", "72M", 256, "--dtype bf16 --per_device_train_batch_size 8"),
     "sft-zero1-fp32": Run(
-        1, "72M", 128, "--dtype fp32 --zero_stage 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+        "step1", "72M", 128, "--dtype fp32 --zero_stage 1 --per_device_train_batch_size 4 "
+        "--gradient_accumulation_steps 2",
     ),
     "sft-zero3": Run(
-        1, "72M", 256, "--dtype bf16 --zero_stage 3 --gradient_checkpointing --per_device_train_batch_size 8"
+        "step1", "72M", 256, "--dtype bf16 --zero_stage 3 --gradient_checkpointing --per_device_train_batch_size 8"
     ),
-    "sft-zero2-small": Run(1, "24M", 512, "--dtype bf16 --zero_stage 2 --per_device_train_batch_size 8"),
-    "sft-long": Run(1, "24M", 512, "--dtype fp32 --per_device_train_batch_size 12"),
+    "sft-zero2-small": Run("step1", "24M", 512, "--dtype bf16 --zero_stage 2 --per_device_train_batch_size 8"),
+    "sft-long": Run("step1", "24M", 512, "--dtype fp32 --per_device_train_batch_size 12"),
     "sft-lora": Run(
-        1, "72M", 256, "--dtype fp32 --lora_dim 16 --only_optimize_lora --per_device_train_batch_size 8"
+        "step1", "72M", 256, "--dtype fp32 --lora_dim 16 --only_optimize_lora --per_device_train_batch_size 8"
     ),
-    "sft-two": Run(1, "72M", 256, "--dtype bf16 --zero_stage 2 --per_device_train_batch_size 4", processes=2),
-    "reward-zero2": Run(2, "72M", 256, "--dtype fp32 --zero_stage 2 --per_device_train_batch_size 4"),
+    "sft-two": Run("step1", "72M", 256, "--dtype bf16 --zero_stage 2 --per_device_train_batch_size 4", processes=2),
+    "reward-zero2": Run("step2", "72M", 256, "--dtype fp32 --zero_stage 2 --per_device_train_batch_size 4"),
     "reward-budget": Run(
-        2, "72M", 256, "--dtype bf16 --per_device_train_batch_size 8 --max_tokens_per_batch 1024"
+        "step2", "72M", 256, "--dtype bf16 --per_device_train_batch_size 8 --max_tokens_per_batch 1024"
     ),
     "ppo-bf16": Run(
-        3, "72M", 256, "--dtype bf16 --per_device_generation_batch_size 16 --per_device_training_batch_size 8"
+        "step3", "72M", 256, "--dtype bf16 --per_device_generation_batch_size 16 --per_device_training_batch_size 8"
     ),
     "ppo-lora": Run(
-        3, "72M", 256, "--dtype fp32 --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora "
+        "step3", "72M", 256, "--dtype fp32 --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora "
         "--per_device_generation_batch_size 16 --per_device_training_batch_size 8",
     ),
     "ppo-zero3": Run(
-        3, "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --enable_ema "
+        "step3", "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --enable_ema "
         "--per_device_generation_batch_size 16 --per_device_training_batch_size 4 --gradient_accumulation_steps 2",
     ),
     "ppo-checkpointing": Run(
-        3, "24M", 256, "--dtype bf16 --actor_zero_stage 2 --critic_zero_stage 2 --actor_gradient_checkpointing "
+        "step3", "24M", 256, "--dtype bf16 --actor_zero_stage 2 --critic_zero_stage 2 --actor_gradient_checkpointing "
         "--critic_gradient_checkpointing --per_device_generation_batch_size 16 --per_device_training_batch_size 16",
     ),
     "ppo-saves": Run(
-        3, "72M", 128, "--dtype fp32 --actor_zero_stage 1 --critic_zero_stage 1 --enable_ema --save_interval 2 "
+        "step3", "72M", 128, "--dtype fp32 --actor_zero_stage 1 --critic_zero_stage 1 --enable_ema --save_interval 2 "
         "--keep_best --eval_interval 1 --per_device_generation_batch_size 4 --per_device_training_batch_size 1",
     ),
     "ppo-stream": Run(
-        3, "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --stream_generation_weights on "
+        "step3", "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --stream_generation_weights on "
         "--per_device_generation_batch_size 16 --per_device_training_batch_size 4",
     ),
     "ppo-share": Run(
-        3, "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --inference_tp_size 2 "
+        "step3", "24M", 256, "--dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3 --inference_tp_size 2 "
         "--per_device_generation_batch_size 16 --per_device_training_batch_size 4", processes=2,
     ),
 }  # fmt: skip
@@ -154,27 +151,34 @@ def make_rows(folder: Path, length: int) -> Path:
     return path
 
 
+def supervised_flags(run: Run, folder: Path) -> list:
+    """Model and lengths of steps 1 and 2."""
+    return [
+        *("--model_name_or_path", folder / f"language-{run.size}", "--max_seq_len", run.length),
+        *("--eval_samples", 8, "--per_device_eval_batch_size", 4),
+    ]
+
+
+def rlhf_flags(run: Run, folder: Path) -> list:
+    """Models and lengths of step 3."""
+    return [
+        *("--actor_model_name_or_path", folder / f"language-{run.size}"),
+        *("--critic_model_name_or_path", folder / f"reward-{run.size}"),
+        *("--max_prompt_seq_len", run.length // 2, "--max_answer_seq_len", run.length // 4, "--eval_prompts", 8),
+    ]
+
+
+WORK = {"step1": supervised_flags, "step2": supervised_flags, "step3": rlhf_flags}
+
+
 def command(run: Run, folder: Path) -> list[str]:
     """The command line of `run`, without `--dry_run`."""
-    script = REPOSITORY / "training" / STEPS[run.step] / "main.py"
+    script = REPOSITORY / "training" / STEPS[run.step].folder / "main.py"
     flags = [
-        *(
-            "--data_path",
-            make_rows(folder, run.length),
-            "--data_split",
-            "1,1,1",
-            "--data_output_path",
-            folder / "cache",
-        ),
-        *("--output_dir", folder / "out", "--max_steps", 3),
+        *("--data_path", make_rows(folder, run.length), "--data_split", "1,1,1"),
+        *("--data_output_path", folder / "cache", "--output_dir", folder / "out", "--max_steps", 3),
+        *WORK[run.step](run, folder),
     ]
-    if run.step == 3:
-        flags += ["--actor_model_name_or_path", folder / f"language-{run.size}"]
-        flags += ["--critic_model_name_or_path", folder / f"reward-{run.size}"]
-        flags += ["--max_prompt_seq_len", run.length // 2, "--max_answer_seq_len", run.length // 4, "--eval_prompts", 8]
-    else:
-        flags += ["--model_name_or_path", folder / f"language-{run.size}", "--max_seq_len", run.length]
-        flags += ["--eval_samples", 8, "--per_device_eval_batch_size", 4]
     return [sys.executable, str(script), *map(str, flags), *run.flags.split()]
 
 
@@ -217,7 +221,7 @@ def measure(name: str, run: Run, folder: Path) -> tuple[str, ...]:
     predicted = float(re.search(r"predicted peak: ([\d.]+) GiB", printed)[1])
     measured = peak_bytes(words, run, log) / GIB
     return (
-        name, str(run.step), run.size, str(run.processes), f"rows of {run.length} tokens; {run.flags}",
+        name, run.step, run.size, str(run.processes), f"rows of {run.length} tokens; {run.flags}",
         f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}",
     )  # fmt: skip
 

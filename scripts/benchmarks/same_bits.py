@@ -28,16 +28,12 @@ import transformers
 from safetensors import safe_open
 
 from utils.arguments import Arguments, flag, run
+from utils.arguments.steps import STEPS
 from utils.errors import InputError
 from utils.files import atomic_write_text
 from utils.parallel.launcher import environment_of_its_own
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = {
-    "step1": "step1_supervised_finetuning",
-    "step2": "step2_reward_model_finetuning",
-    "step3": "step3_rlhf_finetuning",
-}
 DATA, TOKENIZER = "hh_rlhf_harmless_1800.jsonl", "llama2_tokenizer.model"
 TEXT = "alpaca_eval_gpt4_pairs.jsonl"
 CLOCKS = ("time", "throughput/")  # prefixes of the keys whose values depend on the clock
@@ -133,7 +129,7 @@ def chain(case: Case, data: Path, model: Path, folder: Path) -> Iterator[tuple[s
         extra = dict(case.flags.get(step, {}))
         if "unsupervised_dataset_name" in extra:
             extra["unsupervised_dataset_name"] = data / extra["unsupervised_dataset_name"]
-        yield f"training/{STEPS[step]}/main.py", flags | extra
+        yield f"training/{STEPS[step].folder}/main.py", flags | extra
 
 
 def words(flags: Flags) -> list[str]:

@@ -31,6 +31,7 @@ NOTE = (
     "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones; TRL by default keeps fp32 weights and casts "
     "them in each pass (autocast); its activation checkpointing is off. DeepSpeed-Chat's loss includes the prompts."
 )
+STEP = "step1_supervised_finetuning"  # ours and DeepSpeed-Chat's
 SPEED, RESPONSES = "tokens/s", "response tokens/s"
 
 
@@ -54,7 +55,7 @@ def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
     flags["num_sample_generations"] = 0
 
     def ours(name: str, **changes) -> Measures:
-        metrics, memory = runner.run_step(name, "step1_supervised_finetuning", flags | changes)
+        metrics, memory = runner.run_step(name, STEP, flags | changes)
         return our_rates(metrics, {"tokens": tokens, "response tokens": responses}) | memory
 
     def peer(name: str, adapter: str, python: str, **changes) -> Measures:
@@ -71,7 +72,7 @@ def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
         available["TRL, packing"] = functools.partial(peer, "TRL", "trl_sft", python, packing=True)
     if given := config.deepspeed():
         name, (python, checkout) = "DeepSpeed-Chat", given
-        available[name] = functools.partial(peer, name, "deepspeed_chat", python, checkout=checkout, step=1)
+        available[name] = functools.partial(peer, name, "deepspeed_chat", python, checkout=checkout, step=STEP)
     return available
 
 

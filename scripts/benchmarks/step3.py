@@ -39,6 +39,7 @@ from scripts.benchmarks.workload import (
 )
 from utils.arguments import flag, run
 
+STEP = "step3_rlhf_finetuning"  # ours and DeepSpeed-Chat's
 LEARNING_RATE = 1e-6
 NOTE = (
     "Ours and DeepSpeed-Chat keep fp32 weights beside the bf16 ones. TRL has fp32 weights and trains under autocast, "
@@ -103,7 +104,7 @@ def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
     def ours(name: str, **changes) -> Measures:
         metrics, memory = runner.run_step(
             name,
-            "step3_rlhf_finetuning",
+            STEP,
             {
                 **{"actor_model_name_or_path": actor, "critic_model_name_or_path": critic, "seed": SEED},
                 **{"data_path": data, "data_split": SPLITS["prompts"], "data_output_path": cache, "eval_prompts": 0},
@@ -133,7 +134,7 @@ def contenders(config: Config, runner: Runner) -> dict[str, Contender]:
         available["TRL, bf16 weights"] = functools.partial(peer, "TRL", "trl_ppo", python, weights="bf16")
     if given := config.deepspeed():
         python, checkout = given
-        chat = functools.partial(peer, "DeepSpeed-Chat", "deepspeed_chat", python, checkout=checkout, step=3)
+        chat = functools.partial(peer, "DeepSpeed-Chat", "deepspeed_chat", python, checkout=checkout, step=STEP)
         if not config.mean_answer:
             available["DeepSpeed-Chat"] = functools.partial(chat, sampling=False)
         available["DeepSpeed-Chat, sampling"] = functools.partial(chat, sampling=True)

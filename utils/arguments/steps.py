@@ -216,9 +216,18 @@ class PpoConfig(
         return self.max_prompt_seq_len + self.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len"
 
 
-# The flags of each script, by its folder in training/.
-CONFIGS = {
-    "step1_supervised_finetuning": SftConfig,
-    "step2_reward_model_finetuning": RewardModelConfig,
-    "step3_rlhf_finetuning": PpoConfig,
+@dataclass(frozen=True)
+class Step:
+    """A script, `training/FOLDER/main.py`, and its flags."""
+
+    folder: str
+    config: type[StepConfig]
+
+
+# By the names that the presets in scripts/configs/ have.
+STEPS = {
+    "step1": Step("step1_supervised_finetuning", SftConfig),
+    "step2": Step("step2_reward_model_finetuning", RewardModelConfig),
+    "step3": Step("step3_rlhf_finetuning", PpoConfig),
 }
+CONFIGS = {step.folder: step.config for step in STEPS.values()}  # by folder

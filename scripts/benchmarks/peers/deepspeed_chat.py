@@ -18,16 +18,14 @@ import torch
 from adapter import Steps, clock, load_tokenizer, setting
 from safetensors.torch import load_file
 
-STEPS = {1: "step1_supervised_finetuning", 3: "step3_rlhf_finetuning"}
-
 
 def load_main(checkout, step):
-    """Import the main.py of a step as a module."""
+    """Import the main.py of the step in the folder `step` as a module."""
     root = Path(checkout)
     if (root / "applications" / "DeepSpeed-Chat").is_dir():
         root = root / "applications" / "DeepSpeed-Chat"
     sys.path.insert(0, str(root))
-    spec = importlib.util.spec_from_file_location("main", root / "training" / STEPS[step] / "main.py")
+    spec = importlib.util.spec_from_file_location("main", root / "training" / step / "main.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not torch.cuda.is_available():
@@ -147,13 +145,16 @@ def run_step3(work, steps, main, tokenizer):
     main.main()
 
 
+RUNNERS = {"step1_supervised_finetuning": run_step1, "step3_rlhf_finetuning": run_step3}
+
+
 def main():
     work, steps = setting(), Steps()
     join_alone()
     module = load_main(work["checkout"], work["step"])
     tokenizer = load_tokenizer(work["model"], "right")
     module.load_hf_tokenizer = lambda *args, **kwargs: tokenizer
-    {1: run_step1, 3: run_step3}[work["step"]](work, steps, module, tokenizer)
+    RUNNERS[work["step"]](work, steps, module, tokenizer)
     steps.save("deepspeed", "transformers", "torch")
 
 
