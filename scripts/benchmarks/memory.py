@@ -4,8 +4,8 @@
     python -m scripts.benchmarks.memory --only sft-bf16 ppo-lora
 
 For every configuration a step's main.py is run twice, in separate processes: with `--dry_run`, whose prediction is read
-from its output, and for real, a few optimiser steps on random models and data. Measured is the peak resident memory
-that the system reports for a process when it has ended (`ru_maxrss`); of two ranks, the larger one.
+from its output, and for real, three optimiser steps (step 3: rollouts) on random models and data. Measured is the peak
+resident memory that the system reports for a process when it has ended (`ru_maxrss`); of two ranks, the larger one.
 """
 
 import json
@@ -30,6 +30,7 @@ from utils.arguments.steps import STEPS
 from utils.errors import InputError
 from utils.files import atomic_write_text
 from utils.output.tables import format_table
+from utils.parallel.launcher import environment_of_its_own
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -184,7 +185,11 @@ def command(run: Run, folder: Path) -> list[str]:
 
 def start(words: list[str], rank: int, run: Run, port: int, log: Path) -> subprocess.Popen:
     """One rank of a run; what it prints goes to `log`."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
+    environment = environment_of_its_own() | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.processes)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with open(log, "w", encoding="utf-8") as stream:
@@ -203,12 +208,19 @@ def peak_bytes(words: list[str], run: Run, log: Path) -> int:
     logs = [log.with_suffix(f".{rank}.log") for rank in range(run.processes)]
     processes = [start(words, rank, run, port, path) for rank, path in enumerate(logs)]
     peaks = []
-    for process, path in zip(processes, logs, strict=True):
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise InputError(f"a run ended with exit code {process.returncode}: see {path}")
-        peaks.append(usage.ru_maxrss * 1024)
+    by_id = {process.pid: (process, path) for process, path in zip(processes, logs, strict=True)}
+    try:
+        for _ in processes:  # in the order in which they end: when one fails, the others wait for it
+            number, status, usage = os.wait4(-1, 0)
+            process, path = by_id.pop(number)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise InputError(f"a run ended with exit code {process.returncode}: see {path}")
+            peaks.append(usage.ru_maxrss * 1024)
+    finally:
+        for process, _ in by_id.values():
+            process.kill()
+            process.wait()
     return max(peaks)
 
 

@@ -5,16 +5,16 @@
 
 Each case is a chain of step 1, step 2 and step 3 on the same rows, the models of one step going into the next, or the
 quickstart with seed 1. A small random LLaMA with LLaMA-2's tokenizer starts the chain. What must agree is every tensor
-of every safetensors file that a run leaves in its output folder, and every number of `metrics.jsonl` that is not a
-time. The exit code is 0 if everything agrees, 1 if not.
+of every safetensors file that a run leaves in its output folder, and every number of `metrics.jsonl` that both
+write and that is not a time. The exit code is 0 if everything agrees, 1 if not.
 
-Results of a checkout whose work tree is clean are cached by commit in --output_dir, and not computed again.
+Results of a checkout whose work tree is clean are cached in --output_dir by its commit, the case and the text of this
+script, and not computed again.
 """
 
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -215,7 +215,8 @@ def commit(checkout: Path) -> str:
 def result(checkout: Path, name: str, case: Case, config: Config, model: Path) -> dict[str, Any]:
     """The result of `run_case`, or the cached one of an earlier run of the same commit."""
     output, known = Path(config.output_dir).resolve(), commit(checkout)
-    kept = output / "results" / (known or "unknown") / f"{name}.json"
+    work = hashlib.sha256(repr(case).encode() + Path(__file__).read_bytes()).hexdigest()[:12]
+    kept = output / "results" / (known or "unknown") / f"{name}-{work}.json"
     if known and kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     found = run_case(checkout, name, case, Path(config.data).resolve(), model, output / "runs" / name)
@@ -268,5 +269,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     run(main, Config)

@@ -50,6 +50,12 @@ def test_scores_are_normalised_clipped_and_less_without_an_end():
     assert reward(lambda _: given).normalized(4.0) == 1.5
 
 
+def test_no_source_is_normalised_without_the_flag():
+    given = torch.tensor([4.0, 2.0, -3.0])
+    unscaled = reward(lambda _: given, normalize_scores=False, missing_eos_penalty=0.0)
+    assert unscaled(ROWS, responses()).shaped.tolist() == given.tolist() and unscaled.normalized(4.0) == 4.0
+
+
 def test_a_source_sees_ids_texts_references_and_the_other_columns(tiny_tokenizer):
     seen = []
 

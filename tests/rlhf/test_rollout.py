@@ -186,8 +186,8 @@ def test_the_engine_and_transformers_generate_give_the_same_experience_when_gree
 def test_missing_score_scale_means_raw_scores(paths, tiny_tokenizer, tmp_path, capsys):
     def scales(**changes) -> list[tuple[float, float]]:
         setup = make_setup(make_config(paths | changes.pop("paths", {}), **changes), tiny_tokenizer)
-        source, critic = setup.reward.source, setup.roles.critic
-        return [(source.score_mean, source.score_std), (critic.mean, critic.std)]
+        reward, critic = setup.reward, setup.roles.critic
+        return [(reward.mean, reward.std), (critic.mean, critic.std)]
 
     assert scales(normalize_scores=False) == [(0.0, 1.0)] * 2
     assert scales() == [(0.25, 0.5)] * 2 and "not normalised" not in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
     N   positions       H   hidden units       V   vocabulary       logits = hidden @ weight.T (+ bias), (N, V)
 
-Logits exist in the model's dtype only, a chunk at a time, and in fp32 only for the few rows that a pass is working on.
+Logits exist in the model's dtype, and in fp32 only for the few rows that a pass is working on. Up to `KEPT` of them are
+kept for the backward pass; of more, one chunk exists at a time, and the backward pass computes it again.
 The backward pass is written out: with p = softmax(logits / t), l = log p, and upstream gradients g of the
 log-probability and e of the entropy S,
 

@@ -28,6 +28,13 @@ class Estimator(Choice):
     needs_critic: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source(Choice):
+    """What scores answers. `code` is a class as `utils.rewards.protocol.RewardSource` describes."""
+
+    needs_reward_model: bool = False  # --reward_model_name_or_path, which is then one of the run's roles
+
+
 PAIRWISE_LOSSES = {
     "last_token": Choice(
         code="utils.algorithms.reward_losses:last_token_loss",
@@ -40,7 +47,9 @@ PAIRWISE_LOSSES = {
 }
 
 REWARD_SOURCES = {
-    "model": Choice(code="utils.rewards.model:RewardModel", about="the reward model of step 2"),
+    "model": Source(
+        code="utils.rewards.model:RewardModel", about="the reward model of step 2", needs_reward_model=True
+    ),
 }
 
 ADVANTAGE_ESTIMATORS = {

@@ -16,7 +16,9 @@ class RewardSourceArguments(Arguments):
     reward_model_name_or_path: str | None = flag(
         None, "the frozen reward model; if omitted, --critic_model_name_or_path", idle_unless="reward_source == model"
     )
-    offload_reward_model: bool = flag(False, "keep the reward model in CPU memory", needs_gpu=True)
+    offload_reward_model: bool = flag(
+        False, "keep the reward model in CPU memory", needs_gpu=True, idle_unless="reward_source == model"
+    )
     normalize_scores: bool = flag(True, "normalise scores with the mean and standard deviation that step 2 stored")
     clip_reward_value: float = flag(5.0, "scores are clipped to plus or minus this", above=0)
     missing_eos_penalty: float = flag(

@@ -37,6 +37,7 @@ class RoleFlags:
     lora_learning_rate: float = 0.0
     lora_dropout: float = 0.0
     only_optimize_lora: bool = False
+    trust_remote_code: bool = False
 
 
 def trained_role(config: Any, name: str, kind: Kind, prefix: str = "", **known: Any) -> RoleFlags:
@@ -51,6 +52,7 @@ def trained_role(config: Any, name: str, kind: Kind, prefix: str = "", **known: 
         "offload": config.offload,
         "lora_dropout": config.lora_dropout,
         "only_optimize_lora": config.only_optimize_lora,
+        "trust_remote_code": config.trust_remote_code,
     }
     of_this_role = ("zero_stage", "gradient_checkpointing", "learning_rate", "weight_decay")
     of_its_adapter = ("lora_dim", "lora_module_name", "lora_learning_rate")
@@ -59,7 +61,9 @@ def trained_role(config: Any, name: str, kind: Kind, prefix: str = "", **known: 
     return RoleFlags(name=name, kind=kind, prefix=prefix, **(flags | known))
 
 
-def frozen_role(name: str, kind: Kind, *, path: str, path_flag: str, zero_stage: int, offload: bool) -> RoleFlags:
+def frozen_role(
+    name: str, kind: Kind, *, path: str, path_flag: str, zero_stage: int, offload: bool, trust_remote_code: bool
+) -> RoleFlags:
     """A model that is not trained, without dropout and without LoRA."""
     return RoleFlags(
         name=name,
@@ -70,4 +74,5 @@ def frozen_role(name: str, kind: Kind, *, path: str, path_flag: str, zero_stage:
         zero_stage=zero_stage,
         offload=offload,
         dropout=0.0,
+        trust_remote_code=trust_remote_code,
     )

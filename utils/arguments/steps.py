@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from utils.arguments.adapters import AdapterArguments, LoraArguments, RlhfLoraArguments
-from utils.arguments.choices import ADVANTAGE_ESTIMATORS
+from utils.arguments.choices import ADVANTAGE_ESTIMATORS, REWARD_SOURCES
 from utils.arguments.data import CorpusArguments, DataArguments, PromptArguments
 from utils.arguments.generation import GenerationArguments, RolloutArguments
 from utils.arguments.model import LoadingArguments, ModelArguments, RlhfModelArguments, TokenizerArguments
@@ -58,6 +58,10 @@ class StepConfig(
         """Additional data for this step alone; all of its rows are used."""
         return []
 
+    def named_data(self) -> list[tuple[str, str]]:
+        """Flag and path of everything that the step reads as data."""
+        return [("--data_path", path) for path in self.data_path]
+
     def roles(self) -> dict[str, RoleFlags]:
         """The models of the run by the name of their role, in the order in which they are loaded."""
         raise AttributeError(f"{type(self).__name__} defines no models")
@@ -92,6 +96,9 @@ class SftConfig(
     @property
     def undivided_paths(self) -> list[str]:
         return self.sft_only_data_path
+
+    def named_data(self) -> list[tuple[str, str]]:
+        return super().named_data() + [("--sft_only_data_path", path) for path in self.sft_only_data_path]
 
     def roles(self) -> dict[str, RoleFlags]:
         return {"model": trained_role(self, "model", "causal_lm")}
@@ -152,6 +159,10 @@ class PpoConfig(
     def row_limit(self) -> int:
         return self.max_prompt_seq_len
 
+    def named_data(self) -> list[tuple[str, str]]:
+        text = self.unsupervised_dataset_name
+        return super().named_data() + ([("--unsupervised_dataset_name", text)] if text else [])
+
     def roles(self) -> dict[str, RoleFlags]:
         """Actor, critic (if the estimator needs one), reference (unless it shares the actor), and reward model.
 
@@ -169,8 +180,9 @@ class PpoConfig(
                 path_flag="--actor_model_name_or_path",
                 zero_stage=self.actor_zero_stage,
                 offload=self.offload_reference_model,
+                trust_remote_code=self.trust_remote_code,
             )
-        if self.reward_source == "model":
+        if REWARD_SOURCES[self.reward_source].needs_reward_model:
             own_path = self.reward_model_name_or_path
             roles["reward"] = frozen_role(
                 "reward",
@@ -179,6 +191,7 @@ class PpoConfig(
                 path_flag="--reward_model_name_or_path" if own_path else "--critic_model_name_or_path",
                 zero_stage=self.critic_zero_stage,
                 offload=self.offload_reward_model,
+                trust_remote_code=self.trust_remote_code,
             )
         return roles
 

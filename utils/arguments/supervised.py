@@ -38,7 +38,11 @@ class RewardModelArguments(Arguments):
     eval_interval: int = flag(
         0, "optimiser steps between evaluations; 0 = only before and after", at_least=0, resume="free"
     )
-    eval_iters: int = flag(100, "batches per evaluation during training; those before and after use all", at_least=1)
+    eval_iters: int = flag(
+        100,
+        "batches per evaluation during training; those before and after use all, and so do all with --keep_best",
+        at_least=1,
+    )
     num_padding_at_beginning: int = flag(
         0,
         "accepted for old scripts (which set 1 for OPT, wrong for LLaMA): attention masks mark the padding",

@@ -22,6 +22,7 @@ from utils.arguments.steps import StepConfig
 from utils.checkpoints.elastic import divide_average
 from utils.checkpoints.engine_state import EngineWriter, frozen_weight_sums, load_engine
 from utils.checkpoints.folders import (
+    CHECKPOINTS_FOLDER,
     checkpoint_path,
     prune,
     publish,
@@ -60,13 +61,16 @@ class Checkpoints:
     def __init__(self, config: StepConfig, *, total_steps: int, data_keys: Sequence[str]) -> None:
         self._config, self._total_steps = config, total_steps
         self._run = describe_run(config, list(data_keys))
-        self._root = Path(config.output_dir) / "checkpoints" if config.output_dir else None
+        self._root = Path(config.output_dir) / CHECKPOINTS_FOLDER if config.output_dir else None
         self._signals = StopSignals()
         if config.save_interval or config.resume_from_checkpoint:
             check_shared(Path(config.output_dir))
         self._found = find_checkpoint(config, self._run, total_steps)
         if self._found and self._found.state.metrics_position and distributed.is_main():
-            read_metrics(Path(config.output_dir) / METRICS_FILE, end=self._found.state.metrics_position)
+            try:
+                read_metrics(Path(config.output_dir) / METRICS_FILE, end=self._found.state.metrics_position)
+            except InputError as error:  # of this process alone
+                raise RankError(str(error)) from error
         self._finished = self._found is not None and self._found.state.step == total_steps
 
     def __enter__(self) -> "Checkpoints":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from utils.files import atomic_write_text
 
+CHECKPOINTS_FOLDER = "checkpoints"  # in --output_dir
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _NAME = re.compile(r"checkpoint-(\d+)")

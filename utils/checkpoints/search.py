@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments.steps import StepConfig
-from utils.checkpoints.folders import checkpoint_path, checkpoint_steps, read_manifest, wrong_checksum
+from utils.checkpoints.folders import (
+    CHECKPOINTS_FOLDER,
+    checkpoint_path,
+    checkpoint_steps,
+    read_manifest,
+    wrong_checksum,
+)
 from utils.checkpoints.run_state import RunState, read_state
 from utils.errors import InputError
 from utils.parallel import distributed
@@ -38,7 +44,7 @@ def find_checkpoint(config: StepConfig, run: dict[str, Any], total_steps: int) -
     wanted = config.resume_from_checkpoint
     if not wanted:
         return None
-    root = Path(config.output_dir) / "checkpoints"
+    root = Path(config.output_dir) / CHECKPOINTS_FOLDER
     folder = _newest_whole(root) if wanted == "auto" else _chosen(Path(wanted))
     if folder is None:
         distributed.log(f"no checkpoint in {root}: starting from the beginning")

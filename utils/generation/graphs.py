@@ -44,7 +44,7 @@ class StepGraphs:
         recorder: makes a function that records a step, as `cuda_recorder` does.
 
     Attributes:
-        memory: what the steps write to, kept here from one call of `decode` to the next.
+        memory: what the steps write to, kept here from one `Scheduler` to the next.
     """
 
     def __init__(self, recorder: Callable[[], Callable[[Callable[[], None]], Graph]]):

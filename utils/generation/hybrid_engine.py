@@ -60,15 +60,10 @@ class HybridEngine:
             cuda_graphs=config.generation_cuda_graphs,
         )
 
-    def answer(
-        self, prompts: list[list[int]], sampling: SamplingParams, *, seed: int, adapter: str | None = ADAPTER
-    ) -> Responses:
+    def answer(self, prompts: list[list[int]], sampling: SamplingParams, *, seed: int) -> Responses:
         """One response for each prompt of this rank's batch from the data loader.
 
         Under ZeRO-3 every rank must call it, with any number of prompts.
-
-        Args:
-            adapter: the LoRA adapter to apply; None is the base model.
 
         Raises:
             RankError: out of memory; names the flags that reduce it.
@@ -86,7 +81,7 @@ class HybridEngine:
                     slots=config.per_device_generation_batch_size,
                     rows=row_numbers(len(prompts)),
                     decoder=decoder,
-                    how=Loading(adapter, config.lora_generation, stream, config.tp_gather_partition_size),
+                    how=Loading(ADAPTER, config.lora_generation, stream, config.tp_gather_partition_size),
                 )
         if decoder is not None and config.release_inference_cache:
             decoder.release_cache()

@@ -89,17 +89,17 @@ class RowSampling:
     @staticmethod
     def of(rows: list[SamplingParams], device: torch.device | str = "cpu") -> "RowSampling":
         """The tensors for rows with these parameters."""
-        numbers = torch.tensor([_real_numbers(row) for row in rows], dtype=torch.float64, device=device)
-        integers = torch.tensor([_whole_numbers(row) for row in rows], dtype=torch.int64, device=device)
+        numbers = torch.tensor([real_numbers(row) for row in rows], dtype=torch.float64, device=device)
+        integers = torch.tensor([whole_numbers(row) for row in rows], dtype=torch.int64, device=device)
         return RowSampling(*numbers.t().contiguous(), *integers.t().contiguous(), Kinds.of(rows))
 
 
-def _real_numbers(sampling: SamplingParams) -> tuple[float, float]:
+def real_numbers(sampling: SamplingParams) -> tuple[float, float]:
     """Temperature and top_p as the tensors store them."""
     return (0.0, 1.0) if sampling.greedy else (sampling.temperature, sampling.top_p)
 
 
-def _whole_numbers(sampling: SamplingParams) -> tuple[int, int]:
+def whole_numbers(sampling: SamplingParams) -> tuple[int, int]:
     """top_k and the minimum length as the tensors store them."""
     return 0 if sampling.greedy else sampling.top_k, sampling.min_new_tokens
 

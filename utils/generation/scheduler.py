@@ -20,7 +20,7 @@ import torch
 
 from utils.generation.decoder import CACHE_STEP, LlamaDecoder
 from utils.generation.responses import Ends, Responses, finish
-from utils.generation.sampling import Kinds, SamplingParams
+from utils.generation.sampling import Kinds, SamplingParams, real_numbers, whole_numbers
 from utils.generation.slots import Slots, advance, choose
 from utils.generation.stop_strings import StopStrings
 
@@ -286,7 +286,7 @@ class Scheduler:
                 self._grow_rows()
             row.row = self._free_rows.pop()
         first = len(self._active)
-        self._state.enter(first, [_integers(row) for row in rows], [_numbers(row) for row in rows])
+        self._state.enter(first, [_integers(row) for row in rows], [real_numbers(row.request.sampling) for row in rows])
         newest = rows[-1].identity if self._waiting else None
         repeated = newest is not None and newest == self._waiting[0].identity
         self._last = (newest, logits[places[-1]][None].clone()) if repeated else None
@@ -357,10 +357,5 @@ def _kinds_of(rows: list[_Row]) -> Kinds:
 def _integers(row: _Row) -> tuple[int, ...]:
     """A row's numbers in the order of `Slots.enter`."""
     sampling, length = row.request.sampling, len(row.request.prompt)
-    top_k = 0 if sampling.greedy else sampling.top_k
-    return row.row, 0, length, 0, row.request.key, sampling.max_new_tokens, sampling.min_new_tokens, top_k
-
-
-def _numbers(row: _Row) -> tuple[float, ...]:
-    sampling = row.request.sampling
-    return (0.0, 1.0) if sampling.greedy else (sampling.temperature, sampling.top_p)
+    top_k, minimum = whole_numbers(sampling)
+    return row.row, 0, length, 0, row.request.key, sampling.max_new_tokens, minimum, top_k

@@ -40,7 +40,7 @@ class Slots:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """The `slots`, `rows` and `width` that it was created with."""
+        """Its `slots`, `rows` and `width`."""
         return len(self.row), len(self.tokens) - 1, self.tokens.size(1)
 
     def enter(self, first: int, integers: list[tuple[int, ...]], numbers: list[tuple[float, ...]]) -> None:

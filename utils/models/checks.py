@@ -101,7 +101,8 @@ def load_matching_tokenizer(config: StepConfig, models: Mapping[str, PreTrainedC
         if too_few:
             distributed.warn(f"{sizes}: is it the one that the model was trained with?")
     for other in {role.path: role for role in others if role.path != first.path}.values():
-        check_same_tokens(tokenizer, other.path, f"{other.path_flag} {other.path}")
+        label = f"{other.path_flag} {other.path}"
+        check_same_tokens(tokenizer, other.path, label, trust_remote_code=config.trust_remote_code)
     return tokenizer
 
 

@@ -46,7 +46,7 @@ def check_lora(config: PreTrainedConfig, role: RoleFlags) -> None:
         InputError: no layer matches; or the factors are larger than every matrix that they adapt.
     """
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=role.trust_remote_code)
     names = find_linear_layers(model, role.lora_module_name)
     largest = max(max(model.get_submodule(name).weight.shape) for name in names)
     if role.lora_dim > largest:

@@ -36,7 +36,7 @@ def build_on_meta(
         config.num_labels = 1
     auto_class = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=TORCH_DTYPES[dtype])
+        model = auto_class.from_config(config, dtype=TORCH_DTYPES[dtype], trust_remote_code=role.trust_remote_code)
         wrapped = ScalarHeadModel(model) if scalar else CausalLM(model)
         add_lora(
             model,

@@ -55,7 +55,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_same_tokens(tokenizer: PreTrainedTokenizerBase, folder: str | Path, label: str) -> None:
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, folder: str | Path, label: str, *, trust_remote_code: bool = False
+) -> None:
     """Raise InputError when the model in `folder` was trained with a different tokenizer.
 
     Every token of its vocabulary must have the same id, and responses must end with the same token. A model without
@@ -63,7 +65,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, folder: str | Path, la
     """
     if not has_tokenizer(folder):
         return
-    other, vocabulary = load_tokenizer(folder), tokenizer.get_vocab()
+    other, vocabulary = load_tokenizer(folder, trust_remote_code=trust_remote_code), tokenizer.get_vocab()
     different = [token for token, index in other.get_vocab().items() if vocabulary.get(token) != index]
     if different:
         raise InputError(

@@ -213,7 +213,7 @@ def _open_at(path: Path, position: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by MetricsWriter.close)
     except OSError as error:
-        raise InputError(f"--output_dir: cannot write {path}: {error.strerror or error}") from error
+        raise RankError(f"--output_dir: cannot write {path}: {error.strerror or error}") from error
     file.truncate(min(position, file.seek(0, os.SEEK_END)))
     file.seek(0, os.SEEK_END)
     return file

@@ -167,6 +167,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name() -> str:
+    """The kind of device this process computes on, as its maker calls it where that is known."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "CPU"
+
+
 def to_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A collated batch on this process's device."""
     watchdog.alive()

@@ -125,7 +125,7 @@ def _unfused_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float
 
 
 def _attend(module, query, key, value, attention_mask, *, layout: _CountedLayout, dropout: float = 0.0, **kwargs):
-    """Saves the tensors that `packed_attention.attend` saves on the device of `layout`."""
+    """Saves the tensors that `packed_attention.attend_packed` saves on the device of `layout`."""
     group = layout.group
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if layout.device_type == "cpu" and not dropout and query.dtype in DTYPES and library() is not None:

@@ -21,14 +21,13 @@ class RewardModel:
         self._config, self._pad_id = config, tokenizer.pad_token_id
         self.engine = build_frozen_engine(config.roles()["reward"], tokenizer, config)
         self.score_mean, self.score_std = 0.0, 1.0
-        if config.normalize_scores:
-            if scale := score_scale(self.engine.module.model.config):
-                self.score_mean, self.score_std = scale
-            else:
-                distributed.log(
-                    "note: the reward model's config.json lacks a score_mean or a score_std above 0, which step 2 "
-                    "writes: scores are not normalised"
-                )
+        if scale := score_scale(self.engine.module.model.config):
+            self.score_mean, self.score_std = scale
+        elif config.normalize_scores:
+            distributed.log(
+                "note: the reward model's config.json lacks a score_mean or a score_std above 0, which step 2 "
+                "writes: scores are not normalised"
+            )
 
     @property
     def module(self) -> nn.Module:
@@ -36,7 +35,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, answers: Answers) -> torch.Tensor:
-        """(B,) fp32, computed in the micro-batches that train later."""
+        """(B,) fp32, computed in micro-batches as training makes them."""
         scores = torch.zeros(len(answers), device=answers.responses.tokens.device)
         for step in plan_batches(answers.prompt_ids, answers.responses, self._config, pad_id=self._pad_id):
             for batch in step:

@@ -25,10 +25,15 @@ class Scores:
 
 
 class Reward:
-    """A source of scores, and the flags that shape its scores."""
+    """A source of scores, and the flags that shape its scores.
+
+    Attributes:
+        mean, std: what scores are normalised with; 0 and 1 without `--normalize_scores`.
+    """
 
     def __init__(self, source: RewardSource, tokenizer: PreTrainedTokenizerBase, config: RewardSourceArguments) -> None:
         self.source, self._tokenizer, self._config = source, tokenizer, config
+        self.mean, self.std = (source.score_mean, source.score_std) if config.normalize_scores else (0.0, 1.0)
 
     def __call__(self, rows: Sequence[Row], responses: Responses) -> Scores:
         """Score the answers of this process to `rows`. Every process must call it.
@@ -37,12 +42,12 @@ class Reward:
             InputError: on every process; the source has failed on one of them.
         """
         raw = self._raw(Answers(rows, responses, self._tokenizer)).to(responses.tokens.device)
-        shaped = normalize_scores(raw, self.source.score_mean, self.source.score_std, self._config.clip_reward_value)
+        shaped = normalize_scores(raw, self.mean, self.std, self._config.clip_reward_value)
         return Scores(raw, shaped - self._config.missing_eos_penalty * (~responses.ended).float())
 
     def normalized(self, score: float) -> float:
-        """A raw score, as standard deviations from the mean."""
-        return (score - self.source.score_mean) / self.source.score_std
+        """A raw score, as standard deviations from the mean; unchanged without `--normalize_scores`."""
+        return (score - self.mean) / self.std
 
     def _raw(self, answers: Answers) -> torch.Tensor:
         if self.source.is_collective:

@@ -1,1 +1,1 @@
-"""The PPO engine: four models, generation, rollouts and updates."""
+"""PPO: roles and how they share models, scoring, advantages, updates, metrics."""

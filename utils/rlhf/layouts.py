@@ -35,4 +35,4 @@ def build_roles(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Roles:
     else:
         reference = Policy(build_frozen_engine(flags["reference"], tokenizer, config), tokenizer)
     average = ExponentialMovingAverage(actor.engine.module, config.ema_decay) if config.enable_ema else None
-    return Roles(config, actor, reference, critic, HybridEngine(actor.engine, tokenizer, config), average)
+    return Roles(actor, reference, critic, HybridEngine(actor.engine, tokenizer, config), average)

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from utils.arguments.steps import PpoConfig
 from utils.generation.hybrid_engine import HybridEngine
 from utils.generation.micro_batches import MicroBatch
 from utils.generation.responses import Responses
@@ -90,7 +89,6 @@ class Roles:
         average: of the actor's weights, None without `--enable_ema`.
     """
 
-    config: PpoConfig
     actor: Policy
     reference: Policy
     critic: Critic | None

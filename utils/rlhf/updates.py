@@ -97,7 +97,7 @@ def critic_losses(roles: Roles, config: PpoConfig, sums: "StepSums", tokens: flo
         loss, stats = value_loss(
             values, batch.values, batch.returns, batch.response_mask, config.cliprange_value, tokens
         )
-        sums.add({name: value for name, value in stats.items() if name != "tokens"})
+        sums.add(stats)
         return loss
 
     return loss_of

@@ -8,7 +8,7 @@ from utils.arguments.roles import RoleFlags
 from utils.errors import counted
 from utils.models.on_meta import build_on_meta
 from utils.parallel import distributed
-from utils.parallel.zero import effective_stage
+from utils.parallel.zero import TORCH_DTYPES, effective_stage
 from utils.runs.plan import Plan
 
 MILLION, BILLION = 1e6, 1e9
@@ -45,11 +45,8 @@ def opening_lines(plan: Plan) -> Iterator[str]:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator().type
-    return f"CPU, {counted(torch.get_num_threads(), 'thread')} each"
+    threads = "" if torch.accelerator.is_available() else f", {counted(torch.get_num_threads(), 'thread')} each"
+    return distributed.device_name() + threads
 
 
 def _about(plan: Plan, role: RoleFlags) -> str:
@@ -75,7 +72,7 @@ def _output(plan: Plan) -> str:
     if not config.output_dir:
         return "none, since no --output_dir is given"
     stored = {str(plan.models[name].dtype).removeprefix("torch.") for name, role in plan.roles.items() if role.trains}
-    mine = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype]
+    mine = str(TORCH_DTYPES[config.dtype]).removeprefix("torch.")
     change = "" if stored <= {mine, "None"} else f" (they were read from {', '.join(sorted(stored - {mine}))})"
     saves = f", a checkpoint every {counted(config.save_interval, plan.unit)}" if config.save_interval else ""
     return f"{config.output_dir}, weights in {mine}{change}{saves}"

@@ -14,7 +14,7 @@ import torch
 from utils.arguments.rules import refuse_unavailable, remarks
 from utils.arguments.run import save_config
 from utils.arguments.steps import StepConfig
-from utils.checkpoints.folders import checkpoint_steps
+from utils.checkpoints.folders import CHECKPOINTS_FOLDER, checkpoint_steps
 from utils.checkpoints.run_state import LIBRARIES, RunState
 from utils.errors import InputError
 from utils.files import atomic_write_text, try_writing
@@ -118,7 +118,7 @@ def circumstances(plan: Plan) -> dict[str, Any]:
         "commit": _commit(),
         "libraries": {"python": sys.version.split()[0]}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": distributed.device_name(),
         "processes": distributed.world_size(),
         "models": {name: role.path for name, role in plan.roles.items()},
         "optimizer_steps": dict(plan.optimizer_steps),
@@ -142,7 +142,7 @@ def _commit() -> str | None:
 
 def _check_nothing_to_resume(config: StepConfig) -> None:
     """A run that forgot to resume would train for nothing, and its checkpoints would mix with those of another run."""
-    folder = Path(config.output_dir) / "checkpoints"
+    folder = Path(config.output_dir) / CHECKPOINTS_FOLDER
     if not config.resume_from_checkpoint and (steps := checkpoint_steps(folder)):
         raise InputError(
             f"--output_dir {config.output_dir} holds a run with checkpoints up to step {steps[0]}: continue it with "
@@ -165,11 +165,7 @@ def _check_inputs_stay(config: StepConfig) -> None:
 def _check_data_stays(config: StepConfig) -> None:
     """A run must not write over its data, nor into a folder of data, which the next run would read with its files."""
     output_dir = Path(config.output_dir).resolve()
-    named = [("--data_path", path) for path in config.data_path]
-    named += [("--sft_only_data_path", path) for path in config.undivided_paths]
-    if text := getattr(config, "unsupervised_dataset_name", None):
-        named.append(("--unsupervised_dataset_name", text))
-    for flag, name in named:
+    for flag, name in config.named_data():
         path = Path(name).expanduser().resolve()
         if path.is_dir() and output_dir.is_relative_to(path):
             raise InputError(

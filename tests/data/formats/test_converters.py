@@ -230,3 +230,29 @@ def test_rows_that_a_format_is_known_to_hold_are_dropped():
         convert({"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 1.5})
     with pytest.raises(DroppedRow, match="with blank text"):
         convert({"text": "  \n"})
+
+
+BLANK = {"role": "assistant", "content": "  "}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": [QUESTION], "response": [BLANK]}, {"messages": [QUESTION, BLANK]}],
+)
+def test_blank_answers_of_chat_turns_are_no_responses(row):
+    with pytest.raises(NoResponseError, match="the last turn of `.*` is empty"):
+        convert(row)
+
+
+@pytest.mark.parametrize("answers", [{"output": "c"}, {"output_1": "c", "output_2": "d", "preference": 1}])
+def test_an_input_beside_a_whole_dialogue_is_refused(answers):
+    row = {"instruction": "Human: a Assistant:", "input": "", **answers}
+    assert convert(row).chosen == " c"
+    with pytest.raises(RowError, match="`input` must be empty"):
+        convert(row | {"input": "b"})
+
+
+def test_a_prompt_of_chat_turns_ends_with_the_human():
+    convert({"prompt": [QUESTION]}, "prompts")
+    with pytest.raises(RowError, match="must end with a turn of the human's"):
+        convert({"prompt": CHAT}, "prompts")

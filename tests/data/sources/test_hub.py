@@ -134,6 +134,13 @@ def test_a_local_path_wins_over_a_known_name(tmp_path, monkeypatch):
     assert source.copy_of == "stanfordnlp/SHP"
 
 
+def test_a_local_copy_may_have_another_name_of_the_set(tmp_path):
+    folder = tmp_path / "vicgalle" / "alpaca-gpt4"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("{}")
+    assert open_source(str(folder)).copy_of == "alpaca_gpt4"
+
+
 def test_a_local_copy_is_read_as_the_set_it_is_called_like(tmp_path):
     folder = tmp_path / "yitingxie" / "rlhf-reward-datasets"
     folder.mkdir(parents=True)

@@ -76,6 +76,8 @@ def _turn(turn: Any, name: str) -> Turn:
 def _last_answer(turns: Sequence[Turn], name: str) -> str:
     if not turns or turns[-1][0] != "Assistant":
         raise NoResponseError(f"has no response: `{name}` does not end with an assistant turn")
+    if not turns[-1][1].strip():
+        raise NoResponseError(f"has no response: the last turn of `{name}` is empty")
     return turns[-1][1]
 
 
@@ -104,9 +106,6 @@ def _chat_preference(row: Row, context_column: str) -> Example:
         context = [("Human", text_in(row, context_column))]
     else:
         context = turns_in(row[context_column], context_column)
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if not turns[-1][1].strip():
-            raise NoResponseError(f"has no response: `{name}` is empty")
     return _pair([*context, *chosen], [*context, *rejected])
 
 
@@ -143,17 +142,19 @@ def alpaca(row: Row) -> Example:
 
     An instruction that is a whole dialogue up to "Assistant:" (alpaca-rlhf's MultiTurnAlpaca) is used unchanged.
     """
-    question, output = text_in(row, "instruction"), response_in(row, "output")
-    if has_own_marker(question):
-        return raw(question, output)
-    return asked(_with_input(question, row), output)
+    question, output = _with_input(row), response_in(row, "output")
+    return raw(question, output) if has_own_marker(question) else asked(question, output)
 
 
-def _with_input(instruction: str, row: Row) -> str:
-    extra = row.get("input") or ""
+def _with_input(row: Row) -> str:
+    instruction, extra = text_in(row, "instruction"), row.get("input") or ""
     if not isinstance(extra, str):
         raise RowError(f"`input` must be text, found {_describe(extra)}")
-    return f"{instruction}\n{extra}" if extra.strip() else instruction
+    if not extra.strip():
+        return instruction
+    if has_own_marker(instruction):
+        raise RowError("`input` must be empty where `instruction` is a dialogue that ends with `Assistant:`")
+    return f"{instruction}\n{extra}"
 
 
 def alpaca_preference(row: Row) -> Example:
@@ -165,10 +166,10 @@ def alpaca_preference(row: Row) -> Example:
     if better not in (1, 2):
         raise RowError(f"`preference` must be 1 or 2, found {_describe(row['preference'])}")
     ordered = answers if better == 1 else reversed(answers)
-    question = text_in(row, "instruction")
+    question = _with_input(row)
     if has_own_marker(question):
         return raw(question, *(f" {answer.strip()}" for answer in ordered))
-    return asked(_with_input(question, row), *ordered)
+    return asked(question, *ordered)
 
 
 def conversation(column: str) -> Callable[[Row], Example]:
@@ -183,10 +184,7 @@ def conversation(column: str) -> Callable[[Row], Example]:
             raise RowError(f"`{column}` has no human turn")
         if turns[-1][0] != "Assistant":
             return answered(turns)
-        answer = _last_answer(turns, column)
-        if not answer.strip():
-            raise NoResponseError(f"has no response: the last turn of `{column}` is empty")
-        return _labelled(row, answered(turns[:-1], answer))
+        return _labelled(row, answered(turns[:-1], _last_answer(turns, column)))
 
     return convert
 
@@ -216,7 +214,10 @@ def _labelled(row: Row, example: Example) -> Example:
 def prompt_only(row: Row) -> Example:
     """A prompt without a response: text, or chat turns that end with the human's."""
     if isinstance(require(row, "prompt"), list | dict):
-        return answered(turns_in(row["prompt"], "prompt"))
+        turns = turns_in(row["prompt"], "prompt")
+        if turns[-1][0] == "Assistant":
+            raise RowError("`prompt` must end with a turn of the human's, found one of the assistant's")
+        return answered(turns)
     return undecided(text_in(row, "prompt"))
 
 

@@ -155,7 +155,9 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
 def _known_name(path: Path) -> str | None:
     """The known data set after which a folder is named (.../stanfordnlp/SHP), as a copy from the hub is."""
     location = path.resolve().as_posix() if path.is_dir() else ""
-    return next((name for name, spec in DATASETS.items() if spec.hub and location.endswith(f"/{name}")), None)
+    named = (name for name in (*DATASETS, *ALIASES) if location.endswith(f"/{name}"))
+    known = (ALIASES.get(name, name) for name in named)
+    return next((name for name in known if DATASETS[name].hub), None)
 
 
 def _suggestion(name: str) -> str:
