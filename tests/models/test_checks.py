@@ -10,6 +10,8 @@ from tiny_models import save_causal_lm, save_reward_model
 from utils.arguments import PpoConfig, RewardModelConfig, SftConfig
 from utils.errors import InputError
 from utils.models.checks import check_models, load_matching_tokenizer
+from utils.models.lora import lora_layers
+from utils.models.on_meta import build_on_meta
 from utils.models.tokenizer import load_tokenizer
 
 
@@ -227,3 +229,30 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model(tmp_path, tiny_tokenizer
             continue
         with pytest.raises(InputError, match="the tokenizer has 320 tokens but a model embeds 700; use the tokenizer"):
             load_matching_tokenizer(config, check_models(config))
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_is_run_if_asked_for_wherever_a_model_is_built(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = save_causal_lm(tmp_path / "remote", tiny_tokenizer)
+    stored = json.loads((path / "config.json").read_text()) | {"model_type": "own-llama"}
+    stored["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (path / "config.json").write_text(json.dumps(stored))
+    (path / "own.py").write_text(REMOTE)
+    config = sft(path, trust_remote_code=True, lora_dim=4)
+    models = check_models(config)  # looks for layers to adapt
+    role = config.roles()["model"]
+    assert type(build_on_meta(models["model"], role, "fp32").model).__name__ == "OwnForCausalLM"
+    assert list(lora_layers(build_on_meta(models["model"], role, "fp32").model))
+    with pytest.raises(InputError, match="contains custom code"):
+        check_models(sft(path, lora_dim=4))

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from utils.arguments.roles import RoleFlags
@@ -45,8 +45,10 @@ def check_lora(config: PreTrainedConfig, role: RoleFlags) -> None:
     Raises:
         InputError: no layer matches; or the factors are larger than every matrix that they adapt.
     """
+    is_language_model = role.kind == "causal_lm" or role.new_head
+    auto_class = AutoModelForCausalLM if is_language_model else AutoModelForSequenceClassification
     with torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=role.trust_remote_code)
+        model = auto_class.from_config(config, trust_remote_code=role.trust_remote_code)
     names = find_linear_layers(model, role.lora_module_name)
     largest = max(max(model.get_submodule(name).weight.shape) for name in names)
     if role.lora_dim > largest:
