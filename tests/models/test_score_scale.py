@@ -55,7 +55,7 @@ def check_scales(built, critic: tuple[float, float], reward: tuple[float, float]
     """Values and scores are what the models give, less the mean, by the deviation."""
     roles, shaped, rows, responses, batch = built
     assert (roles.critic.mean, roles.critic.std) == critic
-    assert (shaped.source.score_mean, shaped.source.score_std) == reward
+    assert (shaped.mean, shaped.std) == reward
     scores = shaped(rows, responses)
     torch.testing.assert_close(scores.shaped, (scores.raw - reward[0]) / reward[1])
     assert shaped.normalized(reward[0] + 3 * reward[1]) == pytest.approx(3)
