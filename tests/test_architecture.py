@@ -12,7 +12,7 @@ SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in
 # Each may import what stands before it, and nothing else of `utils`.
 ORDER = [
     *("errors", "files", "hub", "arguments", "output", "kernels", "algorithms", "parallel", "data", "checkpoints"),
-    *("models", "runs", "generation", "rewards", "rlhf", "preflight", "toy"),
+    *("models", "runs", "generation", "rewards", "rlhf", "preference", "preflight", "toy"),
 ]
 # What a package must not import, although the order above would allow it.
 FORBIDDEN_IMPORTS = {
@@ -30,6 +30,7 @@ MOST_FILES_IN_A_FOLDER = 18
 LINES_OF_THE_STEPS = {
     "step1_supervised_finetuning": 180,
     "step2_reward_model_finetuning": 180,
+    "step2_dpo_finetuning": 220,
     "step3_rlhf_finetuning": 220,
 }
 # The verbs of step 3, in the order in which one iteration of its loop calls them.

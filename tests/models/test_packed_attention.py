@@ -236,3 +236,60 @@ def test_varlen_kernel_equals_padded_groups_with_its_gradients(key_heads, dtype,
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
         torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
+
+
+def pairs_with_prompts(vocabulary: int, prompts: list[int], answers: list[tuple[int, int]]):
+    """2B rows padded on the right, B pairs of answers to B prompts; ids, mask, targets, prompt lengths."""
+    generator = torch.Generator().manual_seed(2)
+    beginnings = [torch.randint(3, vocabulary, (length,), generator=generator) for length in prompts]
+    rows = [
+        torch.cat([beginning, torch.randint(3, vocabulary, (lengths[side],), generator=generator)])
+        for side in (0, 1)
+        for beginning, lengths in zip(beginnings, answers, strict=True)
+    ]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    columns = torch.arange(ids.size(1))
+    mask = columns < torch.tensor([len(row) for row in rows])[:, None]
+    return ids, mask, mask & (columns >= torch.tensor(prompts * 2)[:, None]), torch.tensor(prompts)
+
+
+@pytest.mark.parametrize("architecture", SIZES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_prompt_that_two_answers_share_is_computed_once_with_the_same_result(
+    architecture, checkpointing, tiny_tokenizer, tmp_path, monkeypatch
+):
+    folder = save_causal_lm(tmp_path, tiny_tokenizer, architecture)
+    model = load_causal_lm(
+        str(folder), tiny_tokenizer, ZERO, dtype="fp32", dropout=0.0, gradient_checkpointing=checkpointing
+    ).train()
+    ids, mask, targets, prompts = pairs_with_prompts(len(tiny_tokenizer), [12, 1, 7], [(3, 5), (4, 2), (1, 6)])
+    tokens = []
+    embedding = model.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda layer, inputs, output: tokens.append(inputs[0].numel()))
+    weights = torch.randn(int(targets.sum()), generator=torch.Generator().manual_seed(1))
+    results = []
+    for lengths in (None, prompts):
+        model.zero_grad()
+        logprobs, _ = model(ids, mask, targets, prompt_lengths=lengths)
+        (logprobs * weights).sum().backward()
+        results.append((logprobs.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in results[0][1].values())
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-5 * largest, rtol=1e-4)
+    assert tokens == [int(mask.sum()), int(mask.sum() - prompts.sum())]
+
+
+def test_scores_with_shared_prompts_stand_where_they_stand_without(tiny_tokenizer, tmp_path):
+    model = load_scalar_model(
+        str(save_reward_model(tmp_path, tiny_tokenizer)), tiny_tokenizer, ZERO, dtype="fp32"
+    ).eval()
+    ids, mask, _, prompts = pairs_with_prompts(len(tiny_tokenizer), [12, 9], [(3, 5), (4, 2)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, mask, prompt_lengths=prompts), model(ids, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_short_prompts_are_not_worth_sharing():
+    _, mask, _, prompts = pairs_with_prompts(50, [1, 1], [(40, 30), (35, 50)])
+    assert packed_layout(mask, prompts).shared is None
+    _, mask, _, prompts = pairs_with_prompts(50, [0, 30], [(40, 30), (35, 50)])
+    assert len(packed_layout(mask, prompts).shared.left_out) == 30, "a pair without a prompt has nothing to share"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from processes import run_ranks
 
-from utils.arguments.reward import RewardSourceArguments
+from utils.arguments.ppo import RewardSourceArguments
 from utils.errors import InputError
 from utils.generation.responses import Responses, Stop
 from utils.rewards.protocol import Answers

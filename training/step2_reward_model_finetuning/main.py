@@ -74,7 +74,8 @@ def score_pairs(engine, batch, loss_of) -> tuple[torch.Tensor, torch.Tensor, tor
 
     Pairs that only fill up a batch (`row_mask` false) are left out.
     """
-    pairs = Pairs(values=engine(batch["input_ids"], batch["attention_mask"]), **batch)
+    values = engine(batch["input_ids"], batch["attention_mask"], prompt_lengths=batch["prompt_lengths"])
+    pairs = Pairs.of(values, batch)
     chosen_scores, rejected_scores = pairs.scores
     return loss_of(pairs)[pairs.row_mask], chosen_scores[pairs.row_mask], rejected_scores[pairs.row_mask]
 

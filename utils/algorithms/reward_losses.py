@@ -3,7 +3,8 @@
 A loss is a function of `Pairs` and a row of `PAIRWISE_LOSSES` in `utils.arguments.choices`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ class Pairs:
     attention_mask: Tensor  # (2B, T), true on prompt and response
     response_mask: Tensor  # (2B, T)
     row_mask: Tensor  # (B,), false for pairs that only fill up a batch
+
+    @classmethod
+    def of(cls, values: Tensor, batch: Mapping[str, Tensor]) -> "Pairs":
+        """The values for a batch that has the other fields, and maybe more."""
+        return cls(values=values, **{field.name: batch[field.name] for field in fields(cls) if field.name != "values"})
 
     @property
     def scores(self) -> tuple[Tensor, Tensor]:

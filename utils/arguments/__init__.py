@@ -6,10 +6,11 @@ Nothing here imports torch, so that a bad command line is refused immediately.
 from utils.arguments.base import Arguments, flag
 from utils.arguments.rules import refuse_unavailable, remarks
 from utils.arguments.run import parse_config, parse_first, run, save_config
-from utils.arguments.steps import PpoConfig, RewardModelConfig, SftConfig, StepConfig
+from utils.arguments.steps import DpoConfig, PpoConfig, RewardModelConfig, SftConfig, StepConfig
 
 __all__ = [
     "Arguments",
+    "DpoConfig",
     "PpoConfig",
     "RewardModelConfig",
     "SftConfig",

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.arguments.base import Arguments, Flag, flag_defaults, known_flags
-from utils.arguments.steps import PpoConfig, StepConfig
+from utils.arguments.choices import PREFERENCE_LOSSES
+from utils.arguments.steps import DpoConfig, PpoConfig, StepConfig
 from utils.errors import InputError
 
 
@@ -68,11 +69,11 @@ def _idle_flags(config: Arguments, has_accelerator: bool) -> list[str]:
         for name, known in known_flags(type(config)).items()
         if name in defaults and getattr(config, name) != defaults[name]
     )
-    reasons = ((name, next(_why_idle(config, known, has_accelerator), "")) for name, known in given)
+    reasons = ((name, next(_why_idle(config, name, known, has_accelerator), "")) for name, known in given)
     return [f"--{name} has no effect: {reason}" for name, reason in reasons if reason]
 
 
-def _why_idle(config: Arguments, known: Flag, has_accelerator: bool) -> Iterator[str]:
+def _why_idle(config: Arguments, name: str, known: Flag, has_accelerator: bool) -> Iterator[str]:
     """Why a flag that was given has no effect; yields nothing where it has one."""
     if known.needs_gpu and not has_accelerator:
         yield "without a GPU everything is in CPU memory anyway"
@@ -81,6 +82,18 @@ def _why_idle(config: Arguments, known: Flag, has_accelerator: bool) -> Iterator
         yield " and ".join(unmet)
     if known.idle:
         yield known.idle
+    if isinstance(config, DpoConfig):
+        yield from _why_idle_in_loss(config, name)
+
+
+def _why_idle_in_loss(config: DpoConfig, name: str) -> Iterator[str]:
+    """Why none of the losses reads a flag that only some losses read."""
+    losses = [PREFERENCE_LOSSES[loss] for loss in config.loss_weights]
+    of_some = {used for loss in PREFERENCE_LOSSES.values() for used in loss.uses}
+    if name in of_some and not any(name in loss.uses for loss in losses):
+        yield f"--loss {' '.join(config.loss)} does not use it"
+    if name.startswith(("reference_", "offload_reference")) and not any(loss.needs_reference for loss in losses):
+        yield f"--loss {' '.join(config.loss)} has no reference"
 
 
 def _unmet(config: Arguments, condition: str) -> str:

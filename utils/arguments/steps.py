@@ -9,8 +9,8 @@ from utils.arguments.generation import GenerationArguments, RolloutArguments
 from utils.arguments.model import LoadingArguments, ModelArguments, RlhfModelArguments, TokenizerArguments
 from utils.arguments.optimization import OptimizationArguments, PpoOptimizationArguments, ScheduleArguments
 from utils.arguments.output import CheckpointArguments, OutputArguments
-from utils.arguments.ppo import PpoArguments
-from utils.arguments.reward import RewardSourceArguments
+from utils.arguments.ppo import PpoArguments, RewardSourceArguments
+from utils.arguments.preference import PreferenceArguments
 from utils.arguments.roles import RoleFlags, frozen_role, trained_role
 from utils.arguments.supervised import RewardModelArguments, SftArguments
 from utils.arguments.system import MachineArguments, RlhfSystemArguments, SystemArguments
@@ -137,6 +137,55 @@ class RewardModelConfig(
 
 
 @dataclass(kw_only=True)
+class DpoConfig(
+    DataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    SystemArguments,
+    LoraArguments,
+    PreferenceArguments,
+    StepConfig,
+):
+    """Flags of direct preference optimisation."""
+
+    @property
+    def purpose(self) -> str:
+        return "labelled" if self.reads_labelled else "preference"
+
+    @property
+    def row_limit(self) -> int:
+        return self.max_seq_len
+
+    @property
+    def shares_reference(self) -> bool:
+        """Whether the reference is the model with its adapters off rather than a separate one."""
+        return self.lora_dim > 0 and self.only_optimize_lora
+
+    def roles(self) -> dict[str, RoleFlags]:
+        """The model, and a live reference where that is a separate one."""
+        roles = {"model": trained_role(self, "model", "causal_lm")}
+        if self.needs_reference and self.reference_logprobs == "live" and not self.shares_reference:
+            roles["reference"] = frozen_role(
+                "reference",
+                "causal_lm",
+                path=self.model_name_or_path,
+                path_flag="--model_name_or_path",
+                zero_stage=self.zero_stage,
+                offload=self.offload_reference_model,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return roles
+
+    def longest_sequence(self) -> tuple[int, str]:
+        return self.max_seq_len, "--max_seq_len"
+
+    def longest_row(self) -> tuple[int, str]:
+        if self.reads_labelled:
+            return self.longest_sequence()
+        return 2 * self.max_seq_len, "twice --max_seq_len"
+
+
+@dataclass(kw_only=True)
 class PpoConfig(
     PromptArguments,
     RlhfModelArguments,
@@ -241,6 +290,7 @@ class Step:
 STEPS = {
     "step1": Step("step1_supervised_finetuning", SftConfig),
     "step2": Step("step2_reward_model_finetuning", RewardModelConfig),
+    "dpo": Step("step2_dpo_finetuning", DpoConfig),
     "step3": Step("step3_rlhf_finetuning", PpoConfig),
 }
 CONFIGS = {step.folder: step.config for step in STEPS.values()}  # by folder

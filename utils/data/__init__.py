@@ -1,6 +1,6 @@
 """Data: from files and hub data sets to batches of token ids with exact prompt and response spans."""
 
-from utils.data.batches.collate import collate_preference, collate_sft
+from utils.data.batches.collate import collate_labelled, collate_preference, collate_sft
 from utils.data.batches.dataloader import RankDataLoader, accumulation_groups, build_dataloader, endless
 from utils.data.batches.packing import PackedRows, micro_batches, pack_rows
 from utils.data.formats.example import Example
@@ -16,6 +16,7 @@ __all__ = [
     "accumulation_groups",
     "build_dataloader",
     "build_datasets",
+    "collate_labelled",
     "collate_preference",
     "collate_sft",
     "endless",

@@ -40,25 +40,28 @@ class CausalLM(nn.Module):
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        prompt_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of `input_ids` where `target_mask` is true, each given the tokens before it.
 
         Args:
             input_ids, attention_mask, target_mask: (B, T), padded on either side; the first token of a row is never a
                 target.
+            prompt_lengths: (B/2,) the first tokens that rows i and B/2 + i of a batch padded on the right have in
+                common; they are computed once, where the architecture is packed.
 
         Returns:
             (N,) fp32 log-probabilities in row-major order of the mask, and (N,) entropies or None.
         """
         if self.own_logits:
             return self._from_logits(input_ids, attention_mask, target_mask, temperature, with_entropy)
-        states, layout = token_states(self.model.base_model, input_ids, attention_mask)
+        states, layout = token_states(self.model.base_model, input_ids, attention_mask, prompt_lengths)
         predicted = target_mask.flatten()[layout.index].nonzero().squeeze(1)
         order = layout.index[predicted].argsort()  # back to the order of the flattened batch
         rows = F.pad(predicted, (0, rounded_rows(len(predicted), states.device) - len(predicted)), value=1)
         targets = input_ids.flatten()[layout.index[rows]]
         logprobs, entropy = self.model.get_output_embeddings()(
-            states[rows - 1], targets, temperature=temperature, with_entropy=with_entropy
+            states[layout.in_row(rows - 1)], targets, temperature=temperature, with_entropy=with_entropy
         )
         return logprobs[order], entropy[order] if with_entropy else None
 

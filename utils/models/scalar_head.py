@@ -42,9 +42,16 @@ class ScalarHeadModel(nn.Module):
         fuse_layers(model)
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and mask -> (B, T) fp32 scores, 0 on padding; a column's score depends on the tokens up to it."""
-        states, layout = token_states(self.model.base_model, input_ids, attention_mask)
-        scores = self.model.score(states).squeeze(-1)
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, prompt_lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, T) ids and mask -> (B, T) fp32 scores, 0 on padding; a column's score depends on the tokens up to it.
+
+        Args:
+            prompt_lengths: (B/2,) the first tokens that rows i and B/2 + i of a batch padded on the right have in
+                common; they are computed once, where the architecture is packed.
+        """
+        states, layout = token_states(self.model.base_model, input_ids, attention_mask, prompt_lengths)
+        scores = layout.of_tokens(self.model.score(states).squeeze(-1))
         blank = torch.zeros(input_ids.numel(), dtype=scores.dtype, device=scores.device)
         return blank.index_copy(0, layout.index, scores).view_as(input_ids)

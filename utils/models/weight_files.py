@@ -1,5 +1,6 @@
-"""Checks of a model folder's weight files without reading the weights: is every file there, and is each complete?"""
+"""A model folder's weight files: is every file there, is each complete, and what do they hold? Without loading them."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")
 GIT_LFS_POINTER = b"version https://git-lfs"
 
 
@@ -79,3 +81,23 @@ def check_shapes(folder: Path, label: str, expected: dict[str, tuple[int, ...]])
 
 def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
+
+
+def weights_digest(path: str) -> str:
+    """A hash of a model's configuration and weights: of the contents of a local folder's files, or of the files' names
+    in the cache of a model from the hub, where they are called by their hash."""
+    folder = Path(path)
+    digest = hashlib.sha256()
+    if folder.is_dir():
+        files = [file for file in folder.iterdir() if file.name == "config.json" or file.suffix in WEIGHT_SUFFIXES]
+        for file in sorted(files):
+            with open(file, "rb") as stream:
+                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        return digest.hexdigest()
+    from transformers.utils import cached_file
+
+    for name in ("config.json", *WEIGHT_FILES):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if found:
+            digest.update(f"{name} {Path(found).resolve().name}\n".encode())
+    return digest.hexdigest()

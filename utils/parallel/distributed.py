@@ -244,6 +244,15 @@ def all_reduce_dict(values: dict[str, float], op: str = "sum") -> dict[str, floa
     return dict(zip(values, reduced.tolist(), strict=True))
 
 
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in the order of ranks: (world_size * n, ...) from (n, ...), n the same on every rank."""
+    if world_size() == 1:
+        return values
+    own = values.new_zeros(world_size(), *values.shape)
+    own[rank()] = values
+    return all_reduce(own).flatten(0, 1)
+
+
 def first_problem(problem: str | None) -> str | None:
     """The problem of the lowest rank that has one, on every rank; None if no rank has. Truncated to 1,000 bytes."""
     if world_size() == 1:

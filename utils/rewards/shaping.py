@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.algorithms.kl import normalize_scores
 from utils.arguments.choices import REWARD_SOURCES
-from utils.arguments.reward import RewardSourceArguments
+from utils.arguments.ppo import RewardSourceArguments
 from utils.arguments.steps import PpoConfig
 from utils.errors import InputError
 from utils.generation.responses import Responses

@@ -53,15 +53,34 @@ def collate_sft(rows: Sequence[Row], pad_id: int) -> Batch:
 def collate_preference(rows: Sequence[Row], pad_id: int) -> Batch:
     """Rows of purpose "preference" as one batch of 2B sequences padded on the right: B chosen, then their B rejected.
 
-    Returns input_ids, attention_mask and response_mask (2B, T), the last true on response tokens with their EOS, and
-    row_mask (B,): false for filler pairs, which have sequences like any other and must not enter losses or metrics.
+    Returns input_ids, attention_mask and response_mask (2B, T), the last true on response tokens with their EOS;
+    prompt_lengths (B,), the tokens with which both sequences of a pair begin; and row_mask (B,): false for filler
+    pairs, which have sequences like any other and must not enter losses or metrics. Rows with "reference_logprobs"
+    (`utils.preference.reference`) give these, (B, 2, 2) fp32.
     """
-    responses = ("chosen_ids", "rejected_ids")
+    return _two_answers(rows, ("chosen_ids", "rejected_ids"), pad_id)
+
+
+def collate_labelled(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Rows of purpose "labelled" with a mate (`utils.preference.mates`): B answers, then the B mates, to other prompts.
+
+    Returns what `collate_preference` does, and labels (B,): true for a desirable answer.
+    """
+    batch = _two_answers(rows, ("response_ids", "mate_ids"), pad_id)
+    return batch | {"labels": torch.tensor([row["label"] for row in rows])}
+
+
+def _two_answers(rows: Sequence[Row], responses: tuple[str, str], pad_id: int) -> Batch:
     ids, attention_mask = pad([row["prompt_ids"] + row[name] for name in responses for row in rows], pad_id)
-    starts = [len(row["prompt_ids"]) for _ in responses for row in rows]
-    return {
+    starts = [len(row["prompt_ids"]) for row in rows]
+    batch = {
         "input_ids": ids,
         "attention_mask": attention_mask,
-        "response_mask": _span_mask(starts, attention_mask),
+        "response_mask": _span_mask(starts * 2, attention_mask),
+        "prompt_lengths": torch.tensor(starts),
         "row_mask": _row_mask(rows),
     }
+    if "reference_logprobs" in rows[0]:
+        known = [row["reference_logprobs"] for row in rows]
+        batch["reference_logprobs"] = torch.tensor(known, dtype=torch.float32)
+    return batch

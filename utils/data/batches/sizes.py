@@ -48,6 +48,11 @@ def pair_tokens(row: Row) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
+def labelled_tokens(row: Row) -> int:
+    """Tokens of a prompt and its judged answer."""
+    return len(row["prompt_ids"]) + len(row["response_ids"])
+
+
 def _sequence_size(row: Row, answer: int) -> RowSize:
     tokens = len(row["input_ids"])
     return RowSize(tokens, tokens, tokens - max(row["response_start"], 1))
@@ -61,6 +66,11 @@ def _pair_weights(dataset: TokenDataset) -> list[int]:
 def _pair_size(row: Row, answer: int) -> RowSize:
     width = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     return RowSize(pair_tokens(row), width, 0)
+
+
+def _labelled_size(row: Row, answer: int) -> RowSize:
+    tokens = labelled_tokens(row)
+    return RowSize(tokens, tokens, len(row["response_ids"]))
 
 
 def _prompt_size(row: Row, answer: int) -> RowSize:
@@ -82,6 +92,15 @@ ROW_KINDS: dict[Purpose, RowKind] = {
         weights=_pair_weights,
         size=_pair_size,
         longest=lambda length, answer: RowSize(2 * length, length, 0),
+    ),
+    "labelled": RowKind(
+        weight=labelled_tokens,
+        weights=lambda dataset: [
+            prompt + response
+            for prompt, response in zip(dataset.lengths("prompt_ids"), dataset.lengths("response_ids"), strict=True)
+        ],
+        size=_labelled_size,
+        longest=lambda length, answer: RowSize(length, length, length),
     ),
     "prompts": RowKind(
         weight=lambda row: len(row["prompt_ids"]),

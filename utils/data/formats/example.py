@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Purpose = Literal["sft", "preference", "prompts", "pretrain"]
+Purpose = Literal["sft", "preference", "labelled", "prompts", "pretrain"]
 PromptForm = Literal["raw", "dialogue"]  # of a prompt that is text: used unchanged, or a question to render
 Row = dict[str, Any]
 Turn = tuple[str, str]  # (speaker, text), speaker one of "System", "Human", "Assistant"
@@ -59,6 +59,9 @@ def check_usable(example: Example, purpose: Purpose) -> None:
             raise NoResponseError("has no pair of a chosen and a rejected response")
         if example.chosen == example.rejected:
             raise DroppedRow("whose chosen equals its rejected response")
+    elif purpose == "labelled":
+        if example.label is None:
+            raise NoResponseError("has no `label` (true or false) of its response")
     elif example.chosen is None:
         if example.rejected is None:
             raise NoResponseError("has no response")

@@ -11,6 +11,7 @@ from utils.data.formats.example import Example, Purpose, Row
 
 PAIRS: frozenset[Purpose] = frozenset({"sft", "preference", "prompts", "pretrain"})
 ANSWERS: frozenset[Purpose] = frozenset({"sft", "prompts", "pretrain"})
+LABELLED: frozenset[Purpose] = ANSWERS | {"labelled"}
 TEXT: frozenset[Purpose] = frozenset({"sft", "pretrain"})
 PROMPTS: frozenset[Purpose] = frozenset({"prompts"})
 
@@ -42,11 +43,11 @@ GENERAL_FORMATS = (
     Format(("instruction", "output"), ANSWERS, converters.alpaca),
     # Evaluation sets of this form hold models' empty answers.
     Format(("instruction", "output_1", "output_2", "preference"), PAIRS, converters.alpaca_preference, published=True),
-    Format(("conversations",), ANSWERS, converters.conversation("conversations")),
-    Format(("messages",), ANSWERS, converters.conversation("messages")),
-    Format(("prompt", "completion"), ANSWERS, converters.prompt_and("completion")),
-    Format(("prompt", "chosen"), ANSWERS, converters.prompt_and("chosen")),
-    Format(("prompt", "response"), ANSWERS, converters.prompt_and("response")),
+    Format(("conversations",), LABELLED, converters.conversation("conversations")),
+    Format(("messages",), LABELLED, converters.conversation("messages")),
+    Format(("prompt", "completion"), LABELLED, converters.prompt_and("completion")),
+    Format(("prompt", "chosen"), LABELLED, converters.prompt_and("chosen")),
+    Format(("prompt", "response"), LABELLED, converters.prompt_and("response")),
 )
 LAST_FORMATS = (
     Format(("text",), TEXT, converters.plain_text),

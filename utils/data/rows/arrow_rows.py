@@ -19,6 +19,7 @@ SCHEMAS: dict[Purpose, pa.Schema] = {
     "sft": _SPAN,
     "pretrain": _SPAN,
     "preference": pa.schema([("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS)]),
+    "labelled": pa.schema([("prompt_ids", _IDS), ("response_ids", _IDS), ("label", pa.bool_())]),
     "prompts": pa.schema([("prompt_ids", _IDS), ("prompt", _TEXT), ("reference", _TEXT), ("columns", _TEXT)]),
 }
 # An example before tokenisation: `turns` and `columns` are JSON, a prompt that is text is in `text`, and

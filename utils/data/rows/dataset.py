@@ -50,6 +50,10 @@ class TokenDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[int(index)]
 
+    def column(self, name: str) -> list[Any]:
+        """The values of each row in a column."""
+        return self._rows.data.column(name).to_pylist()
+
     def lengths(self, column: str = "input_ids") -> list[int]:
         """Tokens of each row's `column`, read without the ids."""
         return pc.list_value_length(self._rows.data.column(column)).to_pylist()
@@ -66,9 +70,9 @@ def build_datasets(
     """The training and the held-out rows of a step.
 
     Rows are dicts: purpose "sft" {"input_ids", "response_start"}; "preference" {"prompt_ids", "chosen_ids",
-    "rejected_ids"}; "prompts" {"prompt_ids", "prompt" (the text), "reference" (the right answer, or None), "columns"
-    (the row's other columns as JSON)}; "pretrain" {"input_ids", "response_start"} in blocks of `max_len` ids. Responses
-    end with EOS unless they were cut.
+    "rejected_ids"}; "labelled" {"prompt_ids", "response_ids", "label"}; "prompts" {"prompt_ids", "prompt" (the text),
+    "reference" (the right answer, or None), "columns" (the row's other columns as JSON)}; "pretrain" {"input_ids",
+    "response_start"} in blocks of `max_len` ids. Responses end with EOS unless they were cut.
 
     Held out are the files or the split that a source declares as such, else a twentieth of its rows (at least one), the
     same for all steps. The others are divided by `data_split`; rows of `undivided` paths all go to this step, rows for

@@ -31,7 +31,13 @@ def token_rows(
         spans = (span for batch in batches for span in encoder.spans(batch))
         yield from ({"input_ids": block, "response_start": 0} for block in pack_blocks(spans, max_len))
         return
-    make = {"sft": _sft_rows, "preference": _preference_rows, "prompts": _prompt_rows}[purpose]
+    makers = {
+        "sft": _sft_rows,
+        "preference": _preference_rows,
+        "labelled": _labelled_rows,
+        "prompts": _prompt_rows,
+    }
+    make = makers[purpose]
     for batch in batches:
         yield from make(encoder, batch, max_len, tally)
 
@@ -59,6 +65,14 @@ def _preference_rows(
             tally["pairs left out that differ only beyond it"] += 1
             continue
         yield {"prompt_ids": short_prompt, "chosen_ids": wanted, "rejected_ids": unwanted}
+
+
+def _labelled_rows(encoder: Encoder, batch: Sequence[Example], max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
+    prompts = encoder.prompts([example.prompt for example in batch])
+    answers = encoder.responses([(example.chosen if example.label else example.rejected) or "" for example in batch])
+    for example, prompt, answer in zip(batch, prompts, answers, strict=True):
+        short_prompt, (short_answer,) = _fit(prompt, [answer], max_len, encoder, tally)
+        yield {"prompt_ids": short_prompt, "response_ids": short_answer, "label": example.label}
 
 
 def _prompt_rows(encoder: Encoder, batch: Sequence[Example], max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:

@@ -215,6 +215,9 @@ def _examples(
     if first is None:
         return
     row_format = source.format or _recognise(first, purpose)
+    if purpose not in row_format.serves:
+        kind = {"preference": "pairs of answers", "labelled": "answers with a label"}.get(purpose, "rows for this step")
+        raise InputError(f"{source.label}: this data set holds no {kind}; name another one")
     lenient = row_format.published or isinstance(source, HubSource)
     for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
         _refuse_lone_surrogates(example, where)
@@ -271,9 +274,25 @@ def _refusal(where: str, error: RowError) -> InputError:
     return InputError(f"{where}: {error}{fix}")
 
 
+def _refuse_other_kind(where: str, row: Row, purpose: Purpose) -> None:
+    """Say which loss reads the rows, where pairs are expected and single answers found, or the other way round."""
+    if purpose == "labelled" and "label" not in row and find_format(row.keys(), "preference"):
+        raise InputError(
+            f"{where}: the row holds a pair of answers, and --loss kto reads single ones with a `label`; use --loss "
+            "kto_pair, or another loss of pairs"
+        )
+    is_single = "label" in row and find_format(row.keys(), "labelled")
+    if purpose == "preference" and is_single and not find_format(row.keys(), "preference"):
+        raise InputError(
+            f"{where}: the row holds a single answer with a `label`, and pairs are expected; direct preference "
+            "optimisation reads such rows with --loss kto"
+        )
+
+
 def _recognise(first: LocatedRow, purpose: Purpose) -> Format:
     where, row = first
     found = find_format(row.keys(), purpose)
+    _refuse_other_kind(where, row, purpose)
     if found is None:
         columns = ", ".join(map(str, row)) or "none"
         raise InputError(

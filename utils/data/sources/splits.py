@@ -13,8 +13,8 @@ from utils.arguments.data import split_weights
 from utils.data.formats.example import Purpose
 from utils.errors import InputError
 
-PHASES = {"sft": 0, "preference": 1, "prompts": 2}
-PHASE_NAMES = ("supervised fine-tuning", "reward model", "PPO")
+PHASES = {"sft": 0, "preference": 1, "labelled": 1, "prompts": 2}
+PHASE_NAMES = ("supervised fine-tuning", "reward model or direct preference", "PPO")
 
 
 def phase_weights(data_split: str, purpose: Purpose) -> tuple[tuple[float, ...], int]:

@@ -1,0 +1,1 @@
+"""Direct preference optimisation: from log-probabilities of judged answers to losses and figures."""
