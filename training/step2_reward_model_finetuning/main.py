@@ -74,8 +74,7 @@ def score_pairs(engine, batch, loss_of) -> tuple[torch.Tensor, torch.Tensor, tor
 
     Pairs that only fill up a batch (`row_mask` false) are left out.
     """
-    values = engine(batch["input_ids"], batch["attention_mask"], prompt_lengths=batch["prompt_lengths"])
-    pairs = Pairs.of(values, batch)
+    pairs = Pairs.of(engine(batch["input_ids"], batch["attention_mask"], prompt_lengths=batch["prompt_lengths"]), batch)
     chosen_scores, rejected_scores = pairs.scores
     return loss_of(pairs)[pairs.row_mask], chosen_scores[pairs.row_mask], rejected_scores[pairs.row_mask]
 
