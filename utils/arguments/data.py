@@ -1,5 +1,8 @@
 """Flags for the data that a step reads."""
 
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +10,7 @@ from utils.arguments.base import LARGEST_SEED, Arguments, flag
 from utils.errors import InputError
 
 SPLIT_PARTS = 3
+SUM_TOLERANCE = 1e-6  # by which the weights of the sources may miss 1
 
 
 def split_weights(data_split: str) -> tuple[float, ...]:
@@ -24,13 +28,62 @@ def split_weights(data_split: str) -> tuple[float, ...]:
     return weights
 
 
+def weighted_path(value: str) -> tuple[str, float | None]:
+    """A source and its weight: "name:0.3" is ("name", 0.3).
+
+    The weight is None, and the source is the whole value, where no number follows the last colon or where the value as
+    it is given is the path of something that exists.
+    """
+    source, _, number = value.rpartition(":")
+    if not source or os.path.exists(os.path.expanduser(value)):
+        return value, None
+    try:
+        return source, float(number)
+    except ValueError:
+        return value, None
+
+
+def blend_weights(data_path: Sequence[str]) -> tuple[list[str], tuple[float, ...] | None]:
+    """The sources that `data_path` names, and their weights; None where no source has one.
+
+    Raises:
+        InputError: only some have a weight, a weight is not above 0, or the weights do not sum to 1.
+    """
+    pairs = [weighted_path(value) for value in data_path]
+    sources = [source for source, _ in pairs]
+    weights = tuple(weight for _, weight in pairs if weight is not None)
+    if not weights:
+        return sources, None
+    if len(weights) < len(pairs):
+        bare = next(source for source, weight in pairs if weight is None)
+        with_weight = next(value for value in data_path if value != weighted_path(value)[0])
+        raise InputError(
+            f"--data_path: {with_weight} has a weight and {bare} has none; give every source a weight, or none of them"
+        )
+    for value, weight in zip(data_path, weights, strict=True):
+        if not 0 < weight < math.inf:
+            raise InputError(f"--data_path {value}: a weight must be above 0; change it, or leave the source out")
+    total = sum(weights)
+    if abs(total - 1) > SUM_TOLERANCE * (1 + 1e-6):
+        scaled = [round(weight / total, 6) for weight in weights[:-1]]
+        named = " ".join(f"{share:g}" for share in (*scaled, round(1 - sum(scaled), 6)))
+        raise InputError(
+            f"--data_path: the weights {' + '.join(f'{weight:g}' for weight in weights)} sum to {total:g} and must sum "
+            f"to 1; for the same proportions give {named}"
+        )
+    return sources, weights
+
+
 @dataclass(kw_only=True)
 class CorpusArguments(Arguments):
     """Data that every step reads."""
 
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
-        "local files or folders (jsonl, json, csv, parquet), or names of data sets on the hub; several are blended",
+        "local files or folders (jsonl, json, csv, parquet), or names of data sets on the hub; several are blended: "
+        "each row once per epoch or, where each has a weight (a:0.7 b:0.3; they sum to 1), with these shares of the "
+        "rows of an epoch, which ends when the source that is scarcest for its weight has been read once; the others "
+        "go on with their other rows in the next epoch",
     )
     data_split: str = flag(
         "2,4,4",
@@ -60,6 +113,17 @@ class CorpusArguments(Arguments):
         split_weights(self.data_split)
         if not self.data_path or not all(self.data_path):
             raise InputError("--data_path is empty: name at least one file, folder or data set")
+        blend_weights(self.data_path)
+
+    @property
+    def data_sources(self) -> list[str]:
+        """What `--data_path` names, without the weights."""
+        return blend_weights(self.data_path)[0]
+
+    @property
+    def data_weights(self) -> tuple[float, ...] | None:
+        """The weight of each source; None: each row once per epoch."""
+        return blend_weights(self.data_path)[1]
 
 
 @dataclass(kw_only=True)

@@ -59,8 +59,8 @@ class StepConfig(
         return []
 
     def named_data(self) -> list[tuple[str, str]]:
-        """Flag and path of everything that the step reads as data."""
-        return [("--data_path", path) for path in self.data_path]
+        """Flag and path (or name) of everything that the step reads as data."""
+        return [("--data_path", path) for path in self.data_sources]
 
     def roles(self) -> dict[str, RoleFlags]:
         """The models of the run by the name of their role, in the order in which they are loaded."""

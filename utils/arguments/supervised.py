@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from utils.arguments.base import Arguments, flag
 from utils.arguments.choices import PAIRWISE_LOSSES, described
+from utils.arguments.data import weighted_path
+from utils.errors import InputError
 
 
 @dataclass(kw_only=True)
@@ -26,6 +28,15 @@ class SftArguments(Arguments):
         64, "tokens of such an answer, at most", at_least=1, idle_unless="num_sample_generations"
     )
     print_loss: bool = flag(False, "print the loss of every step on a separate line", resume="free")
+
+    def check(self) -> None:
+        for value in self.sft_only_data_path:
+            source, weight = weighted_path(value)
+            if weight is not None:
+                raise InputError(
+                    f"--sft_only_data_path {value}: weights are for --data_path, all rows of this source are used; "
+                    f"give {source}"
+                )
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.data.rows.dataset import TokenDataset
 from utils.errors import InputError
 from utils.parallel import distributed
 
@@ -74,8 +75,13 @@ class RankDataLoader(DataLoader):
     """A DataLoader over one rank's batches, whose order `set_epoch` sets."""
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Shuffle as epoch `epoch` does, and begin at its batch `start_batch` without loading those before."""
+        """Shuffle as epoch `epoch` does, and begin at its batch `start_batch` without loading those before.
+
+        A `TokenDataset` of weighted sources changes to the rows of that epoch.
+        """
         self.batch_sampler.epoch, self.batch_sampler.start_batch = epoch, start_batch
+        if isinstance(self.dataset.rows, TokenDataset):
+            self.dataset.rows.set_epoch(epoch)
 
 
 def endless(loader: RankDataLoader, start: int = 0) -> Iterator[Any]:

@@ -65,7 +65,8 @@ def pack_rows(dataset: TokenDataset, config: SftArguments, capacity: int) -> Tok
     if not config.packing:
         return dataset
     packed = PackedRows(dataset, dataset.lengths(), capacity)
-    distributed.log(f"--packing: {len(packed)} rows of {capacity} tokens, {packed.fill:.0%} full")
+    remark = "; with the weights of --data_path, every epoch has the same ones" if dataset.has_other_rows else ""
+    distributed.log(f"--packing: {len(packed)} rows of {capacity} tokens, {packed.fill:.0%} full{remark}")
     return packed
 
 

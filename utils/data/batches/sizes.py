@@ -120,7 +120,7 @@ class Rows:
 
 
 def measure_rows(dataset: TokenDataset | PackedRows, purpose: Purpose, needed: int, answer: int = 0) -> Rows:
-    """The number of rows of `dataset`, and the sizes of its `needed` heaviest ones.
+    """The number of rows of `dataset` in an epoch, and the sizes of its `needed` heaviest ones in any epoch.
 
     Args:
         answer: tokens that generation adds to a prompt.
@@ -128,7 +128,7 @@ def measure_rows(dataset: TokenDataset | PackedRows, purpose: Purpose, needed: i
     if isinstance(dataset, PackedRows):
         full = SEQUENCES.longest(dataset.capacity, 0)
         return Rows(len(dataset), (full,) * min(needed, len(dataset)))
-    kind = ROW_KINDS[purpose]
-    weights = kind.weights(dataset)
+    kind, rows = ROW_KINDS[purpose], dataset.of_all_epochs()
+    weights = kind.weights(rows)
     heaviest = heapq.nlargest(needed, range(len(weights)), key=weights.__getitem__)
-    return Rows(len(dataset), tuple(kind.size(dataset[index], answer) for index in heaviest))
+    return Rows(len(dataset), tuple(kind.size(rows[index], answer) for index in heaviest))

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.data.formats.dialogue import FORMS
 from utils.data.formats.example import Example
 from utils.data.rows.arrow_rows import EXAMPLES, SCHEMAS, example_row, open_rows, read_example, write_rows
+from utils.data.rows.blending import Blend, rows_per_epoch
 from utils.data.rows.cache import cached_folder, key_of, private_folder
 from utils.data.rows.token_rows import token_rows
 from utils.data.rows.tokenization import Encoder, tokenizer_fingerprint
@@ -35,20 +36,39 @@ HELD_OUT_SHARE = 0.05  # of the rows of a source that comes without held-out row
 class TokenDataset(Dataset):
     """Rows of token ids, memory-mapped; see `build_datasets` for their keys.
 
+    With a `blend` these are the rows of one epoch, the first one until `set_epoch` is called.
+
     Attributes:
         description: lines on where the rows come from, how they were divided and what was left out or cut.
-        key: a hash of all that the rows depend on: the sources' content, tokenizer, lengths, seed, row format.
+        key: a hash of all that the rows depend on: the sources' content and weights, tokenizer, lengths, seed, row
+            format.
     """
 
-    def __init__(self, rows: "datasets.Dataset", description: str, key: str) -> None:
-        self._rows = rows
+    def __init__(self, rows: "datasets.Dataset", description: str, key: str, blend: Blend | None = None) -> None:
+        self._rows, self._blend = rows, blend
+        self._numbers: np.ndarray | None = None  # of the rows in the table, where they are not all of it
         self.description, self.key = description, key
+        self.set_epoch(0)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._numbers is None else len(self._numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[int(index)]
+        return self._rows[int(index if self._numbers is None else self._numbers[index])]
+
+    @property
+    def has_other_rows(self) -> bool:
+        """Whether other epochs have other rows."""
+        return self._blend is not None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change to the rows of an epoch, counted from 0. Their number is that of every epoch."""
+        if self._blend is not None:
+            self._numbers = self._blend.rows_of(epoch)
+
+    def of_all_epochs(self) -> "TokenDataset":
+        """The rows of all epochs together."""
+        return TokenDataset(self._rows, self.description, self.key)
 
     def column(self, name: str) -> list[Any]:
         """The values of each row in a column."""
@@ -56,12 +76,16 @@ class TokenDataset(Dataset):
 
     def lengths(self, column: str = "input_ids") -> list[int]:
         """Tokens of each row's `column`, read without the ids."""
-        return pc.list_value_length(self._rows.data.column(column)).to_pylist()
+        lengths = pc.list_value_length(self._rows.data.column(column))
+        return (lengths if self._numbers is None else lengths.take(self._numbers)).to_pylist()
 
     def head(self, count: int) -> "TokenDataset":
         """The first `count` rows (all of them for 0), which are a fair sample: rows are in random order already."""
-        rows = self._rows.select(range(min(count, len(self)))) if count else self._rows
-        return TokenDataset(rows, self.description, self.key)
+        if not count:
+            return self
+        some = self.of_all_epochs()
+        some._numbers = np.arange(len(self))[:count] if self._numbers is None else self._numbers[:count]
+        return some
 
 
 def build_datasets(
@@ -76,7 +100,8 @@ def build_datasets(
 
     Held out are the files or the split that a source declares as such, else a twentieth of its rows (at least one), the
     same for all steps. The others are divided by `data_split`; rows of `undivided` paths all go to this step, rows for
-    "pretrain" are not divided. Several sources are concatenated and shuffled.
+    "pretrain" are not divided. Several sources are concatenated and shuffled; with `blend_weights` the training rows of
+    an epoch are chosen by these, after that division (see `blending`), and the held-out rows are not.
 
     Args:
         is_writer: whether this process may prepare the data, for which the others wait; if omitted, the first process
@@ -89,16 +114,17 @@ def build_datasets(
     least = len(encoder.prefix) + 2
     if corpus.max_len < least:
         raise InputError(f"{corpus.length_flag} {corpus.max_len} is too short for a row; give at least {least}")
-    key = key_of(
-        {
-            "purpose": corpus.purpose,
-            "shares": [[share.source.fingerprint(), share.weights, share.part] for share in corpus.shares],
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "forms": [corpus.form, corpus.prompt_form],
-            "max_len": corpus.max_len,
-            "seed": corpus.seed,
-        }
-    )
+    content = {
+        "purpose": corpus.purpose,
+        "shares": [[share.source.fingerprint(), share.weights, share.part] for share in corpus.shares],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "forms": [corpus.form, corpus.prompt_form],
+        "max_len": corpus.max_len,
+        "seed": corpus.seed,
+    }
+    if corpus.blend_weights:
+        content["blend"] = list(corpus.blend_weights)
+    key = key_of(content)
     if is_writer is None:
         is_writer = distributed.local_rank() == 0
 
@@ -107,12 +133,14 @@ def build_datasets(
 
     folder = cached_folder(private_folder(corpus.cache_dir), key, build, is_writer=is_writer)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    sources = (_Division(**division).line(share, corpus) for share, division in zip(corpus.shares, report["sources"]))
-    description = "\n".join([*sources, report["rows"]])
-    train, held_out = (
-        TokenDataset(open_rows(folder / f"{name}.arrow"), description, key) for name in ("train", "eval")
-    )
-    return train, held_out
+    sources = [_Division(**division) for division in report["sources"]]
+    lines = (source.line(share, corpus) for share, source in zip(corpus.shares, sources, strict=True))
+    description = "\n".join([*lines, report["rows"]])
+    blend = None
+    if corpus.blend_weights:
+        blend = Blend(tuple(source.prepared for source in sources), tuple(source.per_epoch for source in sources))
+    train = TokenDataset(open_rows(folder / "train.arrow"), description, key, blend)
+    return train, TokenDataset(open_rows(folder / "eval.arrow"), description, key)
 
 
 def _names(corpus: Corpus) -> str:
@@ -121,11 +149,16 @@ def _names(corpus: Corpus) -> str:
 
 @dataclass
 class _Division:
-    """How the rows of a source were divided: `parts` counts the `train` rows held out, then those of each step."""
+    """How the rows of a source were divided: `parts` counts the `train` rows held out, then those of each step.
+
+    With weights: how many training rows were prepared for this step, and how many an epoch has.
+    """
 
     train: int
     held_out: int
     parts: list[int] = field(default_factory=list)
+    prepared: int = 0
+    per_epoch: int = 0
 
     def line(self, share: Share, corpus: Corpus) -> str:
         """The line about it in the log."""
@@ -139,6 +172,8 @@ class _Division:
                 if count and step != share.part + 1
             )
             text += f"; --data_split {corpus.data_split} gives {mine} to this step, {others}"
+        if share.blend_weight is not None:
+            text += f"; weight {share.blend_weight:g}: {self.per_epoch} of {self.prepared} training rows in each epoch"
         return text + share.source.remark
 
 
@@ -151,10 +186,17 @@ def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
     numbers = _choose(corpus, divisions, np.asarray(examples.data.column("prompt_number")), dropped)
     counts: dict[str, int] = {}
     cut: Counter[str] = Counter()
+
+    def prepared(indices: np.ndarray, bar: tqdm) -> Iterator[dict[str, Any]]:
+        batches = _batches(examples, indices, bar)
+        return token_rows(corpus.purpose, encoder, FORMS[corpus.form], batches, corpus.max_len, cut)
+
     for name, indices in zip(("train", "eval"), numbers, strict=True):
         with tqdm(total=len(indices), desc=f"preparing {name} rows", unit=" rows", delay=3, leave=False) as bar:
-            batches = _batches(examples, indices, bar)
-            rows = token_rows(corpus.purpose, encoder, FORMS[corpus.form], batches, corpus.max_len, cut)
+            if name == "train" and corpus.blend_weights:
+                rows = _one_source_after_the_other(indices, divisions, lambda some, bar=bar: prepared(some, bar))
+            else:
+                rows = prepared(indices, bar)
             counts[name] = write_rows(folder / f"{name}.arrow", SCHEMAS[corpus.purpose], rows)
         if not counts[name]:
             what = "training" if name == "train" else "held-out"
@@ -163,7 +205,11 @@ def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
                 "give more data, or data that this step can use"
             )
     (folder / "examples.arrow").unlink()
-    rows = f"{counted(counts['train'], 'training row')} and {counted(counts['eval'], 'held-out row')}"
+    training = counted(counts["train"], "training row")
+    if corpus.blend_weights:
+        _set_rows_per_epoch(corpus, divisions)
+        training += f", {sum(source.per_epoch for source in divisions)} of them in each epoch,"
+    rows = f"{training} and {counted(counts['eval'], 'held-out row')}"
     for remark, reasons in (("left out of all rows", dropped), (f"to fit {corpus.max_len} tokens", cut)):
         rows += f"; {remark}: {_list(reasons)}" if any(reasons.values()) else ""
     report = {"sources": [vars(division) for division in divisions], "rows": rows}
@@ -216,6 +262,35 @@ def _choose(
     if corpus.purpose == "prompts":
         chosen = [_distinct(numbers, prompts, dropped) for numbers in chosen]
     return chosen[0], chosen[1]
+
+
+def _one_source_after_the_other(
+    numbers: np.ndarray, divisions: Sequence[_Division], prepare: Callable[[np.ndarray], Iterator[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """The prepared rows of the examples with these numbers, by source, each in the given order; counted in it."""
+    ends = np.cumsum([source.train + source.held_out for source in divisions])
+    owners = np.searchsorted(ends, numbers, side="right")
+    for place, source in enumerate(divisions):
+        for row in prepare(numbers[owners == place]):
+            source.prepared += 1
+            yield row
+
+
+def _set_rows_per_epoch(corpus: Corpus, divisions: Sequence[_Division]) -> None:
+    """Raises InputError for a source with a weight and without a row."""
+    weighted = []
+    for share, source in zip(corpus.shares, divisions, strict=True):
+        source.per_epoch = source.prepared
+        if share.blend_weight is not None:
+            weighted.append((source, share.blend_weight))
+            if not source.prepared:
+                raise InputError(
+                    f"{share.source.label}: has a weight of {share.blend_weight:g}, but no training row for this step; "
+                    "leave it out, or give more data"
+                )
+    sources, weights = zip(*weighted, strict=True)
+    for source, rows in zip(sources, rows_per_epoch([source.prepared for source in sources], weights), strict=True):
+        source.per_epoch = rows
 
 
 def _distinct(numbers: np.ndarray, prompts: np.ndarray, dropped: Counter[str]) -> np.ndarray:

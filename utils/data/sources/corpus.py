@@ -18,11 +18,15 @@ CHECKED_ROWS = 20
 
 @dataclass(frozen=True)
 class Share:
-    """A source, divided by `weights`, and the index of the part to use."""
+    """A source, divided by `weights`, and the index of the part to use.
+
+    blend_weight: its share of an epoch; None: all of its rows, in every epoch.
+    """
 
     source: LocalSource | HubSource
     weights: tuple[float, ...]
     part: int
+    blend_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,8 @@ class Corpus:
     """What `build_datasets` prepares.
 
     Attributes:
-        paths: values of `flag`. undivided: additional paths, all of whose rows are used (`--sft_only_data_path`).
+        paths: what `flag` names. undivided: additional paths, all of whose rows are used (`--sft_only_data_path`).
+        blend_weights: the shares of an epoch that the `paths` have, see `utils.data.rows.blending`; None: all rows.
         max_len: token ids of prompt and response together; for prompts alone, of the prompt.
         data_split: weights of the three steps; text for "pretrain" is not divided.
         config_name: configuration of a hub data set.
@@ -43,6 +48,7 @@ class Corpus:
     max_len: int
     data_split: str = "2,4,4"
     undivided: Sequence[str] = ()
+    blend_weights: Sequence[float] | None = None
     config_name: str | None = None
     seed: int = 1234
     cache_dir: str | None = None
@@ -54,7 +60,8 @@ class Corpus:
         """The rows that a step trains on."""
         return Corpus(
             purpose=config.purpose,
-            paths=config.data_path,
+            paths=config.data_sources,
+            blend_weights=config.data_weights,
             undivided=config.undivided_paths,
             max_len=config.row_limit,
             data_split=config.data_split,
@@ -96,7 +103,11 @@ class Corpus:
             InputError: a path is not there, or --data_split leaves nothing to this step.
         """
         weights, part = phase_weights(self.data_split, self.purpose)
-        shares = [Share(open_source(path, self.config_name, self.flag), weights, part) for path in self.paths]
+        blend_weights = self.blend_weights or [None] * len(self.paths)
+        shares = [
+            Share(open_source(path, self.config_name, self.flag), weights, part, blend_weight)
+            for path, blend_weight in zip(self.paths, blend_weights, strict=True)
+        ]
         return shares + [Share(open_source(path, flag="--sft_only_data_path"), (1.0,), 0) for path in self.undivided]
 
     def check(self) -> None:
