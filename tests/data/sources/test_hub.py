@@ -47,13 +47,26 @@ def test_a_known_set_is_loaded_by_the_table(connected, tiny_tokenizer, tmp_path)
 def test_configurations_splits_and_unknown_names(connected):
     open_source("mkqa-Japanese").fingerprint()
     open_source("Cohere/miracl-zh").fingerprint()
+    open_source("huggingfaceh4/UltraChat_200k").fingerprint()
     open_source("someone/something", "config").fingerprint()
     assert connected == [
         ("apple/mkqa", "mkqa", "train", {}),
         ("Cohere/miracl-zh-queries-22-12", None, "train", {}),
         ("Cohere/miracl-zh-queries-22-12", None, "dev", {}),
+        ("HuggingFaceH4/ultrachat_200k", None, "train_sft", {}),
+        ("HuggingFaceH4/ultrachat_200k", None, "test_sft", {}),
         ("someone/something", "config", "train", {}),
     ]
+
+
+@pytest.mark.parametrize("name", ["Dahoas/rm-static", "Cohere/miracl-ja", "mkqa-Japanese"])
+def test_the_case_of_a_known_name_changes_nothing(connected, name):
+    sources = [open_source(spelling) for spelling in (name, name.upper(), name.lower())]
+    assert len({source.fingerprint() for source in sources}) == 1
+    assert {(source.name, source.hub, source.format) for source in sources} == {
+        (name, sources[0].hub, sources[0].format)
+    }
+    assert sources[1].label == f"--data_path {name.upper()}"  # messages repeat what was given
 
 
 def test_two_readings_of_one_hub_set_have_different_keys(connected):
@@ -119,7 +132,7 @@ def test_a_hub_name_without_a_network(monkeypatch):
 def test_names_that_can_be_nothing():
     assert refusal("missing.jsonl") == "--data_path missing.jsonl: no such file or folder"
     assert refusal("/no/such/folder") == "--data_path /no/such/folder: no such file or folder"
-    assert refusal("anthropic/hh-rlhf").startswith("--data_path anthropic/hh-rlhf (did you mean Anthropic/hh-rlhf?): ")
+    assert refusal("anthropic/hh_rlhf").startswith("--data_path anthropic/hh_rlhf (did you mean Anthropic/hh-rlhf?): ")
     assert refusal("wikitex") == "--data_path wikitex: no such file or folder (did you mean wikitext?)"
     assert "published as files; fetch data/training_data.txt.train" in refusal("MultiTurnAlpaca")
 
@@ -134,8 +147,9 @@ def test_a_local_path_wins_over_a_known_name(tmp_path, monkeypatch):
     assert source.copy_of == "stanfordnlp/SHP"
 
 
-def test_a_local_copy_may_have_another_name_of_the_set(tmp_path):
-    folder = tmp_path / "vicgalle" / "alpaca-gpt4"
+@pytest.mark.parametrize("name", ["vicgalle/alpaca-gpt4", "Vicgalle/Alpaca-GPT4", "ALPACA_GPT4"])
+def test_a_local_copy_may_have_another_name_of_the_set_and_in_another_case(tmp_path, name):
+    folder = tmp_path / name
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text("{}")
     assert open_source(str(folder)).copy_of == "alpaca_gpt4"
@@ -157,6 +171,24 @@ def test_a_copy_of_hh_rlhf_leaves_its_other_rows_out(tmp_path):
         (folder / name).write_text("{}")
     source = open_source(str(folder))
     assert [file.name for file in (*source.training, *source.held_out)] == ["train.jsonl", "test.jsonl"]
+
+
+def test_a_copy_of_a_set_with_splits_of_several_kinds_holds_those_of_the_table(tmp_path):
+    """As `hf download` makes it, and as `datasets.save_to_disk` does."""
+    folder = tmp_path / "HuggingFaceH4" / "ultrafeedback_binarized"
+    for split in ("train_prefs", "test_prefs", "train_sft", "test_sft", "train_gen", "test_gen"):
+        for file in (f"data/{split}-00000-of-00001.jsonl", f"{split}/data-00000-of-00001.jsonl"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("{}")
+    source = open_source(str(folder))
+    assert {str(file.relative_to(folder)) for file in source.training} == {
+        "data/train_prefs-00000-of-00001.jsonl",
+        "train_prefs/data-00000-of-00001.jsonl",
+    }
+    assert {str(file.relative_to(folder)) for file in source.held_out} == {
+        "data/test_prefs-00000-of-00001.jsonl",
+        "test_prefs/data-00000-of-00001.jsonl",
+    }
 
 
 def test_a_configuration_is_a_subfolder_of_a_local_copy(tmp_path):

@@ -190,12 +190,20 @@ def conversation(column: str) -> Callable[[Row], Example]:
 
 
 def prompt_and(column: str) -> Callable[[Row], Example]:
-    """A prompt and one response in `column`, wanted or unwanted according to a `label` (KTO)."""
+    """A prompt and one response in `column`, wanted or unwanted according to a `label` (KTO): text, or chat turns.
+
+    Turns beside a prompt that is text follow it, unless they are a whole dialogue, which repeats it.
+    """
 
     def convert(row: Row) -> Example:
         if isinstance(require(row, "prompt"), list | dict):
             context, answer = turns_in(row["prompt"], "prompt"), turns_in(require(row, column), column)
             return _labelled(row, answered(context, _last_answer(answer, column)))
+        if isinstance(require(row, column), list | dict):
+            turns = turns_in(row[column], column)
+            if not any(speaker == "Human" for speaker, _ in turns):
+                turns = [("Human", text_in(row, "prompt")), *turns]
+            return _labelled(row, answered(turns[:-1], _last_answer(turns, column)))
         return _labelled(row, undecided(text_in(row, "prompt"), response_in(row, column)))
 
     return convert

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from utils.data.formats.converters import number_in, require, response_in, text_in
+from utils.data.formats.converters import number_in, require, response_in, text_in, turns_in
 from utils.data.formats.dialogue import answered, asked
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, Row, RowError, Turn
 from utils.errors import InputError
@@ -59,6 +59,49 @@ def human_preferences(row: Row) -> Example:
     """stanfordnlp/SHP: `labels` is 1 where human_ref_A is preferred, else 0."""
     answers = [response_in(row, column) for column in ("human_ref_A", "human_ref_B")]
     return asked(text_in(row, "history"), *(answers if number_in(row, "labels") == 1 else reversed(answers)))
+
+
+def safe_rlhf(row: Row) -> Example:
+    """PKU-Alignment/PKU-SafeRLHF: `better_response_id` is the number of the more helpful response, 0 or 1."""
+    answers = [response_in(row, column) for column in ("response_0", "response_1")]
+    better = number_in(row, "better_response_id")
+    if better not in (0, 1):
+        raise RowError(f"`better_response_id` must be 0 or 1, found {better:g}")
+    return asked(text_in(row, "prompt"), *(answers if better == 0 else reversed(answers)))
+
+
+def system_and_question(system: str, question: str, *answers: str) -> Callable[[Row], Example]:
+    """A system prompt, which may be empty, a bare question, and one or two bare answers, in columns of these names.
+
+    A `status` of "tie" (argilla/distilabel-intel-orca-dpo-pairs) says that a judge saw no difference.
+    """
+
+    def convert(row: Row) -> Example:
+        instruction = require(row, system) or ""
+        turns = [("System", text_in(row, system))] if instruction != "" else []
+        turns.append(("Human", text_in(row, question)))
+        texts = [response_in(row, column) for column in answers]
+        if row.get("status") == "tie":
+            raise DroppedRow("with a tie")
+        return answered(turns, *texts)
+
+    return convert
+
+
+def instruction_in_context(row: Row) -> Example:
+    """databricks/databricks-dolly-15k: a context that is not empty follows the instruction on a separate line."""
+    question = text_in(row, "instruction")
+    if require(row, "context"):
+        question += f"\n{text_in(row, 'context')}"
+    return asked(question, response_in(row, "response"))
+
+
+def context_messages(row: Row) -> Example:
+    """OpenRLHF/prompt-collection-v0.1: chat turns that end with the human's."""
+    turns = turns_in(require(row, "context_messages"), "context_messages")
+    if turns[-1][0] == "Assistant":
+        raise DroppedRow("that end with the assistant's turn")
+    return answered(turns)
 
 
 def vicuna(row: Row) -> Example:
@@ -116,9 +159,10 @@ def scored_responses(row: Row) -> Example:
 
 
 def message_trees(rows: Iterable[Located]) -> Iterator[tuple[str, Example]]:
-    """OpenAssistant/oasst1: one example for each prompter's message with replies; the best ranked against the worst.
+    """OpenAssistant/oasst1 and oasst2: one example for each prompter's message with replies.
 
-    Each row is one message of a tree (message_id, parent_id, role, text, rank from 0 = best, deleted).
+    The reply ranked best is preferred to the one ranked worst. Each row is one message of a tree (message_id,
+    parent_id, role, text, rank from 0 = best, deleted).
     """
     messages: dict[str, Located] = {}
     replies: dict[str, list[Row]] = {}

@@ -58,12 +58,28 @@ AS_IT_STANDS = Format(("prompt", "chosen", "rejected"), PAIRS, published.as_it_s
 ASKED_PAIR = Format(("prompt", "chosen", "rejected"), PAIRS, published.asked_pair, published=True)
 REWARD_DATASETS = Format(("prompt", "chosen", "rejected"), PAIRS, published.reward_datasets, published=True)
 SUMMARIES = Format(("prompt", "chosen", "rejected"), PAIRS, published.summarize_comparisons, published=True)
-HH_RLHF = Format(("chosen", "rejected"), PAIRS, converters.dialogue_preference, published=True)
+DIALOGUE_PAIRS = Format(("chosen", "rejected"), PAIRS, converters.dialogue_preference, published=True)
+CHAT_PAIRS = Format(("prompt", "chosen", "rejected"), PAIRS, converters.preference, published=True)
 ALPACA = Format(("instruction", "output"), ANSWERS, converters.alpaca, published=True)
+CHAT = Format(("messages",), ANSWERS, converters.conversation("messages"), published=True)
+COMPLETION = Format(("prompt", "completion"), ANSWERS, converters.prompt_and("completion"), published=True)
+LABELLED = Format(("prompt", "completion", "label"), ANSWERS, converters.prompt_and("completion"), published=True)
 MKQA_COLUMNS = ("queries", "answers")
 MKQA_CHINESE = Format(MKQA_COLUMNS, ANSWERS, published.translated_question("zh_cn"), published=True)
 VICUNA = Format(("prompt", "label"), ANSWERS, published.vicuna, published=True)
 MKQA_JAPANESE = Format(MKQA_COLUMNS, ANSWERS, published.translated_question("ja"), published=True)
+
+DOLLY = Format(("instruction", "context", "response"), ANSWERS, published.instruction_in_context, published=True)
+OPEN_ORCA_COLUMNS = ("system_prompt", "question", "response")
+OPEN_ORCA = Format(OPEN_ORCA_COLUMNS, ANSWERS, published.system_and_question(*OPEN_ORCA_COLUMNS), published=True)
+ORCA_PAIRS_COLUMNS = ("system", "question", "chosen", "rejected")
+ORCA_PAIRS = Format(ORCA_PAIRS_COLUMNS, PAIRS, published.system_and_question(*ORCA_PAIRS_COLUMNS), published=True)
+JUDGED_ORCA_COLUMNS = ("system", "input", "chosen", "rejected")
+JUDGED_ORCA = Format(JUDGED_ORCA_COLUMNS, PAIRS, published.system_and_question(*JUDGED_ORCA_COLUMNS), published=True)
+SAFE_RLHF = Format(
+    ("prompt", "response_0", "response_1", "better_response_id"), PAIRS, published.safe_rlhf, published=True
+)
+PROMPT_COLLECTION = Format(("context_messages",), PROMPTS, published.context_messages, published=True)
 
 # Published sets whose columns are their own: a local copy is recognised by them as well.
 WEBGPT = Format(("question", "answer_0", "answer_1", "score_0"), PAIRS, published.webgpt_comparisons, published=True)
@@ -93,7 +109,7 @@ class DatasetSpec:
 
     hub None: the set is published as plain files; `files` says which, and --data_path takes their path.
     format None: determined by the columns.
-    left_out: a folder that is not read in a local copy, because it holds rows of another kind.
+    left_out: folders and splits that are not read in a local copy, because they hold rows of another kind.
     """
 
     hub: str | None
@@ -102,7 +118,7 @@ class DatasetSpec:
     train: str = "train"
     held_out: str | None = None
     files: str = ""
-    left_out: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 DATASETS = {
@@ -124,13 +140,42 @@ DATASETS = {
     "mkqa-Japanese": DatasetSpec("apple/mkqa", MKQA_JAPANESE, config="mkqa"),
     "lmqg/qg_jaquad": DatasetSpec("lmqg/qg_jaquad", JAQUAD, held_out="validation"),
     "lmqg/qag_jaquad": DatasetSpec("lmqg/qag_jaquad", JAQUAD_ALL, held_out="validation"),
-    "Anthropic/hh-rlhf": DatasetSpec("Anthropic/hh-rlhf", HH_RLHF, held_out="test", left_out="red-team-attempts"),
+    "Anthropic/hh-rlhf": DatasetSpec(
+        "Anthropic/hh-rlhf", DIALOGUE_PAIRS, held_out="test", left_out=("red-team-attempts",)
+    ),
     "tatsu-lab/alpaca": DatasetSpec("tatsu-lab/alpaca", ALPACA),
     "alpaca_gpt4": DatasetSpec("vicgalle/alpaca-gpt4", ALPACA),
     "OpenAssistant/oasst1": DatasetSpec("OpenAssistant/oasst1", OASST, held_out="validation"),
+    "OpenAssistant/oasst2": DatasetSpec("OpenAssistant/oasst2", OASST, held_out="validation"),
     "CarperAI/openai_summarize_comparisons": DatasetSpec(
         "CarperAI/openai_summarize_comparisons", SUMMARIES, held_out="valid1"
     ),
+    "HuggingFaceH4/ultrachat_200k": DatasetSpec(
+        "HuggingFaceH4/ultrachat_200k", CHAT, train="train_sft", held_out="test_sft", left_out=("train_gen", "test_gen")
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": DatasetSpec(
+        "HuggingFaceH4/ultrafeedback_binarized",
+        CHAT_PAIRS,
+        train="train_prefs",
+        held_out="test_prefs",
+        left_out=("train_sft", "test_sft", "train_gen", "test_gen"),
+    ),
+    "argilla/dpo-mix-7k": DatasetSpec("argilla/dpo-mix-7k", DIALOGUE_PAIRS, held_out="test"),
+    "argilla/ultrafeedback-binarized-preferences-cleaned": DatasetSpec(
+        "argilla/ultrafeedback-binarized-preferences-cleaned", CHAT_PAIRS
+    ),
+    "argilla/distilabel-intel-orca-dpo-pairs": DatasetSpec("argilla/distilabel-intel-orca-dpo-pairs", JUDGED_ORCA),
+    "argilla/kto-mix-15k": DatasetSpec("argilla/kto-mix-15k", LABELLED),
+    "trl-lib/kto-mix-14k": DatasetSpec("trl-lib/kto-mix-14k", LABELLED, held_out="test"),
+    "trl-lib/ultrafeedback_binarized": DatasetSpec("trl-lib/ultrafeedback_binarized", DIALOGUE_PAIRS, held_out="test"),
+    "trl-lib/hh-rlhf-helpful-base": DatasetSpec("trl-lib/hh-rlhf-helpful-base", CHAT_PAIRS, held_out="test"),
+    "trl-lib/tldr": DatasetSpec("trl-lib/tldr", COMPLETION, held_out="validation"),
+    "trl-lib/Capybara": DatasetSpec("trl-lib/Capybara", CHAT, held_out="test"),
+    "databricks/databricks-dolly-15k": DatasetSpec("databricks/databricks-dolly-15k", DOLLY),
+    "Intel/orca_dpo_pairs": DatasetSpec("Intel/orca_dpo_pairs", ORCA_PAIRS),
+    "Open-Orca/OpenOrca": DatasetSpec("Open-Orca/OpenOrca", OPEN_ORCA),
+    "PKU-Alignment/PKU-SafeRLHF": DatasetSpec("PKU-Alignment/PKU-SafeRLHF", SAFE_RLHF, held_out="test"),
+    "OpenRLHF/prompt-collection-v0.1": DatasetSpec("OpenRLHF/prompt-collection-v0.1", PROMPT_COLLECTION),
     "wikitext": DatasetSpec("Salesforce/wikitext", None, config="wikitext-103-raw-v1", held_out="validation"),
     "MultiTurnAlpaca": DatasetSpec(
         None, ALPACA, files="data/training_data.txt.train and .test of github.com/l294265421/alpaca-rlhf"
@@ -148,11 +193,13 @@ ALIASES = {
     "vicgalle/alpaca-gpt4": "alpaca_gpt4",
     "Salesforce/wikitext": "wikitext",
 }
+SPELLINGS = {name.lower(): name for name in (*DATASETS, *ALIASES)}  # the hub, too, ignores the case of a name
 
 
 def find_dataset(name: str) -> DatasetSpec | None:
-    """The published set called `name` (or by an alias), or None."""
-    return DATASETS.get(ALIASES.get(name, name))
+    """The published set called `name` (or by an alias), in whatever case, or None."""
+    spelling = SPELLINGS.get(name.lower())
+    return None if spelling is None else DATASETS[ALIASES.get(spelling, spelling)]
 
 
 def find_format(columns: Collection[str], purpose: Purpose) -> Format | None:

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -27,12 +27,12 @@ _ABOUT = ("README", "LICENSE")  # about the data
 LocatedRow = tuple[str, Row]
 
 
-def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], list[Path], list[Path]]:
+def find_files(path: Path, label: str, left_out: Sequence[str] = ()) -> tuple[list[Path], list[Path], list[Path]]:
     """The training files, the held-out files, and the others that `path` (a file, or a folder and all below it) holds.
 
     In a folder a file is held out if a word of its path below the folder is one of HELD_OUT_WORDS (test.jsonl,
-    data/validation-00000-of-00001.parquet). Folders called `left_out` and hidden files are left out. Raises InputError,
-    beginning with `label`, if nothing is there to train on.
+    data/validation-00000-of-00001.parquet). Hidden files are left out, and so are folders and splits that are called as
+    one of `left_out` is. Raises InputError, beginning with `label`, if nothing is there to train on.
     """
     if path.is_file():
         return [path], [], []
@@ -43,7 +43,7 @@ def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], 
         for file in path.rglob("*")
         if file.is_file()
         and file.name not in _DESCRIPTIONS
-        and not any(part.startswith(".") or part == left_out for part in file.relative_to(path).parts)
+        and not any(_is_left_out(part, left_out) for part in file.relative_to(path).parts)
     )
     found = [file for file in files if file.name.endswith(SUFFIXES)]
     if not found:
@@ -57,6 +57,11 @@ def find_files(path: Path, label: str, left_out: str = "") -> tuple[list[Path], 
         raise InputError(f"{label}: the folder holds only held-out files ({names}); add a train file")
     others = [file for file in files if file not in found and not file.name.startswith(_ABOUT)]
     return training, held_out, others
+
+
+def _is_left_out(part: str, left_out: Sequence[str]) -> bool:
+    """Whether part of a path is hidden, or a folder or split of these names (train_gen-00000-of-00003.parquet)."""
+    return part.startswith(".") or any(part == name or part.startswith((f"{name}-", f"{name}.")) for name in left_out)
 
 
 def content_digest(file: Path) -> str:

@@ -20,6 +20,7 @@ from utils.data.formats.example import DroppedRow, Example, NoResponseError, Pur
 from utils.data.formats.registry import (
     ALIASES,
     DATASETS,
+    SPELLINGS,
     DatasetSpec,
     Format,
     expected_columns,
@@ -132,15 +133,15 @@ class HubSource:
 def open_source(name: str, config: str | None = None, flag: str = "--data_path") -> LocalSource | HubSource:
     """What `name`, given to `flag`, means: a local path if there is one, else a known data set, else a name on the hub.
 
-    `config` chooses among a data set's configurations, which are subfolders in a local copy. Raises InputError for a
-    name that is none of these.
+    Names of known sets match in whatever case. `config` chooses among a data set's configurations, which are subfolders
+    in a local copy. Raises InputError for a name that is none of these.
     """
     path, label = Path(name).expanduser(), f"{flag} {name}"
     if path.exists():
         copy_of = _known_name(path)
         config = config or (DATASETS[copy_of].config if copy_of else None)
         folder = path / config if config and (path / config).is_dir() else path
-        training, held_out, others = find_files(folder, label, left_out=DATASETS[copy_of].left_out if copy_of else "")
+        training, held_out, others = find_files(folder, label, left_out=DATASETS[copy_of].left_out if copy_of else ())
         return LocalSource(label, tuple(training), tuple(held_out), copy_of, tuple(others))
     spec = find_dataset(name)
     if spec is None:
@@ -149,20 +150,21 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
         spec = DatasetSpec(name, None)
     if spec.hub is None:
         raise InputError(f"{label}: this set is published as files; fetch {spec.files}, and give their path")
+    name = SPELLINGS.get(name.lower(), name)
     return HubSource(label, name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format)
 
 
 def _known_name(path: Path) -> str | None:
     """The known data set after which a folder is named (.../stanfordnlp/SHP), as a copy from the hub is."""
-    location = path.resolve().as_posix() if path.is_dir() else ""
-    named = (name for name in (*DATASETS, *ALIASES) if location.endswith(f"/{name}"))
+    location = path.resolve().as_posix().lower() if path.is_dir() else ""
+    named = (name for lower, name in SPELLINGS.items() if location.endswith(f"/{lower}"))
     known = (ALIASES.get(name, name) for name in named)
     return next((name for name in known if DATASETS[name].hub), None)
 
 
 def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, [*DATASETS, *ALIASES], n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    close = difflib.get_close_matches(name.lower(), SPELLINGS, n=1)
+    return f" (did you mean {SPELLINGS[close[0]]}?)" if close else ""
 
 
 def read_examples(
