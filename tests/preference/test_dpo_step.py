@@ -220,3 +220,12 @@ def test_the_summary_and_the_configuration_can_be_read(world, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["run"]["title"] == "direct preference"
     assert "sigmoid:0.5" in (tmp_path / "run_config.yaml").read_text()
     assert load_file(tmp_path / "model.safetensors")
+
+
+def test_weighted_sources_find_their_reference_in_every_epoch(world, tmp_path):
+    """The second epoch has other rows of the larger source: at a learning rate of nearly 0, all losses stay ln 2."""
+    rows = [{"prompt": f" Human: {i} ? Assistant:", "chosen": f" yes {i * 7}", "rejected": " no ."} for i in range(20)]
+    few = write_rows(tmp_path / "few.jsonl", rows)
+    data = [f"{world['data']}:0.5", f"{few}:0.5"]
+    run_script(config(world, tmp_path / "out", data_path=data, max_steps=0, num_train_epochs=2, learning_rate=1e-12))
+    assert losses_of(tmp_path / "out") == pytest.approx([math.log(2)] * len(losses_of(tmp_path / "out")), abs=1e-6)

@@ -22,7 +22,7 @@ class MatedRows(Dataset):
     """
 
     def __init__(self, rows: TokenDataset, mates: TokenDataset, max_len: int) -> None:
-        self._rows, self._mates, self._max_len = rows, mates, max_len
+        self._rows, self._mates, self._max_len = rows, mates.of_all_epochs(), max_len
         self.key = f"{rows.key}-mates"
 
     def __len__(self) -> int:
@@ -30,7 +30,7 @@ class MatedRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        mate = self._mate(int(index), row["prompt_ids"])
+        mate = self._mate(self.number(index), row["prompt_ids"])
         return row | {"mate_ids": mate[: self._max_len - len(row["prompt_ids"])]}
 
     def _mate(self, index: int, prompt: list[int]) -> list[int]:
@@ -39,6 +39,18 @@ class MatedRows(Dataset):
             if row["prompt_ids"] != prompt:
                 return row["response_ids"]
         raise InputError("--loss kto compares answers to different prompts, and all rows have the same: give more data")
+
+    def number(self, index: int) -> int:
+        """See `TokenDataset`."""
+        return self._rows.number(index)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `TokenDataset`."""
+        self._rows.set_epoch(epoch)
+
+    def of_all_epochs(self) -> "MatedRows":
+        """See `TokenDataset`."""
+        return MatedRows(self._rows.of_all_epochs(), self._mates, self._max_len)
 
     def lengths(self, column: str) -> list[int]:
         """Tokens of each row's `column`, of those that `TokenDataset` has."""

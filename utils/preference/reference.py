@@ -34,16 +34,21 @@ Collate = Callable[[Sequence[dict[str, Any]]], Batch]
 
 
 class KnownRows(Dataset):
-    """Rows with their "reference_logprobs", [answer][part] as in `answers.Answers`."""
+    """Rows with their "reference_logprobs", [answer][part] as in `answers.Answers`.
+
+    Args:
+        logprobs: (rows of all epochs, 2, 2).
+    """
 
     def __init__(self, rows: Rows, logprobs: torch.Tensor) -> None:
         self._rows, self._logprobs = rows, logprobs
+        self.set_epoch = rows.set_epoch
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index] | {"reference_logprobs": self._logprobs[int(index)].tolist()}
+        return self._rows[index] | {"reference_logprobs": self._logprobs[self._rows.number(index)].tolist()}
 
 
 class Reference:
@@ -83,11 +88,12 @@ class Reference:
         """
         if self._live or not self._config.needs_reference:
             return rows
-        key = self._key(rows, part)
+        whole = rows.of_all_epochs()
+        key = self._key(whole, part)
         cache = private_folder(self._config.data_output_path)
         if distributed.all_reduce_scalar(float((cache / key / FILE).is_file()), "min"):
             return KnownRows(rows, load_file(cache / key / FILE)["logprobs"])
-        logprobs = self._compute(rows, part)
+        logprobs = self._compute(whole, part)
         if distributed.local_rank() == 0:
             cached_folder(cache, key, lambda folder: _write(folder, logprobs), is_writer=True)
         return KnownRows(rows, logprobs)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.data.rows.dataset import TokenDataset
 from utils.errors import InputError
 from utils.parallel import distributed
 
@@ -77,11 +76,11 @@ class RankDataLoader(DataLoader):
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Shuffle as epoch `epoch` does, and begin at its batch `start_batch` without loading those before.
 
-        A `TokenDataset` of weighted sources changes to the rows of that epoch.
+        Rows that differ from epoch to epoch, as those of weighted sources do, change to those of that epoch.
         """
         self.batch_sampler.epoch, self.batch_sampler.start_batch = epoch, start_batch
-        if isinstance(self.dataset.rows, TokenDataset):
-            self.dataset.rows.set_epoch(epoch)
+        if set_epoch := getattr(self.dataset.rows, "set_epoch", None):
+            set_epoch(epoch)
 
 
 def endless(loader: RankDataLoader, start: int = 0) -> Iterator[Any]:

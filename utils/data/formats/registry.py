@@ -11,7 +11,7 @@ from utils.data.formats.example import Example, Purpose, Row
 
 PAIRS: frozenset[Purpose] = frozenset({"sft", "preference", "prompts", "pretrain"})
 ANSWERS: frozenset[Purpose] = frozenset({"sft", "prompts", "pretrain"})
-LABELLED: frozenset[Purpose] = ANSWERS | {"labelled"}
+JUDGED: frozenset[Purpose] = ANSWERS | {"labelled"}
 TEXT: frozenset[Purpose] = frozenset({"sft", "pretrain"})
 PROMPTS: frozenset[Purpose] = frozenset({"prompts"})
 
@@ -43,11 +43,11 @@ GENERAL_FORMATS = (
     Format(("instruction", "output"), ANSWERS, converters.alpaca),
     # Evaluation sets of this form hold models' empty answers.
     Format(("instruction", "output_1", "output_2", "preference"), PAIRS, converters.alpaca_preference, published=True),
-    Format(("conversations",), LABELLED, converters.conversation("conversations")),
-    Format(("messages",), LABELLED, converters.conversation("messages")),
-    Format(("prompt", "completion"), LABELLED, converters.prompt_and("completion")),
-    Format(("prompt", "chosen"), LABELLED, converters.prompt_and("chosen")),
-    Format(("prompt", "response"), LABELLED, converters.prompt_and("response")),
+    Format(("conversations",), JUDGED, converters.conversation("conversations")),
+    Format(("messages",), JUDGED, converters.conversation("messages")),
+    Format(("prompt", "completion"), JUDGED, converters.prompt_and("completion")),
+    Format(("prompt", "chosen"), JUDGED, converters.prompt_and("chosen")),
+    Format(("prompt", "response"), JUDGED, converters.prompt_and("response")),
 )
 LAST_FORMATS = (
     Format(("text",), TEXT, converters.plain_text),
@@ -63,7 +63,7 @@ CHAT_PAIRS = Format(("prompt", "chosen", "rejected"), PAIRS, converters.preferen
 ALPACA = Format(("instruction", "output"), ANSWERS, converters.alpaca, published=True)
 CHAT = Format(("messages",), ANSWERS, converters.conversation("messages"), published=True)
 COMPLETION = Format(("prompt", "completion"), ANSWERS, converters.prompt_and("completion"), published=True)
-LABELLED = Format(("prompt", "completion", "label"), ANSWERS, converters.prompt_and("completion"), published=True)
+LABELLED = Format(("prompt", "completion", "label"), JUDGED, converters.prompt_and("completion"), published=True)
 MKQA_COLUMNS = ("queries", "answers")
 MKQA_CHINESE = Format(MKQA_COLUMNS, ANSWERS, published.translated_question("zh_cn"), published=True)
 VICUNA = Format(("prompt", "label"), ANSWERS, published.vicuna, published=True)

@@ -54,7 +54,11 @@ class TokenDataset(Dataset):
         return len(self._rows) if self._numbers is None else len(self._numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[int(index if self._numbers is None else self._numbers[index])]
+        return self._rows[self.number(index)]
+
+    def number(self, index: int) -> int:
+        """The number of a row among the rows of all epochs."""
+        return int(index if self._numbers is None else self._numbers[index])
 
     @property
     def has_other_rows(self) -> bool:
@@ -83,8 +87,10 @@ class TokenDataset(Dataset):
         """The first `count` rows (all of them for 0), which are a fair sample: rows are in random order already."""
         if not count:
             return self
+        if self._numbers is None:
+            return TokenDataset(self._rows.select(range(min(count, len(self)))), self.description, self.key)
         some = self.of_all_epochs()
-        some._numbers = np.arange(len(self))[:count] if self._numbers is None else self._numbers[:count]
+        some._numbers = self._numbers[:count]
         return some
 
 
