@@ -8,10 +8,12 @@ import torch
 from utils.algorithms.masking import lengths_to_mask
 from utils.algorithms.reward_losses import (
     Pairs,
+    centering_penalty,
     last_token_loss,
     pairwise_loss,
     token_span_loss,
     token_span_pairwise_loss,
+    total_loss,
 )
 from utils.arguments.choices import PAIRWISE_LOSSES
 
@@ -124,9 +126,87 @@ def test_losses_of_the_table_read_what_they_need_of_the_pairs():
         attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]),
         response_mask=torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]]).bool(),
         row_mask=torch.tensor([True]),
+        margin=torch.tensor([0.0]),
+        source=torch.tensor([0]),
     )
     assert [score.tolist() for score in pairs.scores] == [[2.0], [3.0]]
     assert PAIRWISE_LOSSES["last_token"].load() is last_token_loss
     assert PAIRWISE_LOSSES["token_span"].load() is token_span_loss
     assert last_token_loss(pairs).item() == pytest.approx(softplus(1.0))
     assert token_span_loss(pairs).item() == pytest.approx((softplus(2.0) + softplus(1.0)) / 2)
+
+
+# --- margins, label smoothing, centring ------------------------------------------------------------------------------
+
+
+def make_pairs(margin: list[float], **changes) -> Pairs:
+    """Three pairs of a prompt token and up to three response tokens; the first difference is in column 1."""
+    lengths = torch.tensor([3, 4, 2, 4, 2, 3])
+    mask = lengths_to_mask(lengths, 4)
+    generator = torch.Generator().manual_seed(1)
+    values = 2 * torch.randn(6, 4, generator=generator)
+    fields = {
+        "values": values.masked_fill(~mask, float("nan")),  # never to be read
+        "input_ids": torch.cat([torch.full((3, 4), 7), torch.full((3, 4), 8)]),
+        "attention_mask": mask.long(),
+        "response_mask": mask & (torch.arange(4) > 0),
+        "row_mask": torch.ones(3, dtype=torch.bool),
+        "margin": torch.tensor(margin),
+        "source": torch.zeros(3, dtype=torch.long),
+    }
+    return Pairs(**fields | changes)
+
+
+def columns_of(pairs: Pairs, index: int) -> list[tuple[float, float]]:
+    """Chosen and rejected value of each column in the span of a pair, by hand: the shorter one keeps its last value."""
+    sides = [pairs.values[row][pairs.attention_mask[row].bool()].tolist() for row in (index, index + 3)]
+    length = max(map(len, sides))
+    return list(zip(*(side + side[-1:] * (length - len(side)) for side in sides), strict=True))
+
+
+def log_sigmoid(x: float) -> float:
+    return -softplus(-x)
+
+
+@pytest.mark.parametrize("loss", [last_token_loss, token_span_loss])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("own", "constant"), [([0.0, 0.0, 0.0], 0.5), ([1 / 3, 2 / 3, 1.0], 0.0)])
+def test_margin_and_label_smoothing_by_hand(loss, smoothing, own, constant):
+    """(1 - e)(-log sigmoid(d)) + e (-log sigmoid(-d)), d = chosen - rejected - margin."""
+    pairs = make_pairs(own)
+    expected = []
+    for index, margin in enumerate(own):
+        columns = columns_of(pairs, index)[-1:] if loss is last_token_loss else columns_of(pairs, index)
+        differences = [chosen - rejected - margin - constant for chosen, rejected in columns]
+        losses = [-(1 - smoothing) * log_sigmoid(d) - smoothing * log_sigmoid(-d) for d in differences]
+        expected.append(sum(losses) / len(losses))
+    losses = total_loss(loss, pairs, margin=constant, label_smoothing=smoothing)
+    torch.testing.assert_close(losses, torch.tensor(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss", [last_token_loss, token_span_loss])
+def test_with_the_defaults_the_total_is_the_loss_itself(loss):
+    pairs = make_pairs([0.0] * 3)
+    chosen, rejected = pairs.scores
+    assert torch.equal(total_loss(loss, pairs), loss(pairs))
+    assert torch.equal(last_token_loss(pairs), -torch.nn.functional.logsigmoid(chosen - rejected))
+
+
+def test_centring_is_that_of_trl():
+    """RewardTrainer adds center_rewards_coefficient * mean((chosen + rejected)^2) to the mean loss."""
+    pairs = make_pairs([0.5] * 3)
+    chosen, rejected = pairs.scores
+    trl = -torch.nn.functional.logsigmoid(chosen - rejected - 0.5).mean() + 0.01 * torch.mean((chosen + rejected) ** 2)
+    torch.testing.assert_close(total_loss(last_token_loss, pairs, center_coefficient=0.01).mean(), trl)
+    assert centering_penalty(torch.tensor([1.0, -2.0]), torch.tensor([-1.0, -1.5])).tolist() == [0.0, 12.25]
+
+
+def test_a_smoothed_loss_is_least_where_the_model_is_as_sure_as_the_labels():
+    """Its gradient is 0 at sigmoid(d) = 1 - e: confidence beyond that is punished, without smoothing it never is."""
+    difference = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)
+    ids, mask = torch.tensor([[1], [2]]), torch.ones(2, 1, dtype=torch.bool)
+    values = torch.stack([difference, torch.zeros(1)])
+    others = {"margin": torch.zeros(1), "source": torch.zeros(1, dtype=torch.long), "row_mask": torch.ones(1).bool()}
+    pairs = Pairs(values=values, input_ids=ids, attention_mask=mask, response_mask=mask, **others)
+    (gradient,) = torch.autograd.grad(total_loss(last_token_loss, pairs, label_smoothing=0.1).sum(), difference)
+    assert gradient.item() == pytest.approx(0, abs=1e-6)

@@ -22,21 +22,14 @@ import time
 
 import torch
 
-from utils.algorithms.reward_losses import Pairs
+from utils.algorithms.reward_losses import Pairs, total_loss
 from utils.arguments.choices import PAIRWISE_LOSSES
 from utils.checkpoints import Checkpoints
-from utils.data import (
-    Corpus,
-    accumulation_groups,
-    build_dataloader,
-    build_datasets,
-    collate_preference,
-    micro_batches,
-)
+from utils.data import Corpus, accumulation_groups, build_dataloader, build_datasets, collate_preference, micro_batches
 from utils.data.batches.sizes import pair_tokens
 from utils.models.checks import check_models, load_matching_tokenizer
 from utils.models.engine import build_engine
-from utils.models.pair_scores import PairScores
+from utils.models.pair_scores import CHOSEN_LONGER, CHOSEN_SHORTER, PairScores, source_accuracies
 from utils.models.saving import save_model
 from utils.models.scalar_head import store_score_scale
 from utils.parallel import distributed
@@ -53,6 +46,8 @@ PANELS = {
     "accuracy": ["train/accuracy", "eval/accuracy"],
     "margin: chosen - rejected": ["train/margin", "eval/margin"],
     "scores on held-out rows": ["eval/chosen_mean", "eval/rejected_mean"],
+    "length bias": [CHOSEN_SHORTER, CHOSEN_LONGER],
+    "calibration error": ["eval/calibration_error"],
 }
 
 
@@ -80,13 +75,14 @@ def score_pairs(engine, batch, loss_of) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 @torch.no_grad()
-def evaluate(engine, loader, loss_of, batches: int | None = None) -> dict[str, float]:
-    """Loss, accuracy, margin, mean and standard deviation of the scores over held-out pairs of all ranks."""
+def evaluate(engine, loader, loss_of, sources, batches: int | None = None) -> dict[str, float]:
+    """The metrics of `PairScores` over held-out pairs of all ranks; `sources` are the names of their data sets."""
     engine.eval()
-    scores = PairScores()
+    scores = PairScores(sources)
     count = min(batches or len(loader), len(loader))
     for batch in distributed.wait("held-out pairs, batches", count).over(itertools.islice(loader, batches)):
-        scores.add(*score_pairs(engine, distributed.to_device(batch), loss_of))
+        batch = distributed.to_device(batch)
+        scores.add(*score_pairs(engine, batch, loss_of), batch)
     engine.train()
     return scores.metrics()
 
@@ -117,7 +113,7 @@ def main(config: Config) -> dict[str, float]:
     announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[eval_rows.key])
     engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
-    loss_of = PAIRWISE_LOSSES[config.reward_loss].load()
+    loss_of = functools.partial(total_loss, PAIRWISE_LOSSES[config.reward_loss].load(), **config.loss_options)
 
     def save(evaluated, folder) -> None:
         store_score_scale(engine.module.model.config, evaluated["eval/chosen_mean"], evaluated["eval/chosen_std"])
@@ -128,7 +124,7 @@ def main(config: Config) -> dict[str, float]:
     state = checkpoints.resume({"model": engine})
     with open_metrics(plan, state) as writer, checkpoints:
         if state.step == 0:
-            state.before = evaluate(engine, eval_loader, loss_of)
+            state.before = evaluate(engine, eval_loader, loss_of, corpus.names)
             writer.log(0, state.before)
         step, started = state.step, time.perf_counter() - state.seconds
         groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, plan.length)
@@ -160,11 +156,12 @@ def main(config: Config) -> dict[str, float]:
             }
             writer.log(step, metrics, bar=["train/loss", "train/accuracy", "train/pairs_per_second"])
             if config.eval_interval and step % config.eval_interval == 0 and step < plan.length:
-                evaluated = evaluate(engine, eval_loader, loss_of, None if config.keep_best else config.eval_iters)
+                batches = None if config.keep_best else config.eval_iters
+                evaluated = evaluate(engine, eval_loader, loss_of, corpus.names, batches)
                 writer.log(step, evaluated)
                 save_if_best(config, evaluated["eval/accuracy"], functools.partial(save, evaluated))
             checkpoints.step_done(state, writer, step=step, seconds=time.perf_counter() - started)
-        after = evaluate(engine, eval_loader, loss_of)
+        after = evaluate(engine, eval_loader, loss_of, corpus.names)
         writer.log(step, after)
         writer.compare("held-out pairs", state.before, after)
 
@@ -172,7 +169,7 @@ def main(config: Config) -> dict[str, float]:
         if config.output_dir:
             save(after, config.output_dir)
             save_if_best(config, after["eval/accuracy"], functools.partial(save, after))
-        writer.plot(PANELS, per=plan.unit)
+        writer.plot(PANELS | {"accuracy by data set": source_accuracies(corpus.names)}, per=plan.unit)
     return save_summary(plan, state, after, steps=step)
 
 

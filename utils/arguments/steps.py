@@ -58,6 +58,11 @@ class StepConfig(
         """Additional data for this step alone; all of its rows are used."""
         return []
 
+    @property
+    def number_columns(self) -> dict[str, str]:
+        """Columns with a number that every row must have, by the name of the number, as in `--NAME_column`."""
+        return {}
+
     def named_data(self) -> list[tuple[str, str]]:
         """Flag and path (or name) of everything that the step reads as data."""
         return [("--data_path", path) for path in self.data_sources]
@@ -125,6 +130,10 @@ class RewardModelConfig(
     @property
     def row_limit(self) -> int:
         return self.max_seq_len
+
+    @property
+    def number_columns(self) -> dict[str, str]:
+        return {"margin": self.margin_column} if self.margin_column else {}
 
     def roles(self) -> dict[str, RoleFlags]:
         return {"model": trained_role(self, "model", "scalar", new_head=True)}

@@ -49,6 +49,22 @@ class RewardModelArguments(Arguments):
     eval_interval: int = flag(
         0, "optimiser steps between evaluations; 0 = only before and after", at_least=0, resume="free"
     )
+    label_smoothing: float = flag(
+        0.0,
+        "probability with which a pair is taken to be labelled the wrong way round: the loss becomes (1 - e) times its "
+        "own plus e times that of the swapped pair",
+        at_least=0,
+        below=0.5,
+    )
+    margin: float = flag(
+        0.0, "how much higher the chosen response is to score: the loss is that of the difference less it", at_least=0
+    )
+    margin_column: str | None = flag(
+        None, "column that holds the margin of each pair (LLaMA-2's margin loss), in place of --margin"
+    )
+    center_rewards_coefficient: float = flag(
+        0.0, "weight of (chosen + rejected)^2, which keeps scores around zero; 0.01 is usual", at_least=0
+    )
     eval_iters: int = flag(
         100,
         "batches per evaluation during training; those before and after use all, and so do all with --keep_best",
@@ -61,3 +77,21 @@ class RewardModelArguments(Arguments):
         resume="free",
         idle="attention masks mark the padding",
     )
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """What `reward_losses.total_loss` adds to the loss."""
+        return {
+            "margin": self.margin,
+            "label_smoothing": self.label_smoothing,
+            "center_coefficient": self.center_rewards_coefficient,
+        }
+
+    def check(self) -> None:
+        if self.margin and self.margin_column:
+            raise InputError(
+                f"--margin {self.margin:g} and --margin_column {self.margin_column} both set the margin of a pair: "
+                "give one of them"
+            )
+        if self.margin_column == "":
+            raise InputError("--margin_column is empty: name the column that holds the margin of each pair")

@@ -109,8 +109,8 @@ class MetricsWriter:
             self._progress.print(f"\n{format_table(title, rows, header)}\n")
 
     def compare(self, title: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        """Print "eval/..." metrics from before and after side by side, named by the part after the slash."""
-        rows = [(name.rpartition("/")[2], f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
+        """Print "eval/..." metrics from before and after side by side, named by the part after "eval/"."""
+        rows = [(name.partition("/")[2], f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after]
         self.table(title, rows, header=("", "before", "after"))
 
     def plot(self, panels: Mapping[str, Sequence[str]], per: str = "step") -> Path | None:

@@ -32,7 +32,7 @@ def test_a_filler_row_has_no_targets():
 
 def test_pairs_become_one_batch_chosen_first():
     rows = [
-        {"prompt_ids": [1, 5], "chosen_ids": [6, 2], "rejected_ids": [7, 8, 9]},
+        {"prompt_ids": [1, 5], "chosen_ids": [6, 2], "rejected_ids": [7, 8, 9], "margin": 0.75, "source": 2},
         {"prompt_ids": [1], "chosen_ids": [6, 2], "rejected_ids": [2], "filler": True},
     ]
     batch = collate_preference(rows, 0)
@@ -40,6 +40,10 @@ def test_pairs_become_one_batch_chosen_first():
     assert batch["attention_mask"].sum(1).tolist() == [4, 3, 5, 2]
     assert batch["response_mask"].tolist() == [[F, F, T, T, F], [F, T, T, F, F], [F, F, T, T, T], [F, T, F, F, F]]
     assert batch["row_mask"].tolist() == [True, False]
+    assert batch["margin"].tolist() == [0.75, 0.0] and batch["margin"].dtype == torch.float32
+    assert batch["source"].tolist() == [2, 0] and batch["source"].dtype == torch.long
+    without = collate_preference([row | {"margin": None} for row in rows], 0)
+    assert without["margin"].tolist() == [0.0, 0.0]
 
 
 def test_prompts_are_padded_on_the_left():

@@ -52,7 +52,8 @@ def test_row_keys_and_spans(build, write_jsonl, pairs, tiny_tokenizer):
         assert response.count(eos) == 1 and response[-1] == eos
 
     for row in build("preference", path)[0]:
-        assert set(row) == {"prompt_ids", "chosen_ids", "rejected_ids"}
+        assert set(row) == {"prompt_ids", "chosen_ids", "rejected_ids", "source", "margin"}
+        assert (row["source"], row["margin"]) == (0, None)
         source = by_prompt[text_of(tiny_tokenizer, row["prompt_ids"])]
         assert text_of(tiny_tokenizer, row["chosen_ids"]) == source["chosen"]
         assert text_of(tiny_tokenizer, row["rejected_ids"]) == source["rejected"]
@@ -62,6 +63,57 @@ def test_row_keys_and_spans(build, write_jsonl, pairs, tiny_tokenizer):
         assert set(row) == {"prompt_ids", "prompt", "reference", "columns"}
         assert row["prompt_ids"] == tiny_tokenizer(row["prompt"]).input_ids
         assert row["prompt"] in by_prompt
+
+
+def test_numbers_of_a_pair_reach_its_row(build, write_jsonl, pairs, tiny_tokenizer):
+    """The margin in the named column, as a number or as text, and the data set, in training and held-out rows."""
+    first = write_jsonl([row | {"strength": i / 4, "margin": -1} for i, row in enumerate(pairs)], "first.jsonl")
+    more = [{name: text.replace("question", "thing") for name, text in row.items()} for row in pairs]
+    second = write_jsonl([row | {"strength": f"{i}.5"} for i, row in enumerate(more)], "second.jsonl")
+    parts = build("preference", first, second, data_split="0,1,0", number_columns={"margin": "strength"})
+    found = {
+        text_of(tiny_tokenizer, row["prompt_ids"]): (row["source"], row["margin"]) for part in parts for row in part
+    }
+    expected = {row["prompt"]: (0, i / 4) for i, row in enumerate(pairs)}
+    expected |= {row["prompt"]: (1, i + 0.5) for i, row in enumerate(more)}
+    assert found == expected
+    assert {row["margin"] for part in build("preference", first, second) for row in part} == {None}
+
+
+def test_the_column_of_a_margin_is_part_of_the_key_only_where_one_is_named(build, write_jsonl, pairs):
+    path = write_jsonl([row | {"a": 1, "b": 2} for row in pairs])
+    keys = [
+        build("preference", path, number_columns=columns)[0].key for columns in ({}, {"margin": "a"}, {"margin": "b"})
+    ]
+    assert len(set(keys)) == 3 and build("preference", path)[0].key == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "has no column `strength`, which --margin_column names"),
+        ({"strength": None}, "`strength` must be a number, found null; --margin_column needs one in every row"),
+        ({"strength": "much"}, "`strength` must be a number, found str 'much'"),
+        ({"strength": float("nan")}, "`strength` is nan; --margin_column needs a finite number"),
+        ({"strength": True}, "`strength` is True; --margin_column needs a finite number"),
+    ],
+)
+@pytest.mark.parametrize("line", [3, 30])
+def test_a_row_without_its_margin_is_named_by_its_line(build, corpus, write_jsonl, pairs, change, message, line):
+    rows = [row | {"strength": 1} for row in pairs]
+    rows[line - 1] = pairs[line - 1] | change
+    data = corpus("preference", write_jsonl(rows), number_columns={"margin": "strength"})
+    with pytest.raises(InputError) as error:
+        if line < 20:  # the first rows are looked at before anything is loaded
+            data.check()
+        else:
+            build("preference", *data.paths, number_columns=data.number_columns)
+    assert f"data.jsonl, line {line}: {message}" in str(error.value)
+
+
+def test_sources_have_short_names_unless_these_are_equal(corpus):
+    assert corpus("preference", "a/x.jsonl", "Dahoas/rm-static/").names == ["x.jsonl", "rm-static"]
+    assert corpus("preference", "a/x.jsonl", "b/x.jsonl", "y").names == ["a/x.jsonl", "b/x.jsonl", "y"]
 
 
 def rows_by_prompt(build, write_jsonl, rows):

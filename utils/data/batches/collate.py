@@ -54,8 +54,9 @@ def collate_preference(rows: Sequence[Row], pad_id: int) -> Batch:
     """Rows of purpose "preference" as one batch of 2B sequences padded on the right: B chosen, then their B rejected.
 
     Returns input_ids, attention_mask and response_mask (2B, T), the last true on response tokens with their EOS;
-    prompt_lengths (B,), the tokens with which both sequences of a pair begin; and row_mask (B,): false for filler
-    pairs, which have sequences like any other and must not enter losses or metrics. Rows with "reference_logprobs"
+    prompt_lengths (B,), the tokens with which both sequences of a pair begin; row_mask (B,): false for filler pairs,
+    which have sequences like any other and must not enter losses or metrics; and numbers of the pairs: margin (B,)
+    fp32, 0 where the rows have none, and source (B,) int64, their data sets. Rows with "reference_logprobs"
     (`utils.preference.reference`) give these, (B, 2, 2) fp32.
     """
     return _two_answers(rows, ("chosen_ids", "rejected_ids"), pad_id)
@@ -79,6 +80,8 @@ def _two_answers(rows: Sequence[Row], responses: tuple[str, str], pad_id: int) -
         "response_mask": _span_mask(starts * 2, attention_mask),
         "prompt_lengths": torch.tensor(starts),
         "row_mask": _row_mask(rows),
+        "margin": torch.tensor([row.get("margin") or 0.0 for row in rows], dtype=torch.float32),
+        "source": torch.tensor([row.get("source") or 0 for row in rows]),
     }
     if "reference_logprobs" in rows[0]:
         known = [row["reference_logprobs"] for row in rows]

@@ -24,6 +24,7 @@ class Example:
         score: the row's score of its answer.
         reference: the right answer, for rewards that compare with it.
         columns: the row's other columns.
+        numbers: what a prepared row keeps beside its token ids, by name: see `arrow_rows.NUMBERS`.
         is_undecided: the prompt is text, and only the data set as a whole shows whether it is a question or a finished
             prompt; see `dialogue.settled`. The answers are those of the row, unchanged.
     """
@@ -35,6 +36,7 @@ class Example:
     score: float | None = None
     reference: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
     is_undecided: bool = False
 
 

@@ -15,19 +15,24 @@ if TYPE_CHECKING:
 
 _IDS, _TEXT = pa.list_(pa.int32()), pa.large_string()
 _SPAN = pa.schema([("input_ids", _IDS), ("response_start", pa.int32())])
+# Numbers of a pair beside its ids: `source`, the data set that it comes from, counted in the order of the flags, and
+# those read from a column that a flag names (`Corpus.number_columns`), null where none is named. A further number is
+# one entry here, one in `number_columns` of the step's Config, and what null stands for in `collate_preference`.
+NUMBERS = {"source": pa.int32(), "margin": pa.float64()}
 SCHEMAS: dict[Purpose, pa.Schema] = {
     "sft": _SPAN,
     "pretrain": _SPAN,
-    "preference": pa.schema([("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS)]),
+    "preference": pa.schema([("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS), *NUMBERS.items()]),
     "labelled": pa.schema([("prompt_ids", _IDS), ("response_ids", _IDS), ("label", pa.bool_())]),
     "prompts": pa.schema([("prompt_ids", _IDS), ("prompt", _TEXT), ("reference", _TEXT), ("columns", _TEXT)]),
 }
-# An example before tokenisation: `turns` and `columns` are JSON, a prompt that is text is in `text`, and
+# An example before tokenisation: `turns`, `columns` and `numbers` are JSON, a prompt that is text is in `text`, and
 # `prompt_number` is equal for equal prompts.
 EXAMPLES = pa.schema(
     [
         *(("text", _TEXT), ("turns", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("label", pa.bool_())),
-        *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT), ("prompt_number", pa.int64())),
+        *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT), ("numbers", _TEXT)),
+        ("prompt_number", pa.int64()),
     ]
 )
 KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # which a reward may read
@@ -47,6 +52,7 @@ def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[
         "score": example.score,
         "reference": example.reference,
         "columns": json.dumps(dict(example.columns), default=str) if purpose in KEEPS_COLUMNS else None,
+        "numbers": json.dumps(dict(example.numbers)) if example.numbers else None,
         "prompt_number": number,
     }
 
@@ -58,7 +64,8 @@ def read_example(row: Mapping[str, Any]) -> Example | None:
     turns = None if row["turns"] is None else tuple((speaker, text) for speaker, text in json.loads(row["turns"]))
     others = {name: row[name] for name in ("chosen", "rejected", "label", "score", "reference")}
     columns = {} if row["columns"] is None else json.loads(row["columns"])
-    return Example(prompt=row["text"] if turns is None else turns, columns=columns, **others)
+    numbers = {} if row["numbers"] is None else json.loads(row["numbers"])
+    return Example(prompt=row["text"] if turns is None else turns, columns=columns, numbers=numbers, **others)
 
 
 def write_rows(file: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], batch: int = 1000) -> int:

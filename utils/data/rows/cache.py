@@ -22,7 +22,7 @@ from utils.files import atomic_path
 _NAME = "threestep-rlhf"
 # The format of prepared rows. Raise it with every change of this package that changes which rows are prepared from the
 # same data, or their ids: the cache then prepares them again, and a checkpoint of a run on other rows is refused.
-ROW_FORMAT = 1
+ROW_FORMAT = 2
 WAIT_SECONDS = 7200.0  # for another process to prepare the data
 
 

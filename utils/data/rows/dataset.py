@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,9 +100,10 @@ def build_datasets(
     """The training and the held-out rows of a step.
 
     Rows are dicts: purpose "sft" {"input_ids", "response_start"}; "preference" {"prompt_ids", "chosen_ids",
-    "rejected_ids"}; "labelled" {"prompt_ids", "response_ids", "label"}; "prompts" {"prompt_ids", "prompt" (the text),
-    "reference" (the right answer, or None), "columns" (the row's other columns as JSON)}; "pretrain" {"input_ids",
-    "response_start"} in blocks of `max_len` ids. Responses end with EOS unless they were cut.
+    "rejected_ids", "source" (index into `Corpus.names`), "margin" (None without such a column)}; "labelled"
+    {"prompt_ids", "response_ids", "label"}; "prompts" {"prompt_ids", "prompt" (the text), "reference" (the right
+    answer, or None), "columns" (the row's other columns as JSON)}; "pretrain" {"input_ids", "response_start"} in blocks
+    of `max_len` ids. Responses end with EOS unless they were cut.
 
     Held out are the files or the split that a source declares as such, else a twentieth of its rows (at least one), the
     same for all steps. The others are divided by `data_split`; rows of `undivided` paths all go to this step, rows for
@@ -130,6 +131,8 @@ def build_datasets(
     }
     if corpus.blend_weights:
         content["blend"] = list(corpus.blend_weights)
+    if corpus.number_columns:
+        content["number_columns"] = dict(corpus.number_columns)
     key = key_of(content)
     if is_writer is None:
         is_writer = distributed.local_rank() == 0
@@ -224,13 +227,17 @@ def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
 
 def _read_all(corpus: Corpus, dropped: Counter[str], divisions: list[_Division]) -> Iterator[dict[str, Any]]:
     """All examples of all sources; for one that the purpose leaves out, an empty row that keeps its place."""
-    for share in corpus.shares:
+    for source, share in enumerate(corpus.shares):
         sizes = {"train": 0, "held_out": 0}
         for part in sizes if share.source.has_held_out else ("train",):
-            for number, example in read_examples(share.source, part, corpus.purpose, dropped, corpus.prompt_form):
+            for number, example in read_examples(
+                share.source, part, corpus.purpose, dropped, corpus.prompt_form, corpus.number_columns
+            ):
                 sizes[part] += 1
                 if sizes[part] % BATCH == 0:
                     watchdog.working()
+                if example is not None and corpus.purpose == "preference":
+                    example = replace(example, numbers={**example.numbers, "source": source})
                 yield example_row(number, example, corpus.purpose)
         divisions.append(_Division(**sizes))
 

@@ -59,12 +59,12 @@ def _preference_rows(
     prompts = encoder.prompts([example.prompt for example in batch])
     chosen = encoder.responses([example.chosen or "" for example in batch])
     rejected = encoder.responses([example.rejected or "" for example in batch])
-    for prompt, *responses in zip(prompts, chosen, rejected, strict=True):
+    for example, prompt, *responses in zip(batch, prompts, chosen, rejected, strict=True):
         short_prompt, (wanted, unwanted) = _fit(prompt, responses, max_len, encoder, tally)
         if wanted == unwanted:
             tally["pairs left out that differ only beyond it"] += 1
             continue
-        yield {"prompt_ids": short_prompt, "chosen_ids": wanted, "rejected_ids": unwanted}
+        yield {"prompt_ids": short_prompt, "chosen_ids": wanted, "rejected_ids": unwanted, **example.numbers}
 
 
 def _labelled_rows(encoder: Encoder, batch: Sequence[Example], max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:

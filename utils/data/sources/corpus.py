@@ -2,9 +2,10 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from utils.arguments.steps import PpoConfig, StepConfig
 from utils.data.formats.dialogue import DEFAULT_FORM
@@ -40,7 +41,7 @@ class Corpus:
         data_split: weights of the three steps; text for "pretrain" is not divided.
         config_name: configuration of a hub data set.
         cache_dir: folder for prepared data (`--data_output_path`); None: the user's cache folder.
-        form: name of the dialogues' text form. prompt_form: of prompts that are text, see `read_examples`.
+        form: name of the dialogues' text form. prompt_form, number_columns: see `read_examples`.
     """
 
     purpose: Purpose
@@ -54,6 +55,7 @@ class Corpus:
     cache_dir: str | None = None
     form: str = DEFAULT_FORM
     prompt_form: str = "auto"
+    number_columns: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(config: StepConfig) -> "Corpus":
@@ -66,6 +68,7 @@ class Corpus:
             max_len=config.row_limit,
             data_split=config.data_split,
             prompt_form=config.prompt_form,
+            number_columns=config.number_columns,
             seed=config.data_seed,
             cache_dir=config.data_output_path,
         )
@@ -94,6 +97,13 @@ class Corpus:
     def length_flag(self) -> str:
         """The flag that sets `max_len`."""
         return "--max_prompt_seq_len" if self.purpose == "prompts" else "--max_seq_len"
+
+    @property
+    def names(self) -> list[str]:
+        """A short name of each source, in order: the last part of its path, or all of it where two would be equal."""
+        paths = [*self.paths, *self.undivided]
+        short = [Path(path).name for path in paths]
+        return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
     @cached_property
     def shares(self) -> list[Share]:
@@ -126,7 +136,6 @@ class Corpus:
                 continue
             for file in (*source.training, *source.held_out):
                 alone = LocalSource(source.label, (file,), (), source.copy_of)
-                for _ in itertools.islice(
-                    read_examples(alone, "train", self.purpose, Counter(), self.prompt_form), CHECKED_ROWS
-                ):
+                examples = read_examples(alone, "train", self.purpose, Counter(), self.prompt_form, self.number_columns)
+                for _ in itertools.islice(examples, CHECKED_ROWS):
                     pass

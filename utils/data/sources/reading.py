@@ -8,13 +8,15 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
+from utils.data.formats.converters import number_in
 from utils.data.formats.dialogue import form_of, has_own_marker, prompt_number, settled
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, Purpose, Row, RowError, check_usable
 from utils.data.formats.registry import (
@@ -168,7 +170,12 @@ def _suggestion(name: str) -> str:
 
 
 def read_examples(
-    source: Source, part: Part, purpose: Purpose, dropped: Counter[str], prompt_form: str = "auto"
+    source: Source,
+    part: Part,
+    purpose: Purpose,
+    dropped: Counter[str],
+    prompt_form: str = "auto",
+    number_columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[int, Example | None]]:
     """The examples of one part of a source, in order, each with the number of its prompt (`prompt_number`).
 
@@ -179,6 +186,7 @@ def read_examples(
     Args:
         prompt_form: of prompts that are text: "raw", "dialogue", or "auto" for the form of the first ones (`form_of`),
             except that then a prompt that ends with "Assistant:" is always raw.
+        number_columns: numbers to read from each row, by their name in `Example.numbers`: the column that holds them.
 
     Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
     """
@@ -190,7 +198,7 @@ def read_examples(
             number = prompt_number(example)
             try:
                 check_usable(example, purpose)
-                yield number, example
+                yield number, _with_numbers(example, number_columns, where) if number_columns else example
             except DroppedRow as reason:
                 dropped[str(reason)] += 1
                 yield number, None
@@ -269,6 +277,23 @@ def _with_other_columns(example: Example, row: Row, row_format: Format) -> Examp
         reference=reference if isinstance(reference, str) else None,
         columns=others,
     )
+
+
+def _with_numbers(example: Example, columns: Mapping[str, str], where: str) -> Example:
+    """`example` with the numbers in `columns`. Raises InputError for a row without one."""
+    numbers = {}
+    for name, column in columns.items():
+        if column not in example.columns:
+            raise InputError(f"{where}: has no column `{column}`, which --{name}_column names; add it to every row")
+        try:
+            numbers[name] = number_in(example.columns, column)
+        except RowError as error:
+            raise InputError(f"{where}: {error}; --{name}_column needs one in every row") from error
+        if not math.isfinite(numbers[name]) or isinstance(example.columns[column], bool):
+            raise InputError(
+                f"{where}: `{column}` is {example.columns[column]}; --{name}_column needs a finite number in every row"
+            )
+    return dataclasses.replace(example, numbers=numbers)
 
 
 def _refusal(where: str, error: RowError) -> InputError:
