@@ -13,7 +13,8 @@ class RoleFlags:
     Attributes:
         name: what the role is called in messages, files and metrics: "model", "actor", "critic", "reference", "reward".
         kind: whether it outputs log-probabilities or one number per token. `new_head`: it starts from a language model
-            whose vocabulary head is replaced by a new scalar head.
+            whose vocabulary head is replaced by a new scalar head, with a hidden layer of `head_hidden_size` (0: none).
+            `head_dropout`: in front of the head's last linear map.
         path, path_flag: where its weights come from, and the flag that names the place.
         prefix: what the names of this role's flags begin with.
         zero_stage: as set by the flag. offload: its optimiser state (if it trains) or its weights are in host memory.
@@ -26,6 +27,8 @@ class RoleFlags:
     prefix: str = ""
     trains: bool = True
     new_head: bool = False
+    head_hidden_size: int = 0
+    head_dropout: float = 0.0
     zero_stage: int = 0
     offload: bool = False
     dropout: float | None = None

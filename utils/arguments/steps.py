@@ -136,7 +136,8 @@ class RewardModelConfig(
         return {"margin": self.margin_column} if self.margin_column else {}
 
     def roles(self) -> dict[str, RoleFlags]:
-        return {"model": trained_role(self, "model", "scalar", new_head=True)}
+        head = {"head_hidden_size": self.head_hidden_size, "head_dropout": self.head_dropout}
+        return {"model": trained_role(self, "model", "scalar", new_head=True, **head)}
 
     def longest_sequence(self) -> tuple[int, str]:
         return self.max_seq_len, "--max_seq_len"

@@ -65,6 +65,18 @@ class RewardModelArguments(Arguments):
     center_rewards_coefficient: float = flag(
         0.0, "weight of (chosen + rejected)^2, which keeps scores around zero; 0.01 is usual", at_least=0
     )
+    head_hidden_size: int = flag(
+        0,
+        "width of a hidden layer with tanh in the scalar head; 0 = a linear head. With one, transformers does not open "
+        "the saved folder, only this project does",
+        at_least=0,
+    )
+    head_dropout: float = flag(
+        0.0,
+        "dropout in front of the head's last linear map, apart from --dropout, which leaves the head alone",
+        at_least=0,
+        below=1,
+    )
     eval_iters: int = flag(
         100,
         "batches per evaluation during training; those before and after use all, and so do all with --keep_best",
@@ -93,5 +105,7 @@ class RewardModelArguments(Arguments):
                 f"--margin {self.margin:g} and --margin_column {self.margin_column} both set the margin of a pair: "
                 "give one of them"
             )
+        if self.head_hidden_size == 1:
+            raise InputError("--head_hidden_size 1: a hidden layer has at least 2 units; give 0 for a linear head")
         if self.margin_column == "":
             raise InputError("--margin_column is empty: name the column that holds the margin of each pair")

@@ -20,6 +20,7 @@ from utils.arguments.steps import StepConfig
 from utils.errors import InputError
 from utils.hub import is_reachable, looks_local, offline
 from utils.models.lora import check_lora
+from utils.models.scalar_head import install_head
 from utils.models.tokenizer import check_same_tokens, has_tokenizer, load_tokenizer
 from utils.models.weight_files import check_shapes, check_weight_files
 from utils.parallel import distributed
@@ -151,6 +152,8 @@ def _check_shapes(role: RoleFlags, model_config: PreTrainedConfig, auto_class: t
     try:
         with torch.device("meta"):
             model = auto_class.from_config(copy.deepcopy(model_config))
+            if role.kind == "scalar" and not role.new_head:
+                install_head(model)
     except Exception as error:
         raise InputError(f"{label}: config.json describes no model that can be built ({_reason(error)})") from error
     check_shapes(Path(role.path), label, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})

@@ -11,6 +11,7 @@ from utils.arguments.steps import StepConfig
 from utils.models.causal_lm import find_own_logits
 from utils.models.loading import load_causal_lm, load_scalar_model
 from utils.models.lora import add_lora
+from utils.models.scalar_head import hidden_size_of
 from utils.parallel import distributed
 from utils.parallel.zero import Engine, initialize_engine, parameter_groups, zero_config
 
@@ -63,6 +64,11 @@ def build_engine(
     )
     engine.train()
     _look_at_logits(engine, role)
+    if role.kind == "scalar" and (width := hidden_size_of(model.model.config)):
+        distributed.log(
+            f"note: {role.name}: its head has a hidden layer of {width}: this project opens the saved folder "
+            "(`load_scalar_model`), transformers does not"
+        )
     return engine
 
 
@@ -86,7 +92,12 @@ def _look_at_logits(engine: Engine, role: RoleFlags) -> None:
 
 def _load(role: RoleFlags, tokenizer: PreTrainedTokenizerBase, zero: dict, config: StepConfig) -> nn.Module:
     distributed.log(f"loading the {role.name} ...")
-    scalar = functools.partial(load_scalar_model, new_head=role.new_head)
+    scalar = functools.partial(
+        load_scalar_model,
+        new_head=role.new_head,
+        head_hidden_size=role.head_hidden_size,
+        head_dropout=role.head_dropout,
+    )
     load = scalar if role.kind == "scalar" else load_causal_lm
     return load(
         role.path,

@@ -16,11 +16,10 @@ from transformers import (
 from utils.errors import InputError
 from utils.models.causal_lm import CausalLM
 from utils.models.checks import load_config
-from utils.models.scalar_head import ScalarHeadModel
+from utils.models.scalar_head import HEAD, HIDDEN_SIZE, ScalarHeadModel, hidden_size_of, with_hidden_head
 from utils.parallel import distributed
 from utils.parallel.zero import TORCH_DTYPES, gathered, is_partitioned, sharded_loading
 
-HEAD_WEIGHT = "score.weight"
 PIECE = 1 << 24  # elements that are checked at a time
 
 
@@ -132,6 +131,8 @@ def load_scalar_model(
     *,
     dtype: str,
     new_head: bool = False,
+    head_hidden_size: int = 0,
+    head_dropout: float = 0.0,
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -140,9 +141,10 @@ def load_scalar_model(
     """A model with a scalar head, wrapped.
 
     Args:
-        new_head: `path` is a causal LM whose vocabulary head is dropped; the scalar head starts from a normal
-            distribution with standard deviation 1 / sqrt(H + 1) (Stiennon et al. 2020). Otherwise `path` is a model
-            that step 2 or 3 wrote, and its head must be there.
+        new_head: `path` is a causal LM whose vocabulary head is dropped; each matrix of the scalar head starts from a
+            normal distribution with standard deviation 1 / sqrt(H + 1), H its inputs (Stiennon et al. 2020), a bias
+            from 0. Otherwise `path` is a model that step 2 or 3 wrote, and its head must be there.
+        head_hidden_size: of a new head: the width of its hidden layer, 0 for none. head_dropout: see `ScalarHeadModel`.
 
     Raises:
         InputError: weights are missing from the file or left over in it.
@@ -151,20 +153,37 @@ def load_scalar_model(
     set_dropout(config, dropout)
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
-    model, missing, unexpected = _from_pretrained(
-        AutoModelForSequenceClassification, path, config, zero_config, dtype, trust_remote_code
-    )
+    if new_head and head_hidden_size:
+        setattr(config, HIDDEN_SIZE, head_hidden_size)
+    auto_class = _classifier_class(config, trust_remote_code)
+    model, missing, unexpected = _from_pretrained(auto_class, path, config, zero_config, dtype, trust_remote_code)
     if new_head:
-        missing.discard(HEAD_WEIGHT)
+        missing -= {f"{HEAD}.{name}" for name, _ in model.score.named_parameters()}
         unexpected -= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
     _refuse_key_mismatch(path, missing, unexpected)
     _refuse_nan(model.base_model, f"{flag} {path}")  # a new head is not initialised yet
     if new_head:
-        weight = model.score.weight
-        with gathered([weight], write=True), torch.no_grad():
-            weight.normal_(0.0, 1 / math.sqrt(model.score.in_features + 1))
+        _initialize_head(model.score)
     _grow_embedding(model, tokenizer)
     _carry_tokens(model, tokenizer)
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return ScalarHeadModel(model)
+    return ScalarHeadModel(model, head_dropout=head_dropout)
+
+
+def _classifier_class(config: PreTrainedConfig, trust_remote_code: bool) -> type:
+    """What reads a model with the head that `config` describes."""
+    if not hidden_size_of(config):
+        return AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    return with_hidden_head(type(model))
+
+
+@torch.no_grad()
+def _initialize_head(head: nn.Module) -> None:
+    for layer in (module for module in head.modules() if isinstance(module, nn.Linear)):
+        with gathered(layer.parameters(recurse=False), write=True):
+            layer.weight.normal_(0.0, 1 / math.sqrt(layer.in_features + 1))
+            if layer.bias is not None:
+                layer.bias.zero_()

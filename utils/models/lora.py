@@ -27,6 +27,7 @@ def find_linear_layers(model: nn.Module, patterns: str = "") -> list[str]:
         InputError: nothing matches; the message lists names that exist.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    names = [name for name in names if not name.startswith("score.")]  # the layers of a head with a hidden layer
     names = [name for name in names if name.rpartition(".")[2] not in ("lm_head", "embed_out", "score")]
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     matching = [name for name in names if not wanted or any(pattern in name for pattern in wanted)]
@@ -88,7 +89,7 @@ def add_lora(
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         is_factor, is_adapted = "lora_" in name, ".base_layer." in name
-        is_head = name.endswith("score.weight")
+        is_head = name.startswith("score.")
         parameter.requires_grad_(is_factor or is_head or (not only_lora and not is_adapted and name in trains))
 
 

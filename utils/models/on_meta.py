@@ -10,7 +10,7 @@ from utils.arguments.roles import RoleFlags
 from utils.models.causal_lm import CausalLM
 from utils.models.loading import set_dropout
 from utils.models.lora import add_lora
-from utils.models.scalar_head import ScalarHeadModel
+from utils.models.scalar_head import HIDDEN_SIZE, ScalarHeadModel
 from utils.parallel.zero import TORCH_DTYPES
 
 
@@ -34,10 +34,12 @@ def build_on_meta(
     scalar = role.kind == "scalar"
     if scalar:
         config.num_labels = 1
+        if role.new_head and role.head_hidden_size:
+            setattr(config, HIDDEN_SIZE, role.head_hidden_size)
     auto_class = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=TORCH_DTYPES[dtype], trust_remote_code=role.trust_remote_code)
-        wrapped = ScalarHeadModel(model) if scalar else CausalLM(model)
+        wrapped = ScalarHeadModel(model, head_dropout=role.head_dropout) if scalar else CausalLM(model)
         add_lora(
             model,
             role.lora_dim,

@@ -114,5 +114,6 @@ def _adapter_config(model: nn.Module) -> LoraConfig:
         for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         if parameter.requires_grad
     }
-    config.modules_to_save = sorted(whole) or None
+    # A module includes those inside it: a head with a hidden layer is saved as one.
+    config.modules_to_save = sorted(name for name in whole if name.rpartition(".")[0] not in whole) or None
     return config

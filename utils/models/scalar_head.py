@@ -1,5 +1,7 @@
 """One scalar per token: the class of the reward model and of the critic."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -7,12 +9,69 @@ from transformers import PreTrainedConfig
 from utils.models.fused_layers import fuse_layers
 from utils.models.packed_attention import enable_packing, token_states
 
+HEAD = "score"  # the name that transformers gives to the head in its classes
+HIDDEN_SIZE = "score_head_hidden_size"  # of the head, in config.json
+
 
 class ScalarHead(nn.Linear):
     """A linear map to one number, computed in fp32 in every model: bf16 resolves a score of 3 to 1/64 only."""
 
+    dropout = 0.0  # of its input, in training
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden.float(), self.weight.float())
+        hidden = hidden.float()
+        if self.dropout and self.training:
+            hidden = nn.functional.dropout(hidden, self.dropout)
+        return nn.functional.linear(hidden, self.weight.float())
+
+
+class HiddenHead(nn.Linear):
+    """A hidden layer, tanh, and a `ScalarHead`, in fp32, as RoBERTa's head for classification has them.
+
+    The hidden layer's matrix is this module's own, so that it is called `score.weight`, as the head that transformers
+    makes: reading the folder, transformers finds another shape and stops. Under names that it does not know, it would
+    start a random head, with a warning.
+    """
+
+    def __init__(self, in_features: int, hidden_size: int, **factory: Any) -> None:
+        super().__init__(in_features, hidden_size, **factory)
+        self.output = ScalarHead(hidden_size, 1, bias=False, **factory)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+        return self.output(torch.tanh(hidden))
+
+
+def hidden_size_of(model_config: PreTrainedConfig) -> int:
+    """Width of the head's hidden layer; 0 for a linear head."""
+    return getattr(model_config, HIDDEN_SIZE, None) or 0
+
+
+def install_head(model: nn.Module, dropout: float = 0.0) -> None:
+    """Give a `*ForSequenceClassification` the head that its config describes.
+
+    A linear head keeps its parameter, partitioned or not. One with a hidden layer is new unless it is there already.
+    """
+    head, hidden_size = model.score, hidden_size_of(model.config)
+    if not hidden_size:
+        model.score = ScalarHead(head.in_features, 1, bias=False, device="meta")
+        model.score.weight = head.weight
+    elif not isinstance(head, HiddenHead):
+        model.score = HiddenHead(head.in_features, hidden_size, device=head.weight.device, dtype=head.weight.dtype)
+    (model.score.output if hidden_size else model.score).dropout = dropout
+
+
+def with_hidden_head(model_class: type[nn.Module]) -> type[nn.Module]:
+    """A `*ForSequenceClassification` whose instances are built with a `HiddenHead`, so that its weights are read too.
+
+    It has the name of the original, which is what config.json records.
+    """
+
+    def build(self, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
+        model_class.__init__(self, config, *args, **options)
+        self.score = HiddenHead(self.score.in_features, hidden_size_of(config))
+
+    return type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
 
 
 def store_score_scale(model_config: PreTrainedConfig, mean: float, std: float) -> None:
@@ -30,14 +89,16 @@ class ScalarHeadModel(nn.Module):
     """Wraps a `transformers` `*ForSequenceClassification` with one label; `forward` gives its score at every token.
 
     transformers' own forward looks for the last id that is not the pad id, which is wrong where pad and eos share one.
-    Here the caller picks positions by mask. Its checkpoint opens in transformers as it is.
+    Here the caller picks positions by mask. Its checkpoint opens in transformers as it is, unless its head has a hidden
+    layer.
+
+    Args:
+        head_dropout: dropout in front of the head's last linear map, in training.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, head_dropout: float = 0.0):
         super().__init__()
-        head = ScalarHead(model.score.in_features, 1, bias=False, device="meta")
-        head.weight = model.score.weight  # the same parameter, partitioned or not
-        model.score = head
+        install_head(model, head_dropout)
         enable_packing(model)
         fuse_layers(model)
         self.model = model

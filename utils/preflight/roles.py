@@ -6,8 +6,9 @@ from typing import Any
 from utils.arguments.roles import RoleFlags
 from utils.arguments.steps import StepConfig
 from utils.data.batches.sizes import Rows
+from utils.models.scalar_head import hidden_size_of
 from utils.preflight.activations import Activations, count_activations
-from utils.preflight.blocks import Blocks, block
+from utils.preflight.blocks import Blocks, blocks_of
 from utils.preflight.memory import Engine, backward_work, saved_activations, vocabulary_head
 from utils.preflight.model_shape import ModelShape, model_shape
 from utils.preflight.phases import Items, Machine
@@ -51,7 +52,8 @@ class Subject:
     def _identity(self, role: RoleFlags) -> tuple[Any, ...]:
         """What a model and its passes depend on."""
         adapter = (role.lora_dim, role.lora_module_name, role.lora_dropout, role.only_optimize_lora)
-        return (id(self.models[role.name]), role.kind, role.dropout, *(adapter if role.lora_dim else ()))
+        head = (role.new_head, role.head_hidden_size, role.head_dropout)
+        return (id(self.models[role.name]), role.kind, role.dropout, *head, *(adapter if role.lora_dim else ()))
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,19 @@ def _planned_role(flags: RoleFlags, plan: Plan, subject: Subject, machine: Machi
         on_gpu=machine.on_gpu,
     )
     counted = subject.activations(flags, dtype, batch, machine.device_type)
-    if flags.kind == "scalar" and dtype != "fp32":  # the head computes in fp32
-        counted = replace(counted, outside=counted.outside + block(4 * batch.tokens * engine.shape.hidden))
+    if flags.kind == "scalar":
+        width = flags.head_hidden_size if flags.new_head else hidden_size_of(subject.models[flags.name])
+        head = _head_activations(flags, dtype, batch.tokens, engine.shape.hidden, width)
+        counted = replace(counted, outside=counted.outside + head)
     return Role(flags, engine, counted)
+
+
+def _head_activations(flags: RoleFlags, dtype: str, tokens: float, hidden: int, width: int) -> Blocks:
+    """What a scalar head keeps for the backward pass, in fp32.
+
+    A copy of its input, where the model computes in another format; the output of its hidden layer of `width` (0: there
+    is none); and with dropout the output of that and a mask of bytes.
+    """
+    copied = 0 if dtype == "fp32" else hidden
+    dropped = (width or hidden) if flags.head_dropout else 0
+    return blocks_of(tokens * size for size in (4 * copied, 4 * width, 4 * dropped, dropped) if size)
