@@ -35,7 +35,7 @@ def refused(argv: list[str], capsys) -> str:
 @pytest.mark.parametrize("reward_loss", ["last_token", "token_span"])
 def test_a_column_of_equal_margins_is_the_constant_margin(world, tmp_path, reward_loss):
     data = write_rows(tmp_path / "pairs.jsonl", [row | {"strength": 1.5} for row in rows_of(world)])
-    common = {"max_steps": 3, "reward_loss": reward_loss, "data_path": [data]}
+    common = {"max_steps": 2, "reward_loss": reward_loss, "data_path": [data]}
     options = {"plain": {}, "constant": {"margin": 1.5}, "column": {"margin_column": "strength"}}
     for name, changes in options.items():
         run_step(2, flags(world, 2, tmp_path / name, **common, **changes))
@@ -45,7 +45,7 @@ def test_a_column_of_equal_margins_is_the_constant_margin(world, tmp_path, rewar
 
 def test_centring_moves_scores_towards_zero_and_smoothing_limits_confidence(world, tmp_path):
     summaries = {
-        name: run_step(2, flags(world, 2, tmp_path / name, num_train_epochs=20, learning_rate=3e-3, **changes))
+        name: run_step(2, flags(world, 2, tmp_path / name, num_train_epochs=10, learning_rate=5e-3, **changes))
         for name, changes in {
             "plain": {},
             "centred": {"center_rewards_coefficient": 0.1},
@@ -97,7 +97,7 @@ def head_of(folder) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "score" in name}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_a_hidden_layer_trains_is_saved_and_starts_a_critic(
     world, tmp_path, capsys, tiny_tokenizer, stage, monkeypatch
 ):
