@@ -8,8 +8,8 @@ PyCharm's remote interpreter starts this file like any other script, so its "Deb
 process without --num_gpus, and in the launcher's processes with it (PyCharm: "Attach to subprocess automatically").
 With --debug_host, the process of --debug_rank connects to a "Python Debug Server" that waits in PyCharm instead.
 
-A run configuration of DeepSpeed-Chat or alpaca-rlhf works as it is: a path that does not exist and ends in
-step1_*/main.py, step2_*/main.py or step3_*/main.py is replaced by the step of that name here.
+A run configuration of DeepSpeed-Chat or alpaca-rlhf works as it is: a path that does not exist and ends in the folder
+and main.py of a step, such as step2_reward_model_finetuning/main.py, is replaced by the step of that name here.
 """
 
 import argparse
@@ -29,8 +29,8 @@ TRAINING = REPOSITORY / "training"
 def main(argv: list[str] | None = None) -> None:
     """Start the script that `argv` names. Exits with the script's or the launcher's exit code; 2 for a wrong flag."""
     options = _parse(argv)
-    script = _find(options.script)
     _prepare_environment()
+    script = _find(options.script)
     if options.debug_host and importlib.util.find_spec("pydevd_pycharm") is None:
         _stop(
             "--debug_host needs PyCharm's debugger in this interpreter; install the version that the run configuration "
@@ -64,18 +64,20 @@ def _find(name: str) -> Path:
     for path in (Path(name), REPOSITORY / name):
         if path.is_file():
             return path.resolve()
-    if (step := re.search(r"(?:^|/)(step\d+_\w+)/main\.py$", name)) and (ours := _step_named(step[1])):
-        print(f"{name} does not exist here; running {ours.relative_to(REPOSITORY)} instead", file=sys.stderr)
-        return ours
-    _stop(f"no such script: {name} (looked in {Path.cwd()} and in {REPOSITORY})")
+    meant = _steps_named(step[1]) if (step := re.search(r"(?:^|/)(step\d+_\w+)/main\.py$", name)) else []
+    if len(meant) == 1:
+        print(f"{name} does not exist here; running training/{meant[0]}/main.py instead", file=sys.stderr)
+        return TRAINING / meant[0] / "main.py"
+    which = f"; training/ has {' and '.join(meant)}: name one of them" if meant else ""
+    _stop(f"no such script: {name} (looked in {Path.cwd()} and in {REPOSITORY}){which}")
 
 
-def _step_named(folder: str) -> Path | None:
-    """Our script in the folder of that name, else the only one with the same number."""
+def _steps_named(folder: str) -> list[str]:
+    """The step's folder of that name, else all that begin with the same number ("step2_")."""
+    from utils.arguments.steps import CONFIGS
+
     number = folder.split("_")[0]
-    same_number = sorted(TRAINING.glob(f"{number}_*/main.py"))
-    same_name = [path for path in same_number if path.parent.name == folder]
-    return same_name[0] if same_name else same_number[0] if len(same_number) == 1 else None
+    return [folder] if folder in CONFIGS else [name for name in CONFIGS if name.split("_")[0] == number]
 
 
 def _refuse_wrong_flags(options: argparse.Namespace, script: Path) -> None:

@@ -3,9 +3,9 @@
     python scripts/estimate_memory.py step3 --world_size 8 --device_memory 80 \\
         --actor_model_name_or_path llama-2-7b --critic_model_name_or_path output/reward --actor_zero_stage 3 ...
 
-After the step (step1, step2 or step3) come the flags below, and the step's own flags as its main.py takes them. Of a
-model only config.json is read. `--dry_run` in a step says the same for this machine and the prepared data. The exit
-code is 0 when the run fits, 4 when it does not, 2 for flags that cannot work.
+After the step (step1, step2, ...; --help lists them) come the flags below, and the step's own flags as its main.py
+takes them. Of a model only config.json is read. `--dry_run` in a step says the same for this machine and the prepared
+data. The exit code is 0 when the run fits, 4 when it does not, 2 for flags that cannot work.
 
     --world_size N       processes, one per GPU (default 1)
     --device_memory GiB  what each has; left out, only the need is printed

@@ -5,7 +5,7 @@
 #   bash scripts/train.sh --num_gpus 2 llama2-7b step1 --max_steps 10
 #
 # The preset is scripts/configs/MODEL/STEP.yaml on top of scripts/configs/STEP.yaml. To add a model, write one such file
-# for each of its steps. Every launcher flag must have one value. Paths in flags are relative to the repository. The
+# for each of its steps. STEP is a name of the table STEPS in utils/arguments/steps.py. Every launcher flag must have one value. Paths in flags are relative to the repository. The
 # model is written to $OUTPUT (default: output/MODEL/STEP), and what the run prints is appended to $OUTPUT.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,10 +22,18 @@ if [ -z "$model" ] || [ -z "$step" ]; then
   exit 2
 fi
 shift 2
+main=$(python - "$step" <<'PYTHON'
+import sys
+from utils.arguments.steps import STEPS
+
+step = sys.argv[1]
+if step not in STEPS:
+    sys.exit(f"error: there is no step {step}; steps: {' '.join(STEPS)}")
+print(f"training/{STEPS[step].folder}/main.py")
+PYTHON
+) || exit 2
 preset=scripts/configs/$model/$step.yaml
 [ -f "$preset" ] || { echo "error: there is no preset $preset; models: $(cd scripts/configs && echo */)" >&2; exit 2; }
-main=$(echo training/"$step"_*/main.py)
-[ -f "$main" ] || { echo "error: there is no script for $step: training/${step}_*/main.py" >&2; exit 2; }
 
 OUTPUT=${OUTPUT:-output/$model/$step}
 mkdir -p "$(dirname "$OUTPUT")"

@@ -1,5 +1,6 @@
 """The steps' main.py files, loaded by path (they are scripts, not modules), and their flags on the tiny world."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -8,21 +9,41 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from utils.arguments import PpoConfig, RewardModelConfig, SftConfig, StepConfig, parse_config
+from utils.arguments import StepConfig, parse_config
+from utils.arguments.base import is_required
+from utils.arguments.steps import STEPS as TABLE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STEPS = {
-    1: REPOSITORY / "training" / "step1_supervised_finetuning" / "main.py",
-    2: REPOSITORY / "training" / "step2_reward_model_finetuning" / "main.py",
-    3: REPOSITORY / "training" / "step3_rlhf_finetuning" / "main.py",
-}
-CONFIGS: dict[int, type[StepConfig]] = {1: SftConfig, 2: RewardModelConfig, 3: PpoConfig}
+STEPS = {name: REPOSITORY / "training" / step.folder / "main.py" for name, step in TABLE.items()}
+StepName = int | str  # a name of the table; the number of a step of the chain is short for it: 1 is "step1"
+
+
+def name_of(step: StepName) -> str:
+    return step if isinstance(step, str) else f"step{step}"
+
+
+def config_of(step: StepName) -> type[StepConfig]:
+    return TABLE[name_of(step)].config
+
+
+def script_of(step: StepName) -> Path:
+    return STEPS[name_of(step)]
+
+
+def required_models(step: StepName, path: str = "nowhere") -> list[str]:
+    """The flags without which a step does not start, which all name a model."""
+    required = [field.name for field in dataclasses.fields(config_of(step)) if is_required(field)]
+    return [word for name in required for word in (f"--{name}", path)]
+
+
+def load_step(step: StepName) -> ModuleType:
+    """The module of a step's main.py, with its `Config` and `main`."""
+    return _load(name_of(step))
 
 
 @functools.cache
-def load_step(step: int) -> ModuleType:
-    """The module of a step's main.py, with its `Config` and `main`."""
-    spec = importlib.util.spec_from_file_location(f"step{step}_main", STEPS[step])
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_main", STEPS[name])
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -34,11 +55,11 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def values_of(world, step: int, output: Path | None = None, **changes) -> dict[str, Any]:
+def values_of(world, step: StepName, output: Path | None = None, **changes) -> dict[str, Any]:
     """The values of the flags that a step on the tiny world is given."""
     values: dict[str, Any] = {"data_path": [world["data"]], "data_output_path": world["cache"], "dtype": "fp32"}
     values["data_split"] = "1,1,1"
-    if step < 3:
+    if hasattr(config_of(step), "max_seq_len"):
         values |= {"model_name_or_path": world["model"], "max_seq_len": 64, "per_device_train_batch_size": 4}
         values |= {"learning_rate": 1e-3}
     else:
@@ -50,12 +71,12 @@ def values_of(world, step: int, output: Path | None = None, **changes) -> dict[s
     return values | changes
 
 
-def step_config(world, step: int, output: Path | None = None, **changes) -> StepConfig:
+def step_config(world, step: StepName, output: Path | None = None, **changes) -> StepConfig:
     """The Config of a step on the tiny world."""
-    return CONFIGS[step](**values_of(world, step, output, **changes))
+    return config_of(step)(**values_of(world, step, output, **changes))
 
 
-def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
+def flags(world, step: StepName, output: Path | None = None, **changes) -> list[str]:
     """The command line of a step on the tiny world; True is a switch, a list several words."""
     words = []
     for name, value in values_of(world, step, output, **changes).items():
@@ -65,6 +86,6 @@ def flags(world, step: int, output: Path | None = None, **changes) -> list[str]:
     return words
 
 
-def run_step(step: int, argv: list[str]) -> dict[str, float]:
+def run_step(step: StepName, argv: list[str]) -> dict[str, float]:
     script = load_step(step)
     return script.main(parse_config(script.Config, argv))

@@ -1,5 +1,6 @@
 """scripts/debug_deepspeed.py: one process or DeepSpeed's launcher, from any folder, with a debugger attached or not."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,8 +11,13 @@ import pytest
 from step_scripts import write_rows
 from tiny_models import save_causal_lm, save_reward_model
 
+from utils.arguments import steps
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOOTSTRAP = REPOSITORY / "scripts" / "debug_deepspeed.py"
+_spec = importlib.util.spec_from_file_location("debug_deepspeed", BOOTSTRAP)
+bootstrap = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(bootstrap)
 PROBE = """
 import json, os, pathlib, sys
 import utils.files
@@ -119,6 +125,30 @@ def test_refusals(argv, line, tmp_path):
     assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
     if "--debug_host" in argv:
         assert "pip install pydevd-pycharm" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [
+        ("step2_reward_model_finetuning", ["step2_reward_model_finetuning"]),
+        ("step2_dpo_finetuning", ["step2_dpo_finetuning"]),
+        ("step2_finetuning", ["step2_reward_model_finetuning", "step2_dpo_finetuning"]),
+        ("step3_ppo", ["step3_rlhf_finetuning"]),
+        ("step9_unknown", []),
+    ],
+)
+def test_a_foreign_step_is_found_by_the_name_of_its_folder(folder, found, monkeypatch, capsys):
+    """By the table of steps, whatever it holds: several may have the same number, and then the name decides."""
+    folders = ["step1_supervised_finetuning", "step2_reward_model_finetuning", "step2_dpo_finetuning"]
+    monkeypatch.setattr(steps, "CONFIGS", dict.fromkeys([*folders, "step3_rlhf_finetuning"]))
+    if len(found) == 1:
+        assert bootstrap._find(f"elsewhere/{folder}/main.py") == REPOSITORY / "training" / found[0] / "main.py"
+        assert capsys.readouterr().err.endswith(f"running training/{found[0]}/main.py instead\n")
+        return
+    with pytest.raises(SystemExit):
+        bootstrap._find(f"elsewhere/{folder}/main.py")
+    advice = f"; training/ has {' and '.join(found)}: name one of them" if found else ""
+    assert capsys.readouterr().err.endswith(f" and in {REPOSITORY}){advice}\n")
 
 
 # alpaca-rlhf's argument lists, as its users paste them into PyCharm.

@@ -35,7 +35,7 @@ def stages_in(folder):
 
 def test_every_command_parses(tmp_path):
     for stage in stages_in(tmp_path):
-        step = next(number for number, path in STEPS.items() if path == REPOSITORY / stage.script)
+        step = next(name for name, path in STEPS.items() if path == REPOSITORY / stage.script)
         config = parse_config(load_step(step).Config, stage.arguments()[1:])
         assert config.output_dir == str(stage.folder)
         assert config.seed == 7

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from step_scripts import REPOSITORY, STEPS, load_step
 from utils.arguments import parse_config, refuse_unavailable, remarks
 
 SHELL_SCRIPTS = sorted([*(REPOSITORY / "scripts").rglob("*.sh"), REPOSITORY / ".ci" / "run"])
-MODEL_SCRIPTS = sorted((REPOSITORY / "scripts").glob("*/step[123].sh"))
+MODEL_SCRIPTS = sorted(path for step in STEPS for path in (REPOSITORY / "scripts").glob(f"*/{step}.sh"))
 RUN_CONFIGURATIONS = sorted((REPOSITORY / ".run").glob("*.run.xml"))
 # Stands in for DeepSpeed's launcher and for Python: writes down how it was called.
 RECORDER = """#!/usr/bin/env python3
@@ -45,7 +46,9 @@ def checkout(tmp_path: Path) -> Path:
     for script in STEPS.values():
         (folder / script.relative_to(REPOSITORY)).parent.mkdir(parents=True)
         shutil.copy(script, folder / script.relative_to(REPOSITORY))
+    (folder / "utils").symlink_to(REPOSITORY / "utils")
     executable(tmp_path / "bin" / "deepspeed", RECORDER)
+    executable(tmp_path / "bin" / "python", f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} "$@"\n')
     return folder
 
 
@@ -78,14 +81,15 @@ def test_shell_syntax_and_strictness(script):
         assert forbidden not in text
 
 
-def test_every_model_has_three_steps():
+def test_every_model_has_the_steps_of_the_chain():
     folders = {script.parent for script in MODEL_SCRIPTS}
     names = {folder.name for folder in folders}
     assert {"llama2-7b", "llama2-7b-lora", "llama2-13b", "llama2-70b", "opt-1.3b"} <= names
     assert {"opt-350m", "gpt2", "phi-1_5"} <= names
-    assert len(MODEL_SCRIPTS) == 3 * len(folders)
-    presets = {path.parent.name for path in (REPOSITORY / "scripts" / "configs").glob("*/step[123].yaml")}
-    assert presets == names
+    steps = {folder.name: {script.stem for script in MODEL_SCRIPTS if script.parent == folder} for folder in folders}
+    assert all({"step1", "step2", "step3"} <= scripts for scripts in steps.values())
+    presets = {(path.parent.name, path.stem) for path in (REPOSITORY / "scripts" / "configs").glob("*/*.yaml")}
+    assert presets == {(model, step) for model, scripts in steps.items() for step in scripts}
     # All start through train.sh: tests/checkpoints/test_stopping.py shows that its output survives a signal.
     assert all("/../train.sh" in script.read_text(encoding="utf-8").splitlines()[-1] for script in MODEL_SCRIPTS)
 
@@ -99,7 +103,7 @@ def test_model_scripts(script, checkout, monkeypatch):
     result, calls = bash(copy, "--seed", "7", "--data_path", "a b.json", HOSTFILE="/etc/hosts list")
     assert result.returncode == 0, result.stderr
     launch = parse_args(calls[0]["argv"])
-    step = int(script.stem[-1])
+    step = script.stem
     assert calls[0]["cwd"] == str(checkout)
     assert REPOSITORY / launch.user_script == STEPS[step]
     if "70b" in script.parent.name:
@@ -109,8 +113,8 @@ def test_model_scripts(script, checkout, monkeypatch):
     refuse_unavailable(config)
     assert remarks(config) == []
     assert (config.seed, config.data_path) == (7, ["a b.json"])
-    assert config.output_dir == f"output/{script.parent.name}/step{step}"
-    if step == 3:
+    assert config.output_dir == f"output/{script.parent.name}/{step}"
+    if step == "step3":
         assert config.actor_model_name_or_path == f"output/{script.parent.name}/step1"
         assert config.critic_model_name_or_path == f"output/{script.parent.name}/step2"
     assert (checkout / f"{config.output_dir}.log").read_text() == "recorded\n"
@@ -142,7 +146,7 @@ def test_a_model_is_one_file_for_each_of_its_steps(checkout, monkeypatch):
         ([], "give a model and a step"),
         (["gpt2"], "give a model and a step"),
         (["no-such-model", "step1"], "there is no preset scripts/configs/no-such-model/step1.yaml"),
-        (["gpt2", "step9"], "there is no preset scripts/configs/gpt2/step9.yaml"),
+        (["gpt2", "step9"], "there is no step step9; steps: step1 step2"),
         (["--num_gpus"], "--num_gpus needs a value"),
     ],
 )
@@ -159,10 +163,10 @@ def test_run_configurations(path):
     assert options["WORKING_DIRECTORY"] == "$PROJECT_DIR$"
     argv = shlex.split(options["PARAMETERS"])
     main = next(position for position, token in enumerate(argv) if token.endswith("main.py"))
-    step = next(number for number, script in STEPS.items() if script == REPOSITORY / argv[main])
+    step = next(name for name, script in STEPS.items() if script == REPOSITORY / argv[main])
     config = parse_config(load_step(step).Config, argv[main + 1 :])
     refuse_unavailable(config)
-    assert config.output_dir == f"output/debug/step{step}"
+    assert config.output_dir == f"output/debug/{step}"
 
 
 # --- setting up, with a stand-in for pip -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from step_scripts import REPOSITORY, STEPS, flags, load_step, run_step, write_rows
+from step_scripts import REPOSITORY, STEPS, flags, load_step, run_step, script_of, write_rows
 from tiny_models import save_causal_lm, save_reward_model
 
 from utils.arguments import run
@@ -390,7 +390,7 @@ def test_bad_files_are_one_line_with_file_and_line(world, capsys, tmp_path, cont
 
 @pytest.mark.parametrize("step", STEPS)
 def test_divergence_in_the_last_step_saves_nothing(world, capsys, tmp_path, step):
-    rates = {"actor_learning_rate": 1e20, "eval_prompts": 0} if step == 3 else {"learning_rate": 1e20}
+    rates = {"actor_learning_rate": 1e20, "eval_prompts": 0} if step == "step3" else {"learning_rate": 1e20}
     argv = flags(world, step, tmp_path, max_steps=1, max_grad_norm=0, **rates)
     line = stopped(step, argv, capsys, 3)[-1]
     assert line.startswith("error: ") and "learning_rate" in line
@@ -418,7 +418,7 @@ def free_port() -> str:
 
 def launch(step: int, argv: list[str], *, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
     """Two ranks through DeepSpeed's launcher, started in `folder`."""
-    script = os.path.relpath(STEPS[step], folder)
+    script = os.path.relpath(script_of(step), folder)
     return subprocess.run(
         [*DEEPSPEED, free_port(), script, *argv],
         cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
@@ -456,7 +456,7 @@ def test_processes_that_cannot_meet_say_why(world, environment, line):
         port = str(taken.getsockname()[1])
         environment = environment | {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         result = subprocess.run(
-            [sys.executable, str(STEPS[1]), *flags(world, 1)],
+            [sys.executable, str(script_of(1)), *flags(world, 1)],
             env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
     assert result.returncode == 2, result.stderr
@@ -466,7 +466,7 @@ def test_processes_that_cannot_meet_say_why(world, environment, line):
 def test_interrupt_leaves_nothing_half_written(world, tmp_path):
     argv = flags(world, 1, tmp_path, num_train_epochs=10_000, num_sample_generations=0)
     process = subprocess.Popen(
-        [sys.executable, str(STEPS[1]), *argv],
+        [sys.executable, str(script_of(1)), *argv],
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
@@ -509,7 +509,7 @@ def test_a_run_with_local_paths_opens_no_connection(world, tmp_path):
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")}
     argv = flags(world, 3, tmp_path, data_output_path=tmp_path / "cache")
     result = subprocess.run(
-        [sys.executable, "-c", NO_CONNECTIONS, str(STEPS[3]), *argv],
+        [sys.executable, "-c", NO_CONNECTIONS, str(script_of(3)), *argv],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]

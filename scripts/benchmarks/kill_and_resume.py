@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.arguments import Arguments, flag, run
+from utils.arguments.steps import STEPS
 from utils.checkpoints import folders
 from utils.errors import InputError
 from utils.output.metrics import read_metrics
@@ -29,8 +30,7 @@ from utils.parallel.launcher import environment_of_its_own
 from utils.toy.files import WorldSizes, write_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEP2 = REPOSITORY / "training" / "step2_reward_model_finetuning" / "main.py"
-STEP3 = REPOSITORY / "training" / "step3_rlhf_finetuning" / "main.py"
+STEP2, STEP3 = (REPOSITORY / "training" / STEPS[name].folder / "main.py" for name in ("step2", "step3"))
 MOMENTS = ("saving", "starting", "training")
 ITERATIONS_PER_KILL = 2  # a kill waits for at most so many, so that the run does not end before the last kill
 SECONDS_FOR_ONE = 600.0  # a run that needs longer for one wait hangs

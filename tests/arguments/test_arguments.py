@@ -7,21 +7,16 @@ import shlex
 import pytest
 import yaml
 from peer_command_lines import STEP1, STEP2, STEP3
-from step_scripts import REPOSITORY, STEPS, flags, load_step
+from step_scripts import REPOSITORY, STEPS, flags, load_step, required_models
 
 from utils.arguments import refuse_unavailable, remarks
 from utils.arguments.base import known_flag
 from utils.arguments.run import parse_config, save_config
 from utils.errors import InputError
 
-MODELS = {
-    1: ["--model_name_or_path", "/models/base"],
-    2: ["--model_name_or_path", "/models/base"],
-    3: ["--actor_model_name_or_path", "/models/actor", "--critic_model_name_or_path", "/models/critic"],
-}
 PEER_COMMAND_LINES = [
-    pytest.param(step, line, id=f"step{step} {name}")
-    for step, lines in ((1, STEP1), (2, STEP2), (3, STEP3))
+    pytest.param(step, line, id=f"{step} {name}")
+    for step, lines in (("step1", STEP1), ("step2", STEP2), ("step3", STEP3))
     for name, line in lines.items()
 ]
 
@@ -47,7 +42,7 @@ def test_peer_command_lines_parse(step, line):
         if not token.startswith("--"):
             continue
         name = token[2:]
-        name = other_names.get(name, name) if step == 3 else name
+        name = other_names.get(name, name) if step == "step3" else name
         values = []
         for value in tokens[position + 1 :]:
             if value.startswith("--"):
@@ -63,36 +58,37 @@ def test_peer_command_lines_parse(step, line):
 
 
 CONTRACT = {
-    1: """data_path data_split data_output_path max_seq_len sft_only_data_path model_name_or_path
+    "step1": """data_path data_split data_output_path max_seq_len sft_only_data_path model_name_or_path
         tokenizer_name_or_path dropout per_device_train_batch_size per_device_eval_batch_size learning_rate weight_decay
         num_train_epochs gradient_accumulation_steps lr_scheduler_type num_warmup_steps seed local_rank
         gradient_checkpointing offload dtype zero_stage compute_fp32_loss deepspeed lora_dim lora_module_name
         only_optimize_lora lora_learning_rate output_dir enable_tensorboard tensorboard_path add_eot_token eot_token
         print_loss""",
-    2: """data_path data_split data_output_path max_seq_len model_name_or_path tokenizer_name_or_path dropout
+    "step2": """data_path data_split data_output_path max_seq_len model_name_or_path tokenizer_name_or_path dropout
         per_device_train_batch_size per_device_eval_batch_size learning_rate weight_decay num_train_epochs
         gradient_accumulation_steps lr_scheduler_type num_warmup_steps seed local_rank gradient_checkpointing offload
         dtype zero_stage compute_fp32_loss deepspeed lora_dim lora_module_name only_optimize_lora lora_learning_rate
         output_dir enable_tensorboard tensorboard_path add_eot_token eot_token num_padding_at_beginning eval_interval
         eval_iters reward_loss""",
-    3: """data_path data_split data_output_path unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef
-        preprocessing_num_workers actor_model_name_or_path critic_model_name_or_path tokenizer_name_or_path
-        num_padding_at_beginning per_device_generation_batch_size per_device_training_batch_size generation_batches
-        ppo_epochs max_prompt_seq_len max_answer_seq_len actor_learning_rate critic_learning_rate actor_weight_decay
-        critic_weight_decay num_train_epochs lr_scheduler_type gradient_accumulation_steps num_warmup_steps seed
-        enable_hybrid_engine unpin_actor_parameters release_inference_cache inference_tp_size tp_gather_partition_size
-        offload offload_reference_model offload_reward_model dtype actor_zero_stage critic_zero_stage
-        actor_gradient_checkpointing critic_gradient_checkpointing actor_dropout critic_dropout local_rank
-        actor_lora_dim critic_lora_dim actor_lora_module_name critic_lora_module_name only_optimize_lora
-        actor_lora_learning_rate critic_lora_learning_rate enable_mixed_precision_lora enable_ema compute_fp32_loss
-        enable_tensorboard tensorboard_path add_eot_token align_overflow print_answers print_answers_interval
-        enable_test_mode test_stop_step output_dir kl_ctl clip_reward_value cliprange cliprange_value gamma lam
-        ema_decay deepspeed adam_beta1 adam_beta2 max_grad_norm""",
+    "step3": """data_path data_split data_output_path unsupervised_dataset_name unsupervised_dataset_config_name
+        unsup_coef preprocessing_num_workers actor_model_name_or_path critic_model_name_or_path
+        tokenizer_name_or_path num_padding_at_beginning per_device_generation_batch_size
+        per_device_training_batch_size generation_batches ppo_epochs max_prompt_seq_len max_answer_seq_len
+        actor_learning_rate critic_learning_rate actor_weight_decay critic_weight_decay num_train_epochs
+        lr_scheduler_type gradient_accumulation_steps num_warmup_steps seed enable_hybrid_engine unpin_actor_parameters
+        release_inference_cache inference_tp_size tp_gather_partition_size offload offload_reference_model
+        offload_reward_model dtype actor_zero_stage critic_zero_stage actor_gradient_checkpointing
+        critic_gradient_checkpointing actor_dropout critic_dropout local_rank actor_lora_dim critic_lora_dim
+        actor_lora_module_name critic_lora_module_name only_optimize_lora actor_lora_learning_rate
+        critic_lora_learning_rate enable_mixed_precision_lora enable_ema compute_fp32_loss enable_tensorboard
+        tensorboard_path add_eot_token align_overflow print_answers print_answers_interval enable_test_mode
+        test_stop_step output_dir kl_ctl clip_reward_value cliprange cliprange_value gamma lam ema_decay deepspeed
+        adam_beta1 adam_beta2 max_grad_norm""",
 }
 DEFAULTS = {
-    1: {"learning_rate": 1e-3, "num_warmup_steps": 0, "data_path": ["Dahoas/rm-static"], "data_split": "2,4,4"},
-    2: {"learning_rate": 5e-5, "eval_interval": 0, "eval_iters": 100, "dtype": "bf16", "lora_module_name": ""},
-    3: {
+    "step1": {"learning_rate": 1e-3, "num_warmup_steps": 0, "data_path": ["Dahoas/rm-static"], "data_split": "2,4,4"},
+    "step2": {"learning_rate": 5e-5, "eval_interval": 0, "eval_iters": 100, "dtype": "bf16", "lora_module_name": ""},
+    "step3": {
         "num_warmup_steps": 100,
         "actor_learning_rate": 9.65e-6,
         "critic_learning_rate": 5e-6,
@@ -111,11 +107,11 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", CONTRACT)
 def test_contract(step):
     config_class = load_step(step).Config
     assert set(CONTRACT[step].split()) <= {field.name for field in dataclasses.fields(config_class)}
-    config = parse_config(config_class, MODELS[step])
+    config = parse_config(config_class, required_models(step))
     assert {name: getattr(config, name) for name in DEFAULTS[step]} == DEFAULTS[step]
 
 
@@ -170,7 +166,7 @@ def test_parsing_touches_no_disk(tmp_path, monkeypatch):
     ],
 )
 def test_refused_step_flags(step, argv, message, capsys):
-    assert refusal(capsys, load_step(step).Config, *MODELS[step], *argv).startswith(message)
+    assert refusal(capsys, load_step(step).Config, *required_models(step), *argv).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -183,25 +179,25 @@ def test_refused_step_flags(step, argv, message, capsys):
     ],
 )
 def test_unavailable_flags_are_refused_by_name(argv, message):
-    config = parse_config(load_step(3).Config, [*MODELS[3], *argv])
+    config = parse_config(load_step(3).Config, [*required_models(3), *argv])
     with pytest.raises(InputError, match=re.escape(message)):
         refuse_unavailable(config)
 
 
 def test_what_is_available_is_not_refused():
     for step in STEPS:
-        config = parse_config(load_step(step).Config, MODELS[step])
+        config = parse_config(load_step(step).Config, required_models(step))
         refuse_unavailable(config)
         assert remarks(config, has_accelerator=False) == []
 
 
 def test_a_rollout_smaller_than_an_optimiser_step_grows_to_its_size():
     """As in DeepSpeed-Chat's scripts with more accumulation steps than generation batches, where no step is refused."""
-    config = parse_config(load_step(3).Config, [*MODELS[3], "--gradient_accumulation_steps", "2"])
+    config = parse_config(load_step(3).Config, [*required_models(3), "--gradient_accumulation_steps", "2"])
     refuse_unavailable(config)
     assert (config.asked_rollout_rows, config.step_rows, config.rollout_rows) == (16, 32, 32)
     assert remarks(config)[0].startswith("--generation_batches 1 is raised to 2: an optimiser step needs 32 sequences")
-    larger = parse_config(load_step(3).Config, [*MODELS[3], "--generation_batches", "4"])
+    larger = parse_config(load_step(3).Config, [*required_models(3), "--generation_batches", "4"])
     assert (larger.step_rows, larger.rollout_rows) == (16, 64) and not remarks(larger)
 
 
@@ -213,13 +209,13 @@ def test_flags_that_change_nothing_are_named():
         --offload_optimizer_during_generation --stream_generation_weights on --lora_generation unfused
         --no_enable_hybrid_engine --unpin_actor_parameters --release_inference_cache"""
     )
-    found = remarks(parse_config(load_step(3).Config, [*MODELS[3], *argv]), has_accelerator=False)
+    found = remarks(parse_config(load_step(3).Config, [*required_models(3), *argv]), has_accelerator=False)
     named = [remark.split()[0] for remark in found]
     given = {token for token in argv if token.startswith("--")} - {"--no_enable_hybrid_engine"}
     assert sorted(named) == sorted(given)
-    assert remarks(parse_config(load_step(3).Config, [*MODELS[3], "--offload"])) == []
+    assert remarks(parse_config(load_step(3).Config, [*required_models(3), "--offload"])) == []
     for step, dim, count in ((1, "--lora_dim", 0), (3, "--critic_lora_dim", 1)):
-        config = parse_config(load_step(step).Config, [*MODELS[step], dim, "4", "--lora_dropout", "0.1"])
+        config = parse_config(load_step(step).Config, [*required_models(step), dim, "4", "--lora_dropout", "0.1"])
         assert len(remarks(config)) == count
 
 
@@ -242,7 +238,7 @@ def test_no_flag_is_ignored_in_silence():
 @pytest.mark.parametrize("step", STEPS)
 def test_saved_step_configuration_reads_back(step, tmp_path):
     config_class = load_step(step).Config
-    config = parse_config(config_class, [*MODELS[step], "--local_rank=1"])
+    config = parse_config(config_class, [*required_models(step), "--local_rank=1"])
     save_config(config, tmp_path / "run_config.yaml")
     assert "local_rank" not in yaml.safe_load((tmp_path / "run_config.yaml").read_text())
     again = parse_config(config_class, ["--config", str(tmp_path / "run_config.yaml"), "--local_rank=1"])

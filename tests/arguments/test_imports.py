@@ -1,5 +1,6 @@
 """A command line is read, and refused, before the libraries are imported that take seconds."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -7,14 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from step_scripts import REPOSITORY, STEPS
+from step_scripts import REPOSITORY, STEPS, required_models
 
 HEAVY = ("torch", "transformers", "deepspeed")
-MODELS = {
-    1: ["--model_name_or_path", "nowhere"],
-    2: ["--model_name_or_path", "nowhere"],
-    3: ["--actor_model_name_or_path", "nowhere", "--critic_model_name_or_path", "nowhere"],
-}
 
 
 def run_python(*argv: str, first: Path | None = None) -> subprocess.CompletedProcess:
@@ -48,9 +44,10 @@ def test_the_package_of_flags_imports_no_heavy_library():
 def test_help_and_misspelt_flags_are_answered_without_heavy_libraries(step, refusing):
     result = run_python(str(STEPS[step]), "--help", first=refusing)
     assert (result.returncode, result.stderr) == (0, "")
-    assert f"Step {step}: " in result.stdout and "--output_dir" in result.stdout
+    title = ast.get_docstring(ast.parse(STEPS[step].read_text(encoding="utf-8"))).splitlines()[0]
+    assert title.startswith("Step ") and title in result.stdout and "--output_dir" in result.stdout
 
-    result = run_python(str(STEPS[step]), *MODELS[step], "--ouput_dir", "x", first=refusing)
+    result = run_python(str(STEPS[step]), *required_models(step), "--ouput_dir", "x", first=refusing)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: unknown flag --ouput_dir; did you mean --output_dir?\n"
 
@@ -58,12 +55,12 @@ def test_help_and_misspelt_flags_are_answered_without_heavy_libraries(step, refu
     assert result.returncode == 2 and "_name_or_path is required: " in result.stderr
 
     # A valid command line does import the libraries: the stand-ins are in effect.
-    result = run_python(str(STEPS[step]), *MODELS[step], first=refusing)
+    result = run_python(str(STEPS[step]), *required_models(step), first=refusing)
     assert result.returncode == 1 and " is imported" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_an_interruption_of_the_imports_is_one_line(step, tmp_path):
     code = f"import os, time\nos.kill(os.getpid(), {int(signal.SIGINT)})\ntime.sleep(60)\n"
-    result = run_python(str(STEPS[step]), *MODELS[step], first=stand_ins(tmp_path, code))
+    result = run_python(str(STEPS[step]), *required_models(step), first=stand_ins(tmp_path, code))
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")

@@ -4,10 +4,10 @@ from typing import get_args
 
 import pytest
 
-from utils.arguments import PpoConfig, RewardModelConfig, SftConfig
 from utils.arguments.base import Resume, known_flags
+from utils.arguments.steps import CONFIGS as BY_FOLDER
 
-CONFIGS = (SftConfig, RewardModelConfig, PpoConfig)
+CONFIGS = tuple(BY_FOLDER.values())
 FREE = {
     *("output_dir", "data_output_path", "tensorboard_path", "enable_tensorboard", "verbose", "logging_interval"),
     *("save_interval", "save_total_limit", "resume_from_checkpoint", "keep_best", "save_adapter", "on_nan"),

@@ -12,7 +12,7 @@ from types import ModuleType
 import psutil
 import pytest
 from processes import TIMEOUT
-from step_scripts import REPOSITORY, STEPS, flags, run_step
+from step_scripts import REPOSITORY, flags, run_step, script_of
 
 from utils.checkpoints import folders
 
@@ -31,7 +31,7 @@ def load_script(path: str) -> ModuleType:
 def start(step: int, argv: list[str], *, ranks: int = 1) -> subprocess.Popen:
     """A run in its own session, so that a signal to its group reaches all its processes as Ctrl-C does."""
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", "29712"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), str(STEPS[step]), *argv]
+    command = [sys.executable, *(launcher if ranks > 1 else []), str(script_of(step)), *argv]
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -13,7 +13,8 @@ from utils.preflight.machine import gpu_machine
 from utils.preflight.roles import Subject
 
 CONFIGS = REPOSITORY / "scripts" / "configs"
-PRESETS = sorted(CONFIGS.glob("*/step*.yaml"))
+PRESETS = sorted(preset for step in STEPS for preset in CONFIGS.glob(f"*/{step}.yaml"))
+CHAIN = {"step1", "step2", "step3"}
 NUMBERS = {"one": 1, "two": 2, "all": 1}
 GIB_OF_A_GB = 0.98 * 2**30  # usable for each GB on a card's label: an H100 with 80 GB has 79.2 GiB
 
@@ -54,10 +55,10 @@ def by_name(path) -> str:
 
 
 def base_model(path: str) -> str:
-    """The model of a hub name, or of the folder that a preset's step 1 or 2 writes."""
+    """The model of a hub name, or of the folder that a preset's earlier step writes."""
     while path not in HUB:
         _, model, step = path.split("/")
-        config = parse_config(load_step(int(step[-1])).Config, ["--config", *files(CONFIGS / model / f"{step}.yaml")])
+        config = parse_config(load_step(step).Config, ["--config", *files(CONFIGS / model / f"{step}.yaml")])
         path = config.model_name_or_path
     return HUB[path]
 
@@ -87,8 +88,7 @@ def test_machines_are_read_off_the_first_lines():
 
 @pytest.mark.parametrize("preset", PRESETS, ids=by_name)
 def test_a_preset_fits_its_machine(preset):
-    number = int(preset.stem[-1])
-    step = load_step(number)
+    step = load_step(preset.stem)
     config = parse_config(step.Config, ["--config", *files(preset)])
     models = {name: MODELS[base_model(role.path)] for name, role in config.roles().items()}
     processes, memory = machine_of(preset)
@@ -98,7 +98,7 @@ def test_a_preset_fits_its_machine(preset):
 
 
 def test_every_model_has_all_steps():
-    assert {preset.parent.name: 0 for preset in PRESETS}.keys() == {
-        folder.name for folder in (REPOSITORY / "scripts").iterdir() if (folder / "step1.sh").is_file()
-    }
-    assert len(PRESETS) == len(STEPS) * len({preset.parent for preset in PRESETS})
+    models = {preset.parent.name for preset in PRESETS}
+    assert models == {folder.name for folder in (REPOSITORY / "scripts").iterdir() if (folder / "step1.sh").is_file()}
+    for model in models:
+        assert {preset.stem for preset in PRESETS if preset.parent.name == model} >= CHAIN, model
