@@ -12,7 +12,7 @@ SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in
 # Each may import what stands before it, and nothing else of `utils`.
 ORDER = [
     *("errors", "files", "hub", "arguments", "output", "kernels", "algorithms", "parallel", "data", "checkpoints"),
-    *("models", "runs", "generation", "rewards", "rlhf", "preference", "preflight", "toy"),
+    *("models", "runs", "generation", "rewards", "rlhf", "preference", "preflight", "toy", "sweeps"),
 ]
 # What a package must not import, although the order above would allow it.
 FORBIDDEN_IMPORTS = {

@@ -74,6 +74,11 @@ def flag_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {name: action for action in parser._actions for name in action.option_strings}
 
 
+def settable_flags(flags: dict[str, argparse.Action]) -> dict[str, argparse.Action]:
+    """The flags that a YAML file can set, by name without dashes; not those without a value, such as `--no_x`."""
+    return {name[2:]: action for name, action in flags.items() if action.nargs != 0 and action.dest != "config"}
+
+
 def convert_yaml(action: argparse.Action, value: Any) -> Any:
     """Convert a YAML value to a flag's value like its text on the command line (YAML reads 5e-5 as text, for example).
 

@@ -17,7 +17,15 @@ from typing import Any, TypeVar
 import yaml
 
 from utils.arguments.base import is_required, known_flag
-from utils.arguments.parser import build_parser, convert_yaml, flag_actions, flag_groups, nearest, split_unknown
+from utils.arguments.parser import (
+    build_parser,
+    convert_yaml,
+    flag_actions,
+    flag_groups,
+    nearest,
+    settable_flags,
+    split_unknown,
+)
 from utils.errors import DivergenceError, DoesNotFit, InputError, RankError, RunStopped
 from utils.files import atomic_write_text
 
@@ -84,22 +92,13 @@ def parse_config(
     The only files read are those of `--config`. A user error prints one line on stderr and raises `SystemExit(2)`.
     """
     try:
-        return _parse(config_class, list(sys.argv[1:] if argv is None else argv), description)
+        return read_flags(config_class, list(sys.argv[1:] if argv is None else argv), description)
     except InputError as error:
         raise SystemExit(_report(error, 2)) from None
 
 
-def save_config(config: Any, path: str | os.PathLike) -> None:
-    """Write the resolved configuration as YAML that `--config` reads back, one commented paragraph per block."""
-    paragraphs = []
-    for title, names in flag_groups(type(config)):
-        values = {name: getattr(config, name) for name in names if name not in NOT_SAVED}
-        if values:
-            paragraphs.append(f"# {title}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    atomic_write_text(path, "\n".join(paragraphs))
-
-
-def _parse(config_class: type[ConfigT], argv: list[str], description: str | None) -> ConfigT:
+def read_flags(config_class: type[ConfigT], argv: list[str], description: str | None = None) -> ConfigT:
+    """Like `parse_config`, but a user error is an `InputError`, to which a caller can add where the flags are from."""
     parser = build_parser(config_class, description)
     flags = flag_actions(parser)
     # checked before argparse, which would report the value of the misspelt flag or a missing flag instead
@@ -122,6 +121,16 @@ def _parse(config_class: type[ConfigT], argv: list[str], description: str | None
     return config_class(**values)
 
 
+def save_config(config: Any, path: str | os.PathLike) -> None:
+    """Write the resolved configuration as YAML that `--config` reads back, one commented paragraph per block."""
+    paragraphs = []
+    for title, names in flag_groups(type(config)):
+        values = {name: getattr(config, name) for name in names if name not in NOT_SAVED}
+        if values:
+            paragraphs.append(f"# {title}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    atomic_write_text(path, "\n".join(paragraphs))
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Reads YAML safely, and refuses duplicate keys, of which the last would silently win."""
 
@@ -137,24 +146,35 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str, flags: dict[str, argparse.Action]) -> dict[str, Any]:
-    """Flag values from a YAML file, validated one by one so that an error names the file and the key."""
+def read_mapping(path: str | os.PathLike, named: str, example: str) -> dict[Any, Any]:
+    """The keys and values of a YAML file; none of an empty file.
+
+    Args:
+        named: what errors call the file, such as "--config FILE".
+        example: what errors show as a line of such a file.
+    Raises:
+        InputError: it cannot be read, is no YAML, holds something other than keys and values, or a key twice.
+    """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"--config {path}{line}: not valid YAML: {error.problem}") from error
+        raise InputError(f"{named}{line}: not valid YAML: {error.problem}") from error
     except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise InputError(f"--config {path}: not valid YAML: {error}") from error
+        raise InputError(f"{named}: not valid YAML: {error}") from error
     except OSError as error:
-        raise InputError(f"--config {path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{named}: cannot be read: {error.strerror}") from error
     if not isinstance(content, dict | None):
-        raise InputError(
-            f"--config {path}: expected lines like 'learning_rate: 1e-5', found a {type(content).__name__}"
-        )
-    settable = {name[2:]: action for name, action in flags.items() if action.nargs != 0 and action.dest != "config"}
+        raise InputError(f"{named}: expected lines like '{example}', found a {type(content).__name__}")
+    return content or {}
+
+
+def _read_yaml(path: str, flags: dict[str, argparse.Action]) -> dict[str, Any]:
+    """Flag values from a YAML file, validated one by one so that an error names the file and the key."""
+    content = read_mapping(path, f"--config {path}", "learning_rate: 1e-5")
+    settable = settable_flags(flags)
     values: dict[str, Any] = {}
-    for key, value in (content or {}).items():
+    for key, value in content.items():
         action = settable.get(key)
         if action is None:
             raise InputError(f"--config {path}: unknown key {str(key)!r}{nearest(str(key), settable)}")
