@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a language model learns from judged answers, without a reward model and rollouts.
+"""Step 2 without a reward model, direct preference optimisation: a language model learns from judged answers.
 
 The loss of a pair is -log sigmoid(beta * h), where h is by how much more the policy prefers the chosen answer than the
 reference does, the model before training (`--loss sigmoid`, DPO). Many others can be chosen by name; `kto` reads single

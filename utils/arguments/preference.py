@@ -61,6 +61,11 @@ class PreferenceArguments(Arguments):
         above=0,
     )
     undesirable_weight: float = flag(1.0, "weight of undesirable answers in KTO", above=0)
+    margin_column: str | None = flag(
+        None,
+        "column with a number for each pair, by which the reward of the chosen answer should exceed that of the rejected "
+        "one (DPO with an offset)",
+    )
     reference_free: bool = flag(False, "take the reference to be uniform: its log-probabilities are left out")
     rpo_alpha: float = flag(
         0.0, "weight of the language-modelling loss of the chosen answer, per token, added to --loss", at_least=0
@@ -104,11 +109,6 @@ class PreferenceArguments(Arguments):
         """Whether the rows are single answers with a label; otherwise they are pairs."""
         return any(PREFERENCE_LOSSES[name].labelled for name in self.loss_weights)
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a loss compares with the model before training."""
-        return not self.reference_free and any(PREFERENCE_LOSSES[name].needs_reference for name in self.loss_weights)
-
     def check(self) -> None:
         weights = loss_weights(self.loss)
         if "exo_pair" in weights and not self.label_smoothing:
@@ -117,5 +117,7 @@ class PreferenceArguments(Arguments):
             raise InputError(
                 f"--ld_alpha compares the lengths of a pair, and --loss {self.loss[0]} reads single answers"
             )
+        if self.margin_column == "":
+            raise InputError("--margin_column is empty: name the column that holds the margin of each pair")
         if self.reads_labelled and self.rpo_alpha:
             raise InputError(f"--rpo_alpha needs pairs, and --loss {self.loss[0]} reads single answers")

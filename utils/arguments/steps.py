@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from utils.arguments.adapters import AdapterArguments, LoraArguments, RlhfLoraArguments
-from utils.arguments.choices import ADVANTAGE_ESTIMATORS, REWARD_SOURCES
+from utils.arguments.choices import ADVANTAGE_ESTIMATORS, PREFERENCE_LOSSES, REWARD_SOURCES
 from utils.arguments.data import CorpusArguments, DataArguments, PromptArguments
 from utils.arguments.generation import GenerationArguments, RolloutArguments
 from utils.arguments.model import LoadingArguments, ModelArguments, RlhfModelArguments, TokenizerArguments
@@ -165,6 +165,16 @@ class DpoConfig(
     @property
     def row_limit(self) -> int:
         return self.max_seq_len
+
+    @property
+    def number_columns(self) -> dict[str, str]:
+        reads = any("margin_column" in PREFERENCE_LOSSES[name].uses for name in self.loss_weights)
+        return {"margin": self.margin_column} if self.margin_column and reads else {}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss compares with the model before training."""
+        return not self.reference_free and any(PREFERENCE_LOSSES[name].needs_reference for name in self.loss_weights)
 
     @property
     def shares_reference(self) -> bool:
