@@ -16,7 +16,8 @@ import yaml
 from step_scripts import REPOSITORY, run_step
 
 from utils.arguments.run import save_config
-from utils.sweeps import running
+from utils.sweeps import processes, running
+from utils.sweeps.folders import find_places
 from utils.sweeps.grid import read_sweep
 from utils.sweeps.picture import draw_sweep
 from utils.sweeps.report import Outcome, render_markdown, render_text, table_rows
@@ -298,6 +299,31 @@ def test_a_sweep_that_is_stopped_in_its_second_run_continues_there(world, tmp_pa
     assert str(checkpoint) in (output / "max_steps-150.log").read_text().rpartition("$ ")[2]  # it says where it resumes
     trained = [json.loads(line) for line in metrics.open()]
     assert [row["step"] for row in trained if "train/loss" in row] == list(range(1, 151))
+
+
+def test_no_process_of_a_run_is_left_when_the_next_one_starts(world, tmp_path, monkeypatch):
+    """A launcher that has failed may return before the processes that it started, which would still hold the GPUs."""
+    monkeypatch.setattr(processes, "SECONDS_TO_STOP", 0.5)
+    found = read_sweep(write(tmp_path / "s.yaml", world), tmp_path / "out")
+    place = find_places(found, tmp_path / "out", 1)[0]
+    command = ["bash", "-c", "sleep 60 & echo $! > $0; exit 7", str(tmp_path / "pid")]
+    assert processes.run_to_its_end(command, place) == 7
+    deadline = time.monotonic() + 10
+    pid = int((tmp_path / "pid").read_text())
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+    with open(place.log) as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free for the next sweep
+
+
+def is_running(pid: int) -> bool:
+    """False for a process that has ended, also before its parent has asked for its exit code."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(") ")[2][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_run_that_outlives_its_sweep_is_not_started_again(world, tmp_path):

@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -57,10 +59,12 @@ def run_to_its_end(command: list[str], place: Place) -> int:
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
         )
         try:
-            return process.wait()
+            code = process.wait()
         except KeyboardInterrupt:
             _stop(process, place)
             raise
+        _end_group(process, SECONDS_TO_STOP)  # a launcher may return before its processes, which hold the GPUs
+        return code
 
 
 def last_error(log: Path) -> str:
@@ -92,15 +96,28 @@ def _stop(process: subprocess.Popen, place: Place) -> None:
     print(f"\nstopping {place.run.name}{' (it saves first)' if saves else ''}; Ctrl-C again: at once", flush=True)
     try:
         _signal_group(process, signal.SIGINT)
-        process.wait(None if saves else SECONDS_TO_STOP)
-    except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        _signal_group(process, signal.SIGKILL)
-        process.wait()
+        _end_group(process, math.inf if saves else SECONDS_TO_STOP)
+    except KeyboardInterrupt:
+        _end_group(process, 0)
 
 
-def _signal_group(process: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _end_group(process: subprocess.Popen, seconds: float) -> None:
+    """Wait until all processes of the run have ended, and kill those that are left after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and _signal_group(process, 0):
+        process.poll()  # a process that has ended stays in its group until it is waited for
+        time.sleep(0.1)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen, number: int) -> bool:
+    """Send a signal to the processes of the run, 0 for none; whether there are any."""
+    try:
         os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _free_port() -> str:
