@@ -55,6 +55,23 @@ STEP2 = {
         --lora_module_name q_proj,k_proj --only_optimize_lora""",
 }
 
+DPO = {
+    "llama2/run_llama2_7b_lora.sh": """--local_rank=0 --data_path Dahoas/rm-static --data_split 2,4,4
+        --model_name_or_path meta-llama/Llama-2-7b-hf --per_device_train_batch_size 8 --per_device_eval_batch_size 8
+        --max_seq_len 512 --learning_rate 9.65e-6 --weight_decay 0.1 --num_train_epochs 1
+        --gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234
+        --gradient_checkpointing --zero_stage 3 --deepspeed
+        --offload --lora_dim 128 --lora_module_name "layers." --output_dir ./output""",
+    "opt/single_gpu/run_350m.sh": """--local_rank=0 --model_name_or_path facebook/opt-350m --weight_decay 0.1
+        --dropout 0.0 --gradient_accumulation_steps 4 --zero_stage 0 --enable_tensorboard --tensorboard_path ./output
+        --deepspeed --output_dir ./output""",
+    "opt/single_node/sweep/run_single.sh": f"""--local_rank=0 --data_path {_BLEND} --data_split 2,4,4
+        --model_name_or_path facebook/opt-350m --num_padding_at_beginning 1 --per_device_train_batch_size 4
+        --per_device_eval_batch_size 4 --max_seq_len 512 --learning_rate 5e-5 --weight_decay 0.1 --num_train_epochs 1
+        --dropout 0.0 --gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234
+        --zero_stage 2 --deepspeed --output_dir ./output --offload""",
+}
+
 STEP3 = {
     "llama2/run_llama2_7b.sh": f"""--local_rank=0 --data_path Dahoas/rm-static --data_split 2,4,4 {_MODELS}
         --num_padding_at_beginning 1 --per_device_generation_batch_size 1 --per_device_training_batch_size 1

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import yaml
-from peer_command_lines import STEP1, STEP2, STEP3
+from peer_command_lines import DPO, STEP1, STEP2, STEP3
 from step_scripts import REPOSITORY, STEPS, flags, load_step, required_models
 
 from utils.arguments import refuse_unavailable, remarks
@@ -16,7 +16,7 @@ from utils.errors import InputError
 
 PEER_COMMAND_LINES = [
     pytest.param(step, line, id=f"{step} {name}")
-    for step, lines in (("step1", STEP1), ("step2", STEP2), ("step3", STEP3))
+    for step, lines in (("step1", STEP1), ("step2", STEP2), ("dpo", DPO), ("step3", STEP3))
     for name, line in lines.items()
 ]
 
@@ -70,6 +70,12 @@ CONTRACT = {
         dtype zero_stage compute_fp32_loss deepspeed lora_dim lora_module_name only_optimize_lora lora_learning_rate
         output_dir enable_tensorboard tensorboard_path add_eot_token eot_token num_padding_at_beginning eval_interval
         eval_iters reward_loss""",
+    "dpo": """data_path data_split data_output_path max_seq_len model_name_or_path tokenizer_name_or_path dropout
+        per_device_train_batch_size per_device_eval_batch_size learning_rate weight_decay num_train_epochs
+        gradient_accumulation_steps lr_scheduler_type num_warmup_steps seed local_rank gradient_checkpointing offload
+        offload_reference_model dtype zero_stage compute_fp32_loss deepspeed lora_dim lora_module_name
+        only_optimize_lora lora_learning_rate output_dir enable_tensorboard tensorboard_path add_eot_token eot_token
+        print_loss beta label_smoothing num_padding_at_beginning eval_interval loss reference_logprobs""",
     "step3": """data_path data_split data_output_path unsupervised_dataset_name unsupervised_dataset_config_name
         unsup_coef preprocessing_num_workers actor_model_name_or_path critic_model_name_or_path
         tokenizer_name_or_path num_padding_at_beginning per_device_generation_batch_size
@@ -88,6 +94,7 @@ CONTRACT = {
 DEFAULTS = {
     "step1": {"learning_rate": 1e-3, "num_warmup_steps": 0, "data_path": ["Dahoas/rm-static"], "data_split": "2,4,4"},
     "step2": {"learning_rate": 5e-5, "eval_interval": 0, "eval_iters": 100, "dtype": "bf16", "lora_module_name": ""},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0, "loss": ["sigmoid"], "per_device_train_batch_size": 16},
     "step3": {
         "num_warmup_steps": 100,
         "actor_learning_rate": 9.65e-6,

@@ -21,6 +21,6 @@ def labelled_file(folder: Path, count: int = 24) -> str:
     rows = []
     for index in range(count):
         prompt = f" Human: what colour is thing {index} ? Assistant:"
-        rows.append({"prompt": prompt, "completion": f" it is {'red white'.split()[index % 2]} .", "label": True})
+        rows.append({"prompt": prompt, "completion": f" it is {['red', 'white'][index % 2]} .", "label": True})
         rows.append({"prompt": prompt, "completion": " go away !", "label": index % 5 == 0})
     return write_rows(folder / "labelled.jsonl", rows)

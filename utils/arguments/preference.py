@@ -63,8 +63,8 @@ class PreferenceArguments(Arguments):
     undesirable_weight: float = flag(1.0, "weight of undesirable answers in KTO", above=0)
     margin_column: str | None = flag(
         None,
-        "column with a number for each pair, by which the reward of the chosen answer should exceed that of the rejected "
-        "one (DPO with an offset)",
+        "column with a number for each pair, by which the reward of the chosen answer should exceed that of the "
+        "rejected one (DPO with an offset)",
     )
     reference_free: bool = flag(False, "take the reference to be uniform: its log-probabilities are left out")
     rpo_alpha: float = flag(
@@ -98,6 +98,13 @@ class PreferenceArguments(Arguments):
         128, "tokens of such an answer, at most", at_least=1, idle_unless="num_sample_generations"
     )
     print_loss: bool = flag(False, "print the loss of every step on a separate line", resume="free")
+    num_padding_at_beginning: int = flag(
+        0,
+        "accepted for old scripts (DeepSpeed-Chat's sweep sets 1 for OPT): attention masks mark the padding",
+        at_least=0,
+        resume="free",
+        idle="attention masks mark the padding",
+    )
 
     @property
     def loss_weights(self) -> dict[str, float]:

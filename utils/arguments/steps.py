@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from utils.arguments.adapters import AdapterArguments, LoraArguments, RlhfLoraArguments
+from utils.arguments.base import flag
 from utils.arguments.choices import ADVANTAGE_ESTIMATORS, PREFERENCE_LOSSES, REWARD_SOURCES
 from utils.arguments.data import CorpusArguments, DataArguments, PromptArguments
 from utils.arguments.generation import GenerationArguments, RolloutArguments
@@ -157,6 +158,12 @@ class DpoConfig(
     StepConfig,
 ):
     """Flags of direct preference optimisation."""
+
+    learning_rate: float = flag(
+        1e-6,
+        "peak rate; 5e-7 to 5e-6 suits full fine-tuning (DeepSpeed-Chat's default of 1e-3 ruins a language model)",
+        above=0,
+    )
 
     @property
     def purpose(self) -> str:
