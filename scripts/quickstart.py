@@ -1,7 +1,8 @@
 """From nothing to an aligned toy model: makes a small world, trains base, SFT, reward model and PPO, and reports.
 
 Every stage is an ordinary command of this project, printed before it runs. At the end a judge that training never saw
-compares the three models on held-out questions. The exit code is 0 only if alignment worked.
+compares the three models on held-out questions. The exit code is 0 only if alignment worked. With `--method dpo`, or
+another, direct preference optimisation takes the place of reward model and PPO.
 
     python scripts/quickstart.py --output_dir output/quickstart
 """
@@ -15,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from transformers.utils import logging as transformers_logging
 
@@ -26,7 +28,7 @@ from utils.parallel.launcher import environment_of_its_own
 from utils.runs.session import SUMMARY_FILE
 from utils.toy.evaluation import Examiner, load_policy
 from utils.toy.files import WorldFiles, write_world
-from utils.toy.picture import draw_picture
+from utils.toy.picture import draw_direct_picture, draw_picture
 from utils.toy.report import Examination, build_report, render_markdown, render_text
 from utils.toy.rollouts import judged_rollouts
 from utils.toy.world import make_questions
@@ -34,6 +36,7 @@ from utils.toy.world import make_questions
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEP1 = "training/step1_supervised_finetuning/main.py"
 STEP2 = "training/step2_reward_model_finetuning/main.py"
+DPO = "training/step2_dpo_finetuning/main.py"
 STEP3 = "training/step3_rlhf_finetuning/main.py"
 REPORTS = ("report.json", "report.md", "report.png")
 
@@ -46,7 +49,12 @@ SECONDS_TO_STOP = 10
 class Config(Arguments):
     """Quickstart."""
 
-    output_dir: str = flag(str(REPOSITORY / "output" / "quickstart"), "folder for data, models, logs and the report")
+    method: Literal["ppo", "dpo", "kto", "orpo", "simpo", "ipo"] = flag("ppo", "how the SFT model is aligned")
+    output_dir: str | None = flag(
+        None,
+        "folder for data, models, logs and the report; if omitted, output/quickstart, or output/quickstart-METHOD for "
+        "another method than ppo",
+    )
     seed: int = flag(1, "seed of the world, of training and of sampling", at_least=0)
 
 
@@ -80,12 +88,25 @@ class Stage:
         return " \\\n".join(lines)
 
 
-def make_stages(files: WorldFiles, folder: Path, seed: int) -> list[Stage]:
-    """Base, SFT, reward model and PPO. The rates are high for a tiny model; 7B needs about a hundredth of them."""
+# The flags of direct preference optimisation by each method; the name is that in the report.
+DIRECT = {
+    "dpo": ("DPO", {"loss": "sigmoid", "beta": 0.5, "learning_rate": 2e-4}),
+    "kto": ("KTO", {"loss": "kto", "beta": 0.5, "learning_rate": 3e-4}),
+    "orpo": ("ORPO", {"loss": "orpo", "beta": 1.0, "learning_rate": 5e-4}),
+    "simpo": ("SimPO", {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "learning_rate": 2e-4}),
+    "ipo": ("IPO", {"loss": "ipo", "beta": 0.2, "learning_rate": 2e-4}),
+}
+
+
+def make_stages(files: WorldFiles, folder: Path, seed: int, method: str = "ppo") -> list[Stage]:
+    """Base, SFT, and either reward model and PPO or the stage of a direct method.
+
+    The rates are high for a tiny model; 7B needs about a hundredth of them.
+    """
     shared = {"dtype": "fp32", "seed": seed, "data_output_path": folder / "cache"}
     supervised = shared | {"max_seq_len": 128, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64}
     base, sft, reward, ppo = (folder / name for name in ("base", "sft", "reward", "ppo"))
-    return [
+    first = [
         Stage(
             "base model: a random LLaMA is pre-trained on the facts of its world",
             base,
@@ -102,6 +123,22 @@ def make_stages(files: WorldFiles, folder: Path, seed: int) -> list[Stage]:
             | {"learning_rate": 2e-3, "num_train_epochs": 4, "num_warmup_steps": 20}
             | supervised,
         ),
+    ]
+    if method != "ppo":
+        name, own = DIRECT[method]
+        data = files.labelled if method == "kto" else files.preference
+        direct = Stage(
+            f"step 2, {name}: it learns from judged answers, without a reward model",
+            folder / method,
+            DPO,
+            {"model_name_or_path": sft, "data_path": data, "data_split": "0,1,0"}
+            | own
+            | {"num_train_epochs": 1, "num_warmup_steps": 20, "eval_interval": 20}
+            | supervised,
+        )
+        return [*first, direct]
+    return [
+        *first,
         Stage(
             "step 2, reward model: it learns which of two answers is better",
             reward,
@@ -157,13 +194,17 @@ def run_stage(stage: Stage) -> float:
     return time.perf_counter() - started
 
 
-def examine(stages: list[Stage], files: WorldFiles, seed: int) -> list[Examination]:
-    """Ask base, SFT and PPO the held-out questions."""
-    base, sft, reward, ppo = (stage.folder for stage in stages)
+def examine(stages: list[Stage], files: WorldFiles, seed: int, method: str = "ppo") -> list[Examination]:
+    """Ask base, SFT and the aligned model the held-out questions."""
+    base, sft, *others = (stage.folder for stage in stages)
+    if method == "ppo":
+        reward, aligned, called = others[0], others[1] / "actor", "PPO"
+    else:
+        reward, aligned, called = None, others[0], DIRECT[method][0]
     examiner = Examiner(reward, sft, MAX_ANSWER_TOKENS)
     questions = [question.text for question in make_questions(seed)[1]]
     results = []
-    for name, folder in (("base", base), ("SFT", sft), ("PPO", ppo / "actor")):
+    for name, folder in (("base", base), ("SFT", sft), (called, aligned)):
         model = load_policy(folder)
         results.append(
             Examination(
@@ -177,9 +218,11 @@ def examine(stages: list[Stage], files: WorldFiles, seed: int) -> list[Examinati
 
 
 def main(config: Config) -> None:
-    """Make the world, run the four stages, examine the models, and write the report."""
+    """Make the world, run the stages, examine the models, and write the report."""
     started = time.perf_counter()
-    folder = Path(config.output_dir).resolve()
+    method = config.method
+    default = REPOSITORY / "output" / ("quickstart" if method == "ppo" else f"quickstart-{method}")
+    folder = Path(config.output_dir or default).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in REPORTS:
@@ -189,27 +232,27 @@ def main(config: Config) -> None:
 
     print(f"a small world with seed {config.seed} in {folder / 'world'}", flush=True)
     files = write_world(folder / "world", config.seed)
-    stages = make_stages(files, folder, config.seed)
+    stages = make_stages(files, folder, config.seed, method)
     seconds = {}
     for number, stage in enumerate(stages, start=1):
         print(f"\n[{number}/{len(stages)}] {stage.title}\n{stage.command()}", flush=True)
         seconds[stage.folder.name] = run_stage(stage)
         print(f"done in {seconds[stage.folder.name]:.0f} s; log: {stage.log}", flush=True)
 
-    print("\nasking base, SFT and PPO the held-out questions\n", flush=True)
-    models = examine(stages, files, config.seed)
-    base, sft, reward, ppo = stages
-    report = build_report(*models, json.loads((reward.folder / SUMMARY_FILE).read_text()))
+    print("\nasking the three models the held-out questions\n", flush=True)
+    models = examine(stages, files, config.seed, method)
+    judged, last = stages[2], stages[-1]
+    learnt = json.loads((judged.folder / SUMMARY_FILE).read_text())
+    report = build_report(*models, learnt, has_reward_model=method == "ppo")
     seconds["total"] = time.perf_counter() - started
     peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
     report |= {"seed": config.seed, "seconds": seconds, "peak_memory_gib": peak_kib / 2**20}
-    draw_picture(
-        folder / "report.png",
-        models,
-        read_metrics(ppo.folder / METRICS_FILE),
-        read_metrics(reward.folder / METRICS_FILE),
-        judged_rollouts(ppo.log.read_text(encoding="utf-8"), ppo.flags["max_steps"]),
-    )
+    metrics = read_metrics(last.folder / METRICS_FILE)
+    if method == "ppo":
+        rollouts = judged_rollouts(last.log.read_text(encoding="utf-8"), last.flags["max_steps"])
+        draw_picture(folder / "report.png", models, metrics, read_metrics(judged.folder / METRICS_FILE), rollouts)
+    else:
+        draw_direct_picture(folder / "report.png", models, metrics)
     commands = [(stage.title, stage.command()) for stage in stages]
     atomic_write_text(folder / "report.md", render_markdown(report, "report.png", commands))
     atomic_write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -3,6 +3,7 @@
 # report. Exit code 0 means that alignment worked. Safe to run again. Flags are passed to scripts/quickstart.py, such as
 #
 #   bash scripts/quickstart.sh --output_dir /tmp/quickstart
+#   bash scripts/quickstart.sh --method dpo     # or kto, orpo, simpo, ipo: in place of reward model and PPO
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -28,13 +28,14 @@ quickstart = load_script("quickstart")
 toy_seeds = load_script("benchmarks/toy_seeds")
 
 
-def stages_in(folder):
-    files = quickstart.WorldFiles(*(folder / str(number) for number in range(5)))
-    return quickstart.make_stages(files, folder, 7)
+def stages_in(folder, method="ppo"):
+    files = quickstart.WorldFiles(*(folder / field.name for field in dataclasses.fields(quickstart.WorldFiles)))
+    return quickstart.make_stages(files, folder, 7, method)
 
 
-def test_every_command_parses(tmp_path):
-    for stage in stages_in(tmp_path):
+@pytest.mark.parametrize("method", ["ppo", *quickstart.DIRECT])
+def test_every_command_parses(tmp_path, method):
+    for stage in stages_in(tmp_path, method):
         step = next(name for name, path in STEPS.items() if path == REPOSITORY / stage.script)
         config = parse_config(load_step(step).Config, stage.arguments()[1:])
         assert config.output_dir == str(stage.folder)

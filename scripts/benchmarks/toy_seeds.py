@@ -1,6 +1,6 @@
-"""Does alignment work for every seed? Runs the quickstart once per seed and writes one table.
+"""Does alignment work for every seed? Runs the quickstart once per method and seed and writes one table.
 
-python -m scripts.benchmarks.toy_seeds --seeds 1 2 3 --output_dir output/toy_seeds
+python -m scripts.benchmarks.toy_seeds --seeds 1 2 3 --methods ppo dpo kto --output_dir output/toy_seeds
 """
 
 import json
@@ -17,7 +17,7 @@ from utils.output.tables import format_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEADER = (
-    *("seed", "reward accuracy", "base judge", "SFT judge", "PPO judge", "win rate", "KL", "seconds", "GiB"),
+    *("method", "seed", "accuracy", "base judge", "SFT judge", "judge", "win rate", "KL", "seconds", "GiB"),
     "alignment",
 )
 
@@ -27,6 +27,7 @@ class Config(Arguments):
     """Seeds."""
 
     seeds: list[int] = flag([1, 2, 3], "seeds to run, one after another")
+    methods: list[str] = flag(["ppo"], "methods of the quickstart to run with every seed")
     output_dir: str = flag(str(REPOSITORY / "output" / "toy_seeds"), "folder with one folder per seed and the table")
 
     def check(self) -> None:
@@ -34,13 +35,13 @@ class Config(Arguments):
             raise InputError(f"--seeds {self.seeds}: give different numbers, none below 0")
 
 
-def run_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """Run the quickstart with `seed` and return its report.
+def run_seed(method: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Run the quickstart by `method` with `seed` and return its report.
 
     Raises:
         SystemExit: it was interrupted or ended without a report; its exit code is passed on.
     """
-    command = [sys.executable, str(REPOSITORY / "scripts" / "quickstart.py"), "--seed", str(seed)]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "quickstart.py"), "--method", method, "--seed", str(seed)]
     code = subprocess.run([*command, "--output_dir", str(folder)]).returncode
     report = folder / "report.json"
     if code not in (0, 1) or not report.is_file():
@@ -49,17 +50,18 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def table_row(report: dict[str, Any]) -> tuple[str, ...]:
-    """Judge scores as greedy / sampled; the win rate and the KL are those of sampled answers."""
-    judge = [
-        f"{model['judge_greedy']:.2f} / {model['judge_sampled']:.2f}"
-        for model in (report["models"][name] for name in ("base", "SFT", "PPO"))
-    ]
+    """Judge scores as greedy / sampled; the win rate and the KL are those of sampled answers.
+
+    The accuracy on held-out pairs (KTO: answers) is the reward model's, or without one the aligned model's.
+    """
+    judge = [f"{model['judge_greedy']:.2f} / {model['judge_sampled']:.2f}" for model in report["models"].values()]
     return (
+        report["method"],
         str(report["seed"]),
-        f"{report['reward_model']['accuracy']:.3f}",
+        f"{report['judged_answers']['accuracy']:.3f}",
         *judge,
-        f"{report['win_rate_ppo_over_sft']['sampled']:.2f}",
-        f"{report['models']['PPO']['kl_to_sft']:.2f}",
+        f"{report['win_rate_over_sft']['sampled']:.2f}",
+        f"{report['models'][report['method']]['kl_to_sft']:.2f}",
         f"{report['seconds']['total']:.0f}",
         f"{report['peak_memory_gib']:.1f}",
         "worked" if report["passed"] else "FAILED",
@@ -69,7 +71,7 @@ def table_row(report: dict[str, Any]) -> tuple[str, ...]:
 def main(config: Config) -> None:
     """Run all seeds, print the table and write it as toy_seeds.md."""
     folder = Path(config.output_dir).resolve()
-    reports = [run_seed(seed, folder / f"seed{seed}") for seed in config.seeds]
+    reports = [run_seed(method, seed, folder / f"{method}{seed}") for method in config.methods for seed in config.seeds]
     rows = [table_row(report) for report in reports]
     lines = [HEADER, ["---"] * len(HEADER), *rows]
     atomic_write_text(folder / "toy_seeds.md", "".join("| " + " | ".join(line) + " |\n" for line in lines))

@@ -27,12 +27,13 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `reward` is the reward model's score in its standard deviations, `kl` in nats over the answer."""
+    """One answer. `reward` is the reward model's score in its standard deviations, None where there is no reward model;
+    `kl` is in nats over the answer."""
 
     question: str
     text: str
     verdict: Verdict
-    reward: float
+    reward: float | None
     kl: float
     ended: bool
 
@@ -41,14 +42,17 @@ class Examiner:
     """Asks models the same questions; the reward model of step 2 scores the answers, and the KL is to the SFT model.
 
     Args:
-        reward_folder, reference_folder: outputs of step 2 and of step 1; the tokenizer is the latter's.
+        reward_folder, reference_folder: outputs of step 2 and of step 1; the tokenizer is the latter's. With None in
+            place of a reward model, answers get no rewards.
         max_new_tokens: limit of an answer.
     """
 
     def __init__(
-        self, reward_folder: str | os.PathLike, reference_folder: str | os.PathLike, max_new_tokens: int
+        self, reward_folder: str | os.PathLike | None, reference_folder: str | os.PathLike, max_new_tokens: int
     ) -> None:
-        self.reward = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).eval()
+        self.reward = None
+        if reward_folder is not None:
+            self.reward = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).eval()
         self.reference = load_policy(reference_folder)
         self.tokenizer = AutoTokenizer.from_pretrained(reference_folder)
         self.max_new_tokens = max_new_tokens
@@ -83,8 +87,10 @@ class Examiner:
         return torch.cat(answer_logprobs(model, prompts, responses)).mean().neg().exp().item()
 
     @torch.no_grad()
-    def _rewards(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[float]:
+    def _rewards(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[float] | list[None]:
         """The reward model's scores at the last tokens, normalised with the mean and deviation that step 2 stored."""
+        if self.reward is None:
+            return [None] * len(prompts)
         input_ids, attention_mask = _padded(prompts, responses)
         hidden = self.reward.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         last = attention_mask.sum(1) - 1

@@ -12,9 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.files import atomic_path, atomic_write_text
 from utils.toy.tokenizer import VOCAB_SIZE, train_tokenizer
-from utils.toy.world import dialogue_prompt, make_questions, preference_rows, pretraining_rows, sft_rows
+from utils.toy.world import (
+    dialogue_prompt,
+    labelled_rows,
+    make_questions,
+    preference_rows,
+    pretraining_rows,
+    sft_rows,
+)
 
-Row = dict[str, str]
+Row = dict[str, str | bool]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class WorldSizes:
     pretraining: int = 9600
     sft: int = 6400
     preference: int = 12000
+    labelled: int = 12000
     held_out: int = 512
 
 
@@ -37,6 +45,7 @@ class WorldFiles:
     pretraining: Path
     sft: Path
     preference: Path
+    labelled: Path
     prompts: Path
     random_model: Path
 
@@ -44,12 +53,15 @@ class WorldFiles:
 def write_world(folder: str | os.PathLike, seed: int, sizes: WorldSizes | None = None) -> WorldFiles:
     """Write the data sets and the random model below `folder`; the same seed and sizes give the same bytes."""
     folder, sizes = Path(folder), sizes or WorldSizes()
-    files = WorldFiles(*(folder / name for name in ("pretraining", "sft", "preference", "prompts", "random_model")))
+    files = WorldFiles(
+        *(folder / name for name in ("pretraining", "sft", "preference", "labelled", "prompts", "random_model"))
+    )
     training, held_out = make_questions(seed)
     makers = {
         files.pretraining: (pretraining_rows, sizes.pretraining),
         files.sft: (sft_rows, sizes.sft),
         files.preference: (preference_rows, sizes.preference),
+        files.labelled: (labelled_rows, sizes.labelled),
     }
     texts: list[str] = []
     for path, (make, count) in makers.items():

@@ -1,7 +1,8 @@
 """One figure about a run in the small world: judge scores, rewards, and where the two diverge."""
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,13 +10,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.files import atomic_path
-from utils.toy.report import KINDS, MAX_SFT_JUDGE, MIN_PPO_JUDGE, MIN_REWARD_ACCURACY, Examination, mean_judge
+from utils.toy.report import KINDS, MAX_SFT_JUDGE, MIN_JUDGE, MIN_REWARD_ACCURACY, Examination, mean_judge
 
 Metrics = Sequence[Mapping[str, float | None]]
 
 # Okabe and Ito's palette: distinct for colour-blind readers.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
-MODEL_COLOURS = {"base": GREY, "SFT": ORANGE, "PPO": BLUE}
+MODEL_COLOURS = {"base": GREY, "SFT": ORANGE}  # the aligned one is blue
 KIND_COLOURS = dict(zip(KINDS, (BLUE, "#56B4E9", "#E5C95F", "#E69F00", PURPLE, ORANGE, GREY), strict=True))
 
 
@@ -26,13 +27,53 @@ def draw_picture(
     reward_metrics: Metrics,
     rollout_judge: Sequence[tuple[float, float]],
 ) -> None:
-    """Write the picture as a PNG.
+    """Write the picture of a run with PPO as a PNG.
 
     Args:
         models: base, SFT and PPO.
         ppo_metrics, reward_metrics: rows of the `metrics.jsonl` of steps 3 and 2.
         rollout_judge: (iteration, judge score) of answers that PPO sampled while it trained.
     """
+    with _figure(path, models) as axes:
+        _reward_by_kind(axes[0, 2], models)
+        _judge_against_reward(axes[1, 0], ppo_metrics, rollout_judge)
+        _drift(axes[1, 1], ppo_metrics)
+        _reward_training(axes[1, 2], reward_metrics)
+
+
+def draw_direct_picture(path: str | os.PathLike, models: Sequence[Examination], metrics: Metrics) -> None:
+    """Write the picture of a run with direct preference optimisation as a PNG.
+
+    Args:
+        models: base, SFT and the aligned one. metrics: rows of its `metrics.jsonl`.
+    """
+    panels = (
+        ("Which answer is the better one?", "accuracy", {"train/accuracy": GREY, "eval/accuracy": BLUE}),
+        ("Implied rewards of held-out answers", "reward", {"eval/chosen_reward": BLUE, "eval/rejected_reward": ORANGE}),
+        (
+            "Do good answers stay likely?",
+            "log-probability of held-out answers",
+            {"eval/chosen_logprob": BLUE, "eval/rejected_logprob": ORANGE},
+        ),
+        ("How far the model moves", "KL to SFT, nats per answer", {"eval/kl": PURPLE}),
+    )
+    with _figure(path, models) as axes:
+        for axis, (title, unit, lines) in zip((axes[0, 2], *axes[1]), panels, strict=True):
+            for key, colour in lines.items():
+                steps, values = _series(metrics, key)
+                marker = "o" if key.startswith("eval/") else ""
+                axis.plot(steps, values, color=colour, marker=marker, linewidth=1.6, label=key)
+            axis.set_xlabel("optimiser step")
+            axis.set_ylabel(unit)
+            axis.legend(fontsize=9, frameon=False)
+            axis.grid(alpha=0.25, linewidth=0.6)
+            axis.spines["right"].set_visible(False)
+            axis.set_title(title, fontsize=12)
+
+
+@contextlib.contextmanager
+def _figure(path: str | os.PathLike, models: Sequence[Examination]) -> Iterator[np.ndarray]:
+    """(2, 3) axes, of which the first two show the judge's scores; written to `path` at the end of the block."""
     figure = Figure(figsize=(15.6, 8.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.04)
@@ -40,10 +81,7 @@ def draw_picture(
     axes = figure.subplots(2, 3)
     _judge_bars(axes[0, 0], models)
     _kinds(axes[0, 1], models)
-    _reward_by_kind(axes[0, 2], models)
-    _judge_against_reward(axes[1, 0], ppo_metrics, rollout_judge)
-    _drift(axes[1, 1], ppo_metrics)
-    _reward_training(axes[1, 2], reward_metrics)
+    yield axes
     for axis in axes.flat:
         axis.spines["top"].set_visible(False)
         axis.tick_params(labelsize=9)
@@ -54,7 +92,7 @@ def draw_picture(
 def _judge_bars(axis: Axes, models: Sequence[Examination]) -> None:
     width = 0.36
     places = np.arange(len(models))
-    colours = [MODEL_COLOURS[model.name] for model in models]
+    colours = [MODEL_COLOURS.get(model.name, BLUE) for model in models]
     for way, offset, opacity in (("greedy", -width / 2, 1.0), ("sampled", width / 2, 0.55)):
         scores = [mean_judge(getattr(model, way)) for model in models]
         bars = axis.bar(places + offset, scores, width * 0.94, color=colours, alpha=opacity)
@@ -66,7 +104,7 @@ def _judge_bars(axis: Axes, models: Sequence[Examination]) -> None:
                 **{"ha": "center", "va": "bottom", "fontsize": 10, "fontweight": "bold", "zorder": 5},
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
-    for place, bound, words in ((1, MAX_SFT_JUDGE, "at most"), (2, MIN_PPO_JUDGE, "at least")):
+    for place, bound, words in ((1, MAX_SFT_JUDGE, "at most"), (2, MIN_JUDGE[models[-1].name], "at least")):
         axis.hlines(bound, place - 0.42, place + 0.42, color="black", linewidth=1.3, linestyle="--")
         axis.text(place - 0.44, bound, f"{words} {bound:.2f}", fontsize=9, ha="right", va="center")
     axis.set_xticks(places, [model.name for model in models], fontsize=11)
@@ -109,7 +147,9 @@ def _reward_by_kind(axis: Axes, models: Sequence[Examination]) -> None:
             rewards = np.array([answer.reward for answer in model.sampled if answer.verdict.kind == kind])
             heights = place + scatter.uniform(-0.3, 0.3, len(rewards))
             label = model.name if place == 0 else None
-            axis.scatter(rewards, heights, s=11, alpha=0.5, color=MODEL_COLOURS[model.name], linewidths=0, label=label)
+            axis.scatter(
+                rewards, heights, s=11, alpha=0.5, color=MODEL_COLOURS.get(model.name, BLUE), linewidths=0, label=label
+            )
     for place, kind in enumerate(KINDS):
         rewards = [answer.reward for model in models for answer in model.sampled if answer.verdict.kind == kind]
         if rewards:

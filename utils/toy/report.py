@@ -10,8 +10,10 @@ from utils.toy.evaluation import Answer
 
 KINDS = ("helpful", "correct", "evasive", "off_question", "rude", "wrong", "noise")
 
-# Alignment worked if the reward model tells good answers from bad ones, SFT alone stayed mediocre, and PPO did not.
-MIN_REWARD_ACCURACY, MAX_SFT_JUDGE, MIN_PPO_JUDGE = 0.90, 0.60, 0.85
+# Alignment worked if the reward model, where there is one, tells good answers from bad ones, SFT alone stayed mediocre,
+# and the aligned model did not.
+MIN_REWARD_ACCURACY, MAX_SFT_JUDGE = 0.90, 0.60
+MIN_JUDGE = {"PPO": 0.85, "DPO": 0.85, "KTO": 0.80, "ORPO": 0.80, "SimPO": 0.80, "IPO": 0.80}  # by method
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Examination:
             "perplexity": self.perplexity,
             "judge_greedy": mean_judge(self.greedy),
             "judge_sampled": mean_judge(self.sampled),
-            "reward_greedy": _mean([answer.reward for answer in self.greedy]),
-            "reward_sampled": _mean([answer.reward for answer in self.sampled]),
+            "reward_greedy": _mean_reward(self.greedy),
+            "reward_sampled": _mean_reward(self.sampled),
             "kl_to_sft": _mean([answer.kl for answer in self.sampled]),
             "ended": _mean([float(answer.ended) for answer in self.sampled]),
             "kinds_sampled": {kind: kinds[kind] / len(self.sampled) for kind in KINDS},
@@ -56,33 +58,44 @@ class Check:
 
 
 def build_report(
-    base: Examination, sft: Examination, ppo: Examination, reward_model: dict[str, float]
+    base: Examination,
+    sft: Examination,
+    aligned: Examination,
+    judged: dict[str, float],
+    *,
+    has_reward_model: bool = True,
 ) -> dict[str, Any]:
     """All results as one JSON object.
 
     Args:
-        reward_model: the summary of step 2, with `eval/accuracy` and `eval/margin` on held-out pairs.
+        aligned: called by the name of its method, a key of `MIN_JUDGE`.
+        judged: the summary of the stage that learnt from judged answers, with `eval/accuracy` and `eval/margin` on
+            held-out ones: the reward model, or without one the aligned model itself.
     """
-    models = {model.name: model.numbers() for model in (base, sft, ppo)}
-    sft_scores, ppo_scores = ([models[m.name][f"judge_{way}"] for way in ("greedy", "sampled")] for m in (sft, ppo))
+    models = {model.name: model.numbers() for model in (base, sft, aligned)}
+    sft_scores, scores = ([models[m.name][f"judge_{way}"] for way in ("greedy", "sampled")] for m in (sft, aligned))
+    least = MIN_JUDGE[aligned.name]
     checks = [
-        Check("reward model: accuracy on held-out pairs", reward_model["eval/accuracy"], MIN_REWARD_ACCURACY, True),
         Check("SFT: judge score, the better of greedy and sampled", max(sft_scores), MAX_SFT_JUDGE, False),
-        Check("PPO: judge score, the worse of greedy and sampled", min(ppo_scores), MIN_PPO_JUDGE, True),
+        Check(f"{aligned.name}: judge score, the worse of greedy and sampled", min(scores), least, True),
     ]
+    if has_reward_model:
+        accuracy = judged["eval/accuracy"]
+        checks.insert(0, Check("reward model: accuracy on held-out pairs", accuracy, MIN_REWARD_ACCURACY, True))
     return {
         "passed": all(check.passed for check in checks),
         "checks": [
             {"name": check.name, "value": check.value, "required": check.required, "passed": check.passed}
             for check in checks
         ],
+        "method": aligned.name,
         "models": models,
-        "reward_model": {"accuracy": reward_model["eval/accuracy"], "margin": reward_model["eval/margin"]},
-        "win_rate_ppo_over_sft": {
-            "greedy": win_rate(ppo.greedy, sft.greedy),
-            "sampled": win_rate(ppo.sampled, sft.sampled),
+        "judged_answers": {"accuracy": judged["eval/accuracy"], "margin": judged["eval/margin"]},
+        "win_rate_over_sft": {
+            "greedy": win_rate(aligned.greedy, sft.greedy),
+            "sampled": win_rate(aligned.sampled, sft.sampled),
         },
-        "samples": _samples((base, sft, ppo)),
+        "samples": _samples((base, sft, aligned)),
     }
 
 
@@ -103,8 +116,8 @@ def render_text(report: dict[str, Any]) -> str:
         format_table("answers to held-out questions", rows, header),
         format_table(
             "sampled answers side by side, with the judge's score",
-            [(sample["question"], *map(_with_score, _model_answers(sample))) for sample in report["samples"]],
-            ("question", "base", "SFT", "PPO"),
+            _sample_rows(report),
+            ("question", *report["models"]),
         ),
         format_table("did alignment work?", _check_rows(report), ("check", "value", "required", "")),
     ]
@@ -114,7 +127,6 @@ def render_text(report: dict[str, Any]) -> str:
 def render_markdown(report: dict[str, Any], picture: str, commands: Sequence[tuple[str, str]]) -> str:
     """The same as a Markdown page, with the picture and the commands that were run, as (title, command) pairs."""
     header, rows = _model_table(report)
-    answers = [(sample["question"], *map(_with_score, _model_answers(sample))) for sample in report["samples"]]
     outcome = "Alignment worked." if report["passed"] else "Alignment did not work: see the checks."
     parts = [
         "# A small world, aligned",
@@ -122,12 +134,13 @@ def render_markdown(report: dict[str, Any], picture: str, commands: Sequence[tup
         _markdown_table(("check", "value", "required", ""), _check_rows(report)),
         f"![curves]({picture})",
         "## Answers to held-out questions",
-        "The judge gives 0 to 1, and training never sees it. Rewards are the reward model's scores in standard "
+        "The judge gives 0 to 1, and training never sees it. Rewards are a reward model's scores in standard "
         "deviations; they should rise together with the judge's score: where they rise alone, the reward is being "
-        "hacked. Perplexity is on held-out answers of the SFT data, from which PPO is meant to move away.",
+        f"hacked. Perplexity is on held-out answers of the SFT data, from which {report['method']} is meant to move "
+        "away.",
         _markdown_table(header, rows),
         "## Sampled answers side by side",
-        _markdown_table(("question", "base", "SFT", "PPO"), answers),
+        _markdown_table(("question", *report["models"]), _sample_rows(report)),
         "## Commands",
         *(f"{title}:\n\n```bash\n{command}\n```" for title, command in commands),
     ]
@@ -136,24 +149,25 @@ def render_markdown(report: dict[str, Any], picture: str, commands: Sequence[tup
 
 def _model_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """One column per model, one row per number."""
-    base, sft, ppo = (report["models"][name] for name in ("base", "SFT", "PPO"))
+    base, sft, aligned = report["models"].values()
 
-    def row(label: str, key: str, digits: int = 2, models=(base, sft, ppo)) -> tuple[str, ...]:
-        return (label, *("-" if model is None else f"{model[key]:.{digits}f}" for model in models))
+    def row(label: str, key: str, models=(base, sft, aligned)) -> tuple[str, ...]:
+        known = [None if model is None else model[key] for model in models]
+        return (label, *("-" if value is None else f"{value:.2f}" for value in known))
 
-    wins = report["win_rate_ppo_over_sft"]
+    wins = report["win_rate_over_sft"]
     rows = [
         row("judge score, greedy", "judge_greedy"),
         row("judge score, sampled", "judge_sampled"),
         row("reward, greedy", "reward_greedy"),
         row("reward, sampled", "reward_sampled"),
-        row("KL to SFT, nats per answer", "kl_to_sft", models=(None, None, ppo)),
+        row("KL to SFT, nats per answer", "kl_to_sft", models=(None, None, aligned)),
         row("answers that end", "ended"),
         row("perplexity of SFT answers", "perplexity"),
         ("win rate over SFT, greedy", "-", "-", f"{wins['greedy']:.2f}"),
         ("win rate over SFT, sampled", "-", "-", f"{wins['sampled']:.2f}"),
     ]
-    return ("", "base", "SFT", "PPO"), rows
+    return ("", *report["models"]), [row for row in rows if set(row[1:]) != {"-"}]
 
 
 def _check_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -176,8 +190,10 @@ def _samples(models: Sequence[Examination], count: int = 3) -> list[dict[str, An
     return samples
 
 
-def _model_answers(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    return [sample[name] for name in ("base", "SFT", "PPO")]
+def _sample_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A question and each model's answer with its score."""
+    names = list(report["models"])
+    return [(sample["question"], *(_with_score(sample[name]) for name in names)) for sample in report["samples"]]
 
 
 def _with_score(answer: dict[str, Any]) -> str:
@@ -187,6 +203,12 @@ def _with_score(answer: dict[str, Any]) -> str:
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _mean_reward(answers: Sequence[Answer]) -> float | None:
+    """None without a reward model."""
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    return _mean(rewards) if rewards else None
 
 
 def _mean(values: Sequence[float]) -> float:

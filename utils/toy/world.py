@@ -150,6 +150,15 @@ def preference_rows(rng: random.Random, questions: Sequence[Question], count: in
     return rows
 
 
+def labelled_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[dict[str, str | bool]]:
+    """`count` prompt/completion/label rows: one answer of each of so many pairs, desirable if it is the chosen one."""
+    rows: list[dict[str, str | bool]] = []
+    for pair in preference_rows(rng, questions, count):
+        label = rng.random() < 0.5
+        rows.append({"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": label})
+    return rows
+
+
 def pretraining_rows(rng: random.Random, questions: Sequence[Question], count: int) -> list[dict[str, str]]:
     """`count` rows of plain text that state the facts: notes of a few statements, and questions with a bare answer."""
     rows = []
