@@ -2,7 +2,7 @@
 
 from utils.arguments.steps import StepConfig
 from utils.preflight.blocks import Blocks, block
-from utils.preflight.generation import GenerationMemory, estimate_generation, gathered_for_answers
+from utils.preflight.generation import GenerationMemory, answers_memory, estimate_generation
 from utils.preflight.memory import Engine
 from utils.preflight.phases import Estimate, Items, Machine, Moment, joined, largest_moments, total_of
 from utils.preflight.roles import Role, Subject, planned_roles
@@ -30,15 +30,19 @@ def estimate(config: StepConfig, subject: Subject, machine: Machine) -> Estimate
         evaluation = evaluation_batch(plan, subject.rows)
         evaluated = first.scaled(evaluation.tokens / batch.tokens)
         moments.append(Moment("evaluation", joined(persistent, evaluated.forward(evaluation.targets))))
-    if plan.samples_answers and first.engine.real_stage == 3:
-        gathered = {"gather buffers": gathered_for_answers(first.engine, machine, persistent)}
-        moments.append(Moment("evaluation", joined(persistent, gathered)))
+    if plan.samples_answers:
+        moments.append(
+            Moment("evaluation", joined(persistent, answers_memory(config, first.engine, machine, persistent)))
+        )
     generation, between = None, persistent
     if plan.generates:
         generation = estimate_generation(config, first, machine, batch, persistent)
         between = joined(persistent, generation.kept)
         moments.append(Moment("generation", generation.moment))
         moments += [Moment("scoring", joined(between, role.forward(batch.targets))) for role in roles.values()]
+    else:
+        frozen = [role for role in roles.values() if not role.flags.trains]
+        moments += [Moment("reference", joined(persistent, role.forward(batch.targets))) for role in frozen]
     for name, role in trained.items():
         phase = f"{name} training" if len(trained) > 1 else "training"
         moments += [Moment(phase, joined(between, items)) for items in role.training(batch)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.arguments.steps import PpoConfig
+from utils.arguments.steps import PpoConfig, StepConfig
 from utils.generation.decoder import CACHE_STEP, JOIN_ON
 from utils.generation.packed_matrix import can_pack
 from utils.generation.scheduler import PREFILL_TOKENS
@@ -70,10 +70,24 @@ def estimate_generation(
     return GenerationMemory(moment, kept, host, gathering)
 
 
-def gathered_for_answers(engine: Engine, machine: Machine, persistent: Items) -> Blocks:
-    """What step 1's sample answers gather at stage 3: all weights, or where they do not fit, what any pass gathers."""
-    whole = engine.whole()
-    return engine.gathered() if must_stream(whole.total, _free(machine, persistent)) else whole
+def answers_memory(config: StepConfig, engine: Engine, machine: Machine, persistent: Items) -> Items:
+    """Sample answers before and after training, see `generation.answers`.
+
+    At stage 3 they gather all weights, or where these do not fit, what any pass gathers. The decode engine allocates a
+    cache, and on a CPU copies of the weights, where there is room for them.
+    """
+    whole, free, shape = engine.whole(), _free(machine, persistent), engine.shape
+    if must_stream(whole.total, free):
+        return {"gather buffers": engine.gathered()}
+    items = {"gather buffers": whole}
+    length = config.longest_sequence()[0] + config.sample_max_new_tokens
+    cache = config.num_sample_generations * length * shape.cache_per_token * engine.item_size
+    copies = shape.total * engine.item_size if machine.device_type in JOIN_ON else 0
+    if shape.decodes and not must_stream(whole.total + cache + copies, free):
+        matrices = block(shape.matrices * engine.item_size / shape.layers / 7) * 7 * shape.layers
+        head = block(shape.vocabulary * shape.hidden * engine.item_size)
+        items |= {"KV cache": block(cache / 2) * 2, "generation copies": (matrices + head) if copies else Blocks()}
+    return items
 
 
 def _free(machine: Machine, standing: Items) -> float | None:

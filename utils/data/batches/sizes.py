@@ -18,7 +18,7 @@ class RowSize:
 
     tokens: int
     width: int  # of its longest sequence
-    targets: int  # tokens whose log-probabilities are computed
+    targets: int  # tokens whose log-probabilities a language model computes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def sequence_tokens(row: Row) -> int:
 
 
 def pair_tokens(row: Row) -> int:
-    """Tokens of both sequences of a pair."""
+    """Tokens of both sequences of a pair; the prompt counts twice, though most architectures compute it once."""
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
@@ -65,7 +65,7 @@ def _pair_weights(dataset: TokenDataset) -> list[int]:
 
 def _pair_size(row: Row, answer: int) -> RowSize:
     width = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    return RowSize(pair_tokens(row), width, 0)
+    return RowSize(pair_tokens(row), width, len(row["chosen_ids"]) + len(row["rejected_ids"]))
 
 
 def _labelled_size(row: Row, answer: int) -> RowSize:
@@ -91,7 +91,7 @@ ROW_KINDS: dict[Purpose, RowKind] = {
         weight=pair_tokens,
         weights=_pair_weights,
         size=_pair_size,
-        longest=lambda length, answer: RowSize(2 * length, length, 0),
+        longest=lambda length, answer: RowSize(2 * length, length, 2 * length),
     ),
     "labelled": RowKind(
         weight=labelled_tokens,
