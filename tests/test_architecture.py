@@ -11,7 +11,8 @@ SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in
 
 # Each may import what stands before it, and nothing else of `utils`.
 ORDER = [
-    *("errors", "files", "hub", "arguments", "output", "kernels", "algorithms", "parallel", "data", "checkpoints"),
+    *("errors", "files", "hub", "arguments", "output", "kernels", "algorithms", "parallel"),
+    *("chat_templates", "data", "checkpoints"),
     *("models", "runs", "generation", "rewards", "rlhf", "preference", "preflight", "toy", "sweeps"),
 ]
 # What a package must not import, although the order above would allow it.

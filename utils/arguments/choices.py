@@ -180,6 +180,21 @@ ADVANTAGE_ESTIMATORS = {
     ),
 }
 
+TEXT_FORM = "human_assistant"  # the form of dialogues without a chat template
+# Named chat templates: utils/chat_templates/NAME.jinja each.
+CHAT_TEMPLATES = {
+    "llama2": "[INST] ... [/INST]",
+    "llama3": "<|start_header_id|>user<|end_header_id|> ... <|eot_id|>",
+    "chatml": "<|im_start|>user ... <|im_end|>",
+    "zephyr": "<|user|> ... </s>",
+    "vicuna": "USER: ... ASSISTANT:",
+    "alpaca": "### Instruction: ... ### Response:",
+    "mistral": "[INST] ... [/INST], a system prompt in front of the first question",
+    "gemma": "<start_of_turn>user ... <end_of_turn>",
+    "qwen": "chatml with Qwen's system prompt",
+    "plain": "the texts alone, one below the other",
+}
+
 
 def described(table: dict[str, Choice]) -> str:
     """The rows of a table for a help text: "a: what it is; b: what it is"."""

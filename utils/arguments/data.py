@@ -1,5 +1,6 @@
 """Flags for the data that a step reads."""
 
+import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from utils.arguments.base import LARGEST_SEED, Arguments, flag
+from utils.arguments.choices import CHAT_TEMPLATES, TEXT_FORM
 from utils.errors import InputError
 
 SPLIT_PARTS = 3
@@ -102,6 +104,15 @@ class CorpusArguments(Arguments):
         "finished prompt that already ends with an answer marker and is used unchanged (raw); auto decides for each "
         "data set by the endings of its first prompts. Use the same for all steps",
     )
+    chat_template: str | None = flag(
+        None,
+        f"how dialogues are written: {', '.join(CHAT_TEMPLATES)}, a file NAME.jinja, or {TEXT_FORM} "
+        "(' Human: ... Assistant: ...'); if omitted, the tokenizer's own chat template, or human_assistant where it "
+        "has none. The saved tokenizer carries it, so later steps need not repeat it",
+    )
+    system_prompt: str | None = flag(
+        None, "system message of dialogues that have none of their own. Use the same for all steps"
+    )
     data_output_path: str | None = flag(
         None,
         "cache folder for tokenised data; if omitted, a folder private to the user (not a shared /tmp/data_files, "
@@ -114,6 +125,9 @@ class CorpusArguments(Arguments):
         if not self.data_path or not all(self.data_path):
             raise InputError("--data_path is empty: name at least one file, folder or data set")
         blend_weights(self.data_path)
+        _check_template_name(self.chat_template)
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise InputError("--system_prompt is empty: leave it out, or give a text")
 
     @property
     def data_sources(self) -> list[str]:
@@ -124,6 +138,18 @@ class CorpusArguments(Arguments):
     def data_weights(self) -> tuple[float, ...] | None:
         """The weight of each source; None: each row once per epoch."""
         return blend_weights(self.data_path)[1]
+
+
+def _check_template_name(name: str | None) -> None:
+    """Raises InputError for what is neither a named template nor, by its form, a file."""
+    names = [*CHAT_TEMPLATES, TEXT_FORM]
+    if name is None or name in names or name.endswith((".jinja", ".jinja2", ".j2")):
+        return
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise InputError(
+        f"--chat_template {name!r}: unknown template{hint}; choose from {', '.join(names)}, or give a file NAME.jinja"
+    )
 
 
 @dataclass(kw_only=True)

@@ -35,6 +35,7 @@ class StepConfig(
 
     is_group = False  # of --help, which lists its blocks instead
     purpose = ""  # what the step's rows are for, see `utils.data.formats.example.Purpose`
+    train_on = "last"  # of a dialogue's answers, see `SftArguments`
     answer_limit = 0  # tokens that generation adds to a row
     micro_batch_flag = "per_device_train_batch_size"
     written_folders = frozenset({"best"})  # below --output_dir, beside the files of the model itself

@@ -1,6 +1,7 @@
 """Flags of steps 1 and 2 alone."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from utils.arguments.base import Arguments, flag
 from utils.arguments.choices import PAIRWISE_LOSSES, described
@@ -13,6 +14,11 @@ class SftArguments(Arguments):
     """Supervised fine-tuning."""
 
     sft_only_data_path: list[str] = flag([], "additional data for this step only; all of its rows are used")
+    train_on: Literal["last", "all"] = flag(
+        "last",
+        "the assistant's turns of a dialogue that are trained: its last one, or all of them. The form human_assistant "
+        "has no end token between turns, so there the earlier ones are trained without one",
+    )
     packing: bool = flag(
         False,
         "fill rows of --max_seq_len tokens with several examples, which do not attend to each other; "

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from utils.arguments.roles import RoleFlags
 from utils.arguments.steps import StepConfig
+from utils.chat_templates.choice import choose_template
 from utils.errors import InputError
 from utils.hub import is_reachable, looks_local, offline
 from utils.models.lora import check_lora
@@ -83,7 +84,8 @@ def load_config(
 
 
 def load_matching_tokenizer(config: StepConfig, models: Mapping[str, PreTrainedConfig]) -> PreTrainedTokenizerBase:
-    """The tokenizer that the flags ask for: the first model's own, unless they name another.
+    """The tokenizer that the flags ask for: the first model's own, unless they name another. It carries the chat
+    template of `--chat_template`, which the log names.
 
     Raises:
         InputError: it has ids that one of the models has no embedding for (`--add_eot_token` may add one row), or one
@@ -94,6 +96,7 @@ def load_matching_tokenizer(config: StepConfig, models: Mapping[str, PreTrainedC
     tokenizer = load_tokenizer(
         path, add_eot_token=config.add_eot_token, eot_token=config.eot_token, trust_remote_code=config.trust_remote_code
     )
+    note = choose_template(tokenizer, config.chat_template, eos_is_given=config.add_eot_token)
     for vocabulary in sorted({model_config.vocab_size for model_config in models.values()}):
         excess, too_few = len(tokenizer) - vocabulary, len(tokenizer) < vocabulary / MOST_UNUSED
         sizes = f"{path}: the tokenizer has {len(tokenizer)} tokens but a model embeds {vocabulary}"
@@ -104,6 +107,7 @@ def load_matching_tokenizer(config: StepConfig, models: Mapping[str, PreTrainedC
     for other in {role.path: role for role in others if role.path != first.path}.values():
         label = f"{other.path_flag} {other.path}"
         check_same_tokens(tokenizer, other.path, label, trust_remote_code=config.trust_remote_code)
+    distributed.log(note)
     return tokenizer
 
 

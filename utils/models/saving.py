@@ -79,7 +79,7 @@ def save_model(
 def _write(model, tokenizer, folder: Path, state: dict, adapter: dict | None) -> None:
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
-    with atomic_files(folder, replacing=["model*.safetensors*", "adapter"]) as temporary:
+    with atomic_files(folder, replacing=["model*.safetensors*", "adapter", "chat_template.jinja"]) as temporary:
         model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(temporary)
         if adapter:

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.errors import InputError
+from utils.parallel import distributed
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json", "tokenizer_config.json")
@@ -60,8 +61,9 @@ def check_same_tokens(
 ) -> None:
     """Raise InputError when the model in `folder` was trained with a different tokenizer.
 
-    Every token of its vocabulary must have the same id, and responses must end with the same token. A model without
-    tokenizer files, or one on the hub, is not checked. `label`, the flag and its value, begins the message.
+    Every token of its vocabulary must have the same id, and responses must end with the same token. Another chat
+    template gets a warning: the model has seen dialogues of another form. A model without tokenizer files, or one on
+    the hub, is not checked. `label`, the flag and its value, begins the message.
     """
     if not has_tokenizer(folder):
         return
@@ -74,8 +76,10 @@ def check_same_tokens(
     if other.eos_token != tokenizer.eos_token:
         raise InputError(
             f"{label}: it was trained on responses that end with {other.eos_token}, the actor ends them with "
-            f"{tokenizer.eos_token}; use --add_eot_token in every step or in none"
+            f"{tokenizer.eos_token}; use --add_eot_token and --chat_template in every step or in none"
         )
+    if other.chat_template != tokenizer.chat_template:
+        distributed.warn(f"{label}: its tokenizer has another chat template than the one that dialogues are written in")
 
 
 def _first_line(error: Exception) -> str:

@@ -187,6 +187,15 @@ def test_a_format_must_serve_the_purpose():
         ({"prompt": "Q", "completion": "a", "label": "maybe"}, "`label` must be true or false"),
         ({"messages": "Hi"}, "`messages` must hold turns with role and content"),
         ({"messages": []}, "`messages` has no turns"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "3"}]},
+            "`messages` has a turn of role 'tool': messages of tools are not supported",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a turn of role 'function_call'"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "a turn with a call to a tool",
+        ),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'; known: system, human"),
         ({"messages": [{"role": "user", "content": None}]}, "content must be text, found null"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "has no human turn"),

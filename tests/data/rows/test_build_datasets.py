@@ -292,10 +292,10 @@ def test_rows_are_kept_on_disk_by_content(build, write_jsonl, pairs, tmp_path, g
     assert len(first) == 13
 
 
-def test_the_cache_holds_ids_and_little_else(build, write_jsonl, pairs, tmp_path):
+def test_the_cache_holds_ids_and_the_examples_of_the_audit(build, write_jsonl, pairs, tmp_path):
     build("sft", write_jsonl(pairs))
     files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert sorted(file.name for file in files) == ["eval.arrow", "report.json", "train.arrow"]
+    assert sorted(file.name for file in files) == ["audit.arrow", "eval.arrow", "report.json", "train.arrow"]
 
 
 def test_local_data_opens_no_connection(build, corpus, write_jsonl, pairs, monkeypatch):
@@ -475,7 +475,11 @@ def test_the_log_says_what_became_of_each_source(build, write_jsonl, pairs, tmp_
     assert lines[1].endswith("; not read: old.tsv")
     assert lines[2] == f"{len(train)} training rows and {len(held_out)} held-out rows"
     one = build("preference", first, data_split="0,1,0")[0].description.splitlines()
-    assert one == [f"--data_path {first}: 40 rows, 2 held out", "38 training rows and 2 held-out rows"]
+    assert one == [
+        f"--data_path {first}: 40 rows, 2 held out",
+        "38 training rows and 2 held-out rows",
+        "audit: 76 answers of 38 rows checked, which end with </s>",
+    ]
 
 
 def test_a_data_set_decides_what_its_prompts_are_and_not_each_row(build, write_jsonl):

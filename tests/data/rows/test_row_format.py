@@ -4,7 +4,9 @@ import hashlib
 import json
 
 import pytest
+from chat_tokenizers import chat_tokenizer
 
+from utils.chat_templates.choice import choose_template
 from utils.data import Corpus, build_datasets
 from utils.data.rows.cache import ROW_FORMAT
 
@@ -12,6 +14,10 @@ from utils.data.rows.cache import ROW_FORMAT
 DIGESTS = {
     1: "8678e505267ed9003cbd99a3b9d1a539d788ddc2ec51ad1084a910c536690863",
     2: "b39695f355be94dfccee84a04c1dee6f2d1c2f1ebf39df8fe0f5604d61781f77",
+}
+# The same for dialogues in a chat template, which there are from format 2 on.
+CHAT_DIGESTS = {
+    2: "1119f88795b6a6fed00915798ce6fe93ea965f6786ddc5c5323b49e019537114",
 }
 TOKENIZER = "4979a997d18b2602b75969a59391636f8773ba1ece845981279ef03e278f471d"  # of the vocabulary of their ids
 
@@ -116,7 +122,27 @@ def test_rows_are_those_of_their_format_number(prepared, tiny_tokenizer):
     )
 
 
+def test_rows_in_a_chat_template_are_those_of_their_format_number(write_jsonl, tmp_path):
+    tokenizer, rows = chat_tokenizer(), {}
+    choose_template(tokenizer, "chatml")
+    for purpose, files in FILES.items():
+        paths = [write_jsonl(content, f"{purpose}/{number}.jsonl") for number, content in enumerate(files)]
+        for train_on in ("last", "all"):
+            corpus = Corpus(
+                purpose=purpose,
+                paths=paths,
+                max_len=60,
+                data_split=WHOLE[purpose],
+                cache_dir=str(tmp_path),
+                train_on=train_on,
+                system_prompt="Be kind .",
+            )
+            rows[f"{purpose} {train_on}"] = [row for part in build_datasets(corpus, tokenizer) for row in part]
+    assert digest_of(rows) == CHAT_DIGESTS.get(ROW_FORMAT), "see the message of the test above"
+
+
 def test_every_format_number_has_its_digest():
+    assert sorted(CHAT_DIGESTS) == list(range(2, ROW_FORMAT + 1))
     assert sorted(DIGESTS) == list(range(1, ROW_FORMAT + 1)), (
         f"ROW_FORMAT is {ROW_FORMAT}: raise it by one, and add the digest that the test above names to DIGESTS"
     )

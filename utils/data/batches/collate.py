@@ -43,10 +43,16 @@ def collate_sft(rows: Sequence[Row], pad_id: int) -> Batch:
     """Rows of purpose "sft" or "pretrain", padded on the right.
 
     Returns input_ids, attention_mask and target_mask, all (B, T): true where the token is to be predicted, that is on
-    response tokens with their EOS. Column 0 has no predecessor and is never a target; a filler row has no targets.
+    response tokens with their EOS, from `response_start` on, or within `target_spans` where a row has several. Column 0
+    has no predecessor and is never a target; a filler row has no targets.
     """
     ids, attention_mask = pad([row["input_ids"] for row in rows], pad_id)
     targets = _span_mask([max(row["response_start"], 1) for row in rows], attention_mask)
+    for mask, row in zip(targets, rows, strict=True):
+        if spans := row.get("target_spans"):
+            mask[:] = False
+            for start, end in zip(spans[::2], spans[1::2], strict=True):
+                mask[max(start, 1) : end] = True
     return {"input_ids": ids, "attention_mask": attention_mask, "target_mask": targets & _row_mask(rows)[:, None]}
 
 

@@ -55,7 +55,8 @@ def labelled_tokens(row: Row) -> int:
 
 def _sequence_size(row: Row, answer: int) -> RowSize:
     tokens = len(row["input_ids"])
-    return RowSize(tokens, tokens, tokens - max(row["response_start"], 1))
+    spans = row.get("target_spans") or [row["response_start"], tokens]
+    return RowSize(tokens, tokens, sum(end - max(start, 1) for start, end in zip(spans[::2], spans[1::2])))
 
 
 def _pair_weights(dataset: TokenDataset) -> list[int]:

@@ -9,9 +9,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from utils.data.formats.dialogue import SPEAKERS, answered, asked, has_own_marker, parse_dialogue, raw, undecided
+from utils.data.formats.dialogue import (
+    SPEAKERS,
+    answered,
+    asked,
+    has_own_marker,
+    parse_dialogue,
+    raw,
+    undecided,
+    with_turns,
+)
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, Row, RowError, Turn
 
+# Roles of calls to tools and their results, under the names that data sets use.
+TOOL_ROLES = {
+    "tool",
+    "function",
+    "function_call",
+    "function_response",
+    "observation",
+    "tool_call",
+    "tool_response",
+    "ipython",
+}
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -66,6 +86,9 @@ def _turn(turn: Any, name: str) -> Turn:
         raise RowError(f"`{name}` must hold turns with role and content (or from and value), found {_describe(turn)}")
     role, content = ("role", "content") if "role" in turn else ("from", "value")
     speaker = SPEAKERS.get(str(turn.get(role)).lower())
+    if str(turn.get(role)).lower() in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        what = f"of role {turn[role]!r}" if speaker is None else "with a call to a tool"
+        raise RowError(f"`{name}` has a turn {what}: messages of tools are not supported; remove the dialogue")
     if speaker is None:
         raise RowError(f"`{name}` has a turn of unknown role {turn.get(role)!r}; known: {', '.join(SPEAKERS)}")
     if not isinstance(turn.get(content), str):
@@ -143,7 +166,7 @@ def alpaca(row: Row) -> Example:
     An instruction that is a whole dialogue up to "Assistant:" (alpaca-rlhf's MultiTurnAlpaca) is used unchanged.
     """
     question, output = _with_input(row), response_in(row, "output")
-    return raw(question, output) if has_own_marker(question) else asked(question, output)
+    return with_turns(raw(question, output)) if has_own_marker(question) else asked(question, output)
 
 
 def _with_input(row: Row) -> str:
@@ -168,7 +191,7 @@ def alpaca_preference(row: Row) -> Example:
     ordered = answers if better == 1 else reversed(answers)
     question = _with_input(row)
     if has_own_marker(question):
-        return raw(question, *(f" {answer.strip()}" for answer in ordered))
+        return with_turns(raw(question, *(f" {answer.strip()}" for answer in ordered)))
     return asked(question, *ordered)
 
 

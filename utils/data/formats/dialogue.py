@@ -1,7 +1,7 @@
 """Dialogues as turns, and the one place where they are rendered as text.
 
-The text form is `" Human: " + question + " Assistant:"`, answered by `" " + answer`. A form for a model's own chat
-template would be another class with the two methods of `HumanAssistant`, and an entry in `FORMS`.
+The text form is `" Human: " + question + " Assistant:"`, answered by `" " + answer`. A chat template, where the
+tokenizer has one, takes its place when rows are tokenised (`utils.data.rows.encoding`).
 """
 
 import hashlib
@@ -74,6 +74,27 @@ def rendered(example: Example, form: DialogueForm) -> Example:
     return replace(example, prompt=form.prompt(example.prompt), **answers)
 
 
+def earlier_answers(example: Example) -> list[tuple[int, int]]:
+    """Where the assistant's earlier answers lie in the text form of the prompt: (start, end) characters.
+
+    An answer begins behind the colon of its "Assistant:" and ends with its text: this form has no end token.
+    """
+    is_text = isinstance(example.prompt, str)
+    turns = (example.parsed or ()) if is_text else example.prompt
+    text = example.prompt if is_text else FORMS[DEFAULT_FORM].prompt(turns)
+    spans, place, was_asked = [], 0, False
+    for speaker, content in turns:
+        content = content.strip()
+        start = text.find(content, place)
+        if start < 0:  # turns of one speaker that `turns_of` joined
+            return []
+        place = start + len(content)
+        if speaker == "Assistant" and was_asked and content:
+            spans.append((text.rfind(":", 0, start) + 1, place))
+        was_asked = was_asked or speaker == "Human"
+    return spans
+
+
 def prompt_number(example: Example) -> int:
     """An int64 that is equal for equal prompts, in whichever format; for plain text, for equal texts."""
     prompt = rendered(example, FORMS[DEFAULT_FORM]).prompt.strip()
@@ -117,7 +138,10 @@ def settled(example: Example, form: PromptForm) -> Example:
         return example
     make = raw if form == "raw" else asked
     made = make(example.prompt, example.chosen, example.rejected)
-    return replace(example, prompt=made.prompt, chosen=made.chosen, rejected=made.rejected, is_undecided=False)
+    parsed = turns_of(example.prompt) if form == "dialogue" and has_own_marker(example.prompt) else None
+    return replace(
+        example, prompt=made.prompt, chosen=made.chosen, rejected=made.rejected, is_undecided=False, parsed=parsed
+    )
 
 
 def form_of(prompts: Sequence[str]) -> PromptForm:
@@ -138,6 +162,50 @@ def form_of(prompts: Sequence[str]) -> PromptForm:
 def has_own_marker(prompt: str) -> bool:
     """Whether the text ends with "Assistant:", as a prompt in the project's text form does."""
     return prompt.rstrip().endswith(_OWN_MARKER)
+
+
+def turns_of(prompt: str) -> tuple[Turn, ...] | None:
+    """The turns of a prompt that is the text of a dialogue up to its last "Assistant:"; None if it is no such text.
+
+    Turns of one speaker that follow each other are one turn: a marker inside a turn looks like the next one's.
+    """
+    turns = parse_dialogue(prompt)
+    if not turns or turns[-1] != ("Assistant", "") or not any(speaker == "Human" for speaker, _ in turns):
+        return None
+    joined: list[Turn] = []
+    for speaker, text in turns[:-1]:
+        if joined and joined[-1][0] == speaker:
+            text = f"{joined.pop()[1]}\n\n{text}"
+        joined.append((speaker, text))
+    return tuple(joined)
+
+
+def with_turns(example: Example) -> Example:
+    """`example`, whose prompt is the text of a dialogue as a published set writes it, with its turns as well."""
+    assert isinstance(example.prompt, str)
+    return replace(example, parsed=turns_of(example.prompt) or (("Human", example.prompt.strip()),))
+
+
+def as_turns(example: Example, system_prompt: str | None = None) -> Example:
+    """`example` as a chat template reads it: its dialogue as turns, with the system prompt if they have none.
+
+    A prompt that is text and no dialogue stays as it is.
+    """
+    if example.parsed is not None:
+        chosen, rejected = (None if text is None else text.strip() for text in (example.chosen, example.rejected))
+        example = replace(example, prompt=example.parsed, chosen=chosen, rejected=rejected, parsed=None)
+    return with_system(example, system_prompt)
+
+
+def with_system(example: Example, system_prompt: str | None) -> Example:
+    """`example` with `system_prompt` in front of a dialogue that has no system turn."""
+    if (
+        not system_prompt
+        or isinstance(example.prompt, str)
+        or any(speaker == "System" for speaker, _ in example.prompt)
+    ):
+        return example
+    return replace(example, prompt=(("System", system_prompt.strip()), *example.prompt))
 
 
 def parse_dialogue(text: str) -> list[Turn]:

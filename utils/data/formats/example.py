@@ -25,6 +25,8 @@ class Example:
         reference: the right answer, for rewards that compare with it.
         columns: the row's other columns.
         numbers: what a prepared row keeps beside its token ids, by name: see `arrow_rows.NUMBERS`.
+        parsed: the turns of a prompt that is the text of a dialogue, for a chat template; None if it stays as it is.
+        where: file and line of the row. published: of a published set, in which rows that cannot be used are left out.
         is_undecided: the prompt is text, and only the data set as a whole shows whether it is a question or a finished
             prompt; see `dialogue.settled`. The answers are those of the row, unchanged.
     """
@@ -38,6 +40,9 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     is_undecided: bool = False
+    parsed: tuple[Turn, ...] | None = field(default=None, compare=False)
+    where: str = field(default="", compare=False)
+    published: bool = field(default=False, compare=False)
 
 
 class RowError(ValueError):

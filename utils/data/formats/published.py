@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from utils.data.formats.converters import number_in, require, response_in, text_in, turns_in
-from utils.data.formats.dialogue import answered, asked
+from utils.data.formats.dialogue import answered, asked, with_turns
 from utils.data.formats.example import DroppedRow, Example, NoResponseError, Row, RowError, Turn
 from utils.errors import InputError
 
@@ -15,7 +15,7 @@ Located = tuple[str, Row]
 
 def as_it_stands(row: Row) -> Example:
     """Dahoas' sets: prompt ends with "Assistant:", the responses begin with a space; nothing is changed."""
-    return Example(text_in(row, "prompt"), response_in(row, "chosen"), response_in(row, "rejected"))
+    return with_turns(Example(text_in(row, "prompt"), response_in(row, "chosen"), response_in(row, "rejected")))
 
 
 def asked_pair(row: Row) -> Example:
@@ -34,7 +34,7 @@ def reward_datasets(row: Row) -> Example:
     answers = [response_in(row, column).split("Assistant:")[-1] for column in ("chosen", "rejected")]
     if not all(answer.strip() for answer in answers):
         raise NoResponseError("has no response after `Assistant:`")
-    return Example(prompt, *answers)
+    return with_turns(Example(prompt, *answers))
 
 
 def summarize_comparisons(row: Row) -> Example:
@@ -107,7 +107,7 @@ def context_messages(row: Row) -> Example:
 def vicuna(row: Row) -> Example:
     """pvduy/sharegpt_alpaca_oa_vicuna_format: "USER: ... ASSISTANT:" in prompt, the answer in label."""
     prompt = text_in(row, "prompt").replace("USER:", "Human:").replace("ASSISTANT:", "Assistant:")
-    return Example(prompt, " " + response_in(row, "label").strip())
+    return with_turns(Example(prompt, " " + response_in(row, "label").strip()))
 
 
 def passages(row: Row) -> Example:

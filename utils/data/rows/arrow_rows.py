@@ -26,16 +26,23 @@ SCHEMAS: dict[Purpose, pa.Schema] = {
     "labelled": pa.schema([("prompt_ids", _IDS), ("response_ids", _IDS), ("label", pa.bool_())]),
     "prompts": pa.schema([("prompt_ids", _IDS), ("prompt", _TEXT), ("reference", _TEXT), ("columns", _TEXT)]),
 }
-# An example before tokenisation: `turns`, `columns` and `numbers` are JSON, a prompt that is text is in `text`, and
+SEVERAL_SPANS = _SPAN.append(pa.field("target_spans", pa.list_(pa.int32())))  # "sft" with `--train_on all`
+# An example before tokenisation: `turns`, `parsed`, `columns` and `numbers` are JSON, a prompt that is text is in
+# `text`, and
 # `prompt_number` is equal for equal prompts.
 EXAMPLES = pa.schema(
     [
         *(("text", _TEXT), ("turns", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("label", pa.bool_())),
         *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT), ("numbers", _TEXT)),
-        ("prompt_number", pa.int64()),
+        *(("prompt_number", pa.int64()), ("parsed", _TEXT), ("where", _TEXT), ("published", pa.bool_())),
     ]
 )
 KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # which a reward may read
+
+
+def row_schema(purpose: Purpose, train_on: str = "last") -> pa.Schema:
+    """The columns of the rows of `purpose`, whose dialogues train the last answer or all of them."""
+    return SEVERAL_SPANS if purpose == "sft" and train_on == "all" else SCHEMAS[purpose]
 
 
 def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[str, Any]:
@@ -54,6 +61,9 @@ def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[
         "columns": json.dumps(dict(example.columns), default=str) if purpose in KEEPS_COLUMNS else None,
         "numbers": json.dumps(dict(example.numbers)) if example.numbers else None,
         "prompt_number": number,
+        "parsed": None if example.parsed is None else json.dumps(example.parsed),
+        "where": example.where,
+        "published": example.published,
     }
 
 
@@ -61,11 +71,16 @@ def read_example(row: Mapping[str, Any]) -> Example | None:
     """The example that `example_row` wrote; None for a placeholder."""
     if row["text"] is None and row["turns"] is None:
         return None
-    turns = None if row["turns"] is None else tuple((speaker, text) for speaker, text in json.loads(row["turns"]))
-    others = {name: row[name] for name in ("chosen", "rejected", "label", "score", "reference")}
+    turns, parsed = (
+        None if row[name] is None else tuple((speaker, text) for speaker, text in json.loads(row[name]))
+        for name in ("turns", "parsed")
+    )
+    names = ("chosen", "rejected", "label", "score", "reference", "where", "published")
+    others = {name: row[name] for name in names}
     columns = {} if row["columns"] is None else json.loads(row["columns"])
     numbers = {} if row["numbers"] is None else json.loads(row["numbers"])
-    return Example(prompt=row["text"] if turns is None else turns, columns=columns, numbers=numbers, **others)
+    prompt = row["text"] if turns is None else turns
+    return Example(prompt=prompt, columns=columns, numbers=numbers, parsed=parsed, **others)
 
 
 def write_rows(file: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], batch: int = 1000) -> int:

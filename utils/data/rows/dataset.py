@@ -13,13 +13,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.formats.dialogue import FORMS
+from utils.data.formats.dialogue import DEFAULT_FORM
 from utils.data.formats.example import Example
-from utils.data.rows.arrow_rows import EXAMPLES, SCHEMAS, example_row, open_rows, read_example, write_rows
+from utils.data.rows.arrow_rows import EXAMPLES, example_row, open_rows, read_example, row_schema, write_rows
+from utils.data.rows.audit import AUDITED, audit
 from utils.data.rows.blending import Blend, rows_per_epoch
 from utils.data.rows.cache import cached_folder, key_of, private_folder
-from utils.data.rows.token_rows import token_rows
-from utils.data.rows.tokenization import Encoder, tokenizer_fingerprint
+from utils.data.rows.encoding import ExampleEncoder
+from utils.data.rows.token_rows import ABOUT_FORM, token_rows
+from utils.data.rows.tokenization import tokenizer_fingerprint
 from utils.data.sources.corpus import Corpus, Share
 from utils.data.sources.reading import read_examples
 from utils.data.sources.splits import divide
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     import datasets
 
 BATCH = 512
+AUDIT_FILE = "audit.arrow"  # the first training examples, beside the rows that were made of them
 HELD_OUT_SHARE = 0.05  # of the rows of a source that comes without held-out rows
 
 
@@ -103,7 +106,9 @@ def build_datasets(
     "rejected_ids", "source" (index into `Corpus.names`), "margin" (None without such a column)}; "labelled"
     {"prompt_ids", "response_ids", "label"}; "prompts" {"prompt_ids", "prompt" (the text), "reference" (the right
     answer, or None), "columns" (the row's other columns as JSON)}; "pretrain" {"input_ids", "response_start"} in blocks
-    of `max_len` ids. Responses end with EOS unless they were cut.
+    of `max_len` ids. Responses end with EOS unless they were cut. If all answers of dialogues are trained, rows of
+    purpose "sft" also have "target_spans": the trained spans as [start, end, start, end, ...], or None where the last
+    answer is the only one.
 
     Held out are the files or the split that a source declares as such, else a twentieth of its rows (at least one), the
     same for all steps. The others are divided by `data_split`; rows of `undivided` paths all go to this step, rows for
@@ -117,7 +122,7 @@ def build_datasets(
     Raises:
         InputError: data that cannot be read or used; the message names the file and the line or row, or the flag.
     """
-    encoder = Encoder(tokenizer)
+    encoder = ExampleEncoder(tokenizer, system_prompt=corpus.system_prompt, train_on=corpus.train_on)
     least = len(encoder.prefix) + 2
     if corpus.max_len < least:
         raise InputError(f"{corpus.length_flag} {corpus.max_len} is too short for a row; give at least {least}")
@@ -125,7 +130,7 @@ def build_datasets(
         "purpose": corpus.purpose,
         "shares": [[share.source.fingerprint(), share.weights, share.part] for share in corpus.shares],
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "forms": [corpus.form, corpus.prompt_form],
+        "forms": [DEFAULT_FORM, corpus.prompt_form, *_form_of_dialogues(corpus, encoder)],
         "max_len": corpus.max_len,
         "seed": corpus.seed,
     }
@@ -144,12 +149,29 @@ def build_datasets(
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     sources = [_Division(**division) for division in report["sources"]]
     lines = (source.line(share, corpus) for share, source in zip(corpus.shares, sources, strict=True))
-    description = "\n".join([*lines, report["rows"]])
+    train, held_out = (open_rows(folder / f"{name}.arrow") for name in ("train", "eval"))
+    audited = _audit(folder, corpus, encoder, train)
+    description = "\n".join(filter(None, [*lines, report["rows"], audited]))
     blend = None
     if corpus.blend_weights:
         blend = Blend(tuple(source.prepared for source in sources), tuple(source.per_epoch for source in sources))
-    train = TokenDataset(open_rows(folder / "train.arrow"), description, key, blend)
-    return train, TokenDataset(open_rows(folder / "eval.arrow"), description, key)
+    return TokenDataset(train, description, key, blend), TokenDataset(held_out, description, key)
+
+
+def _audit(folder: Path, corpus: Corpus, encoder: ExampleEncoder, rows: "datasets.Dataset") -> str:
+    """Check the first training rows in every run, also where they come from the cache; see `audit`."""
+    file = folder / AUDIT_FILE
+    if corpus.purpose == "pretrain" or not file.is_file():  # an entry of the cache from before the audit
+        return ""
+    examples = [example for row in open_rows(file) if (example := read_example(row)) is not None]
+    return audit(corpus.purpose, encoder, examples, rows, corpus.max_len)
+
+
+def _form_of_dialogues(corpus: Corpus, encoder: ExampleEncoder) -> list[Any]:
+    """What determines how dialogues are written and trained, other than by default."""
+    template = encoder.template.source if encoder.template else None
+    form = [template, corpus.system_prompt, corpus.train_on]
+    return [] if form == [None, None, "last"] else form
 
 
 def _names(corpus: Corpus) -> str:
@@ -186,7 +208,7 @@ class _Division:
         return text + share.source.remark
 
 
-def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
+def _prepare(folder: Path, corpus: Corpus, encoder: ExampleEncoder) -> None:
     """Write train.arrow, eval.arrow and report.json into `folder`."""
     dropped: Counter[str] = Counter()
     divisions: list[_Division] = []
@@ -198,7 +220,7 @@ def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
 
     def prepared(indices: np.ndarray, bar: tqdm) -> Iterator[dict[str, Any]]:
         batches = _batches(examples, indices, bar)
-        return token_rows(corpus.purpose, encoder, FORMS[corpus.form], batches, corpus.max_len, cut)
+        return token_rows(corpus.purpose, encoder, batches, corpus.max_len, cut)
 
     for name, indices in zip(("train", "eval"), numbers, strict=True):
         with tqdm(total=len(indices), desc=f"preparing {name} rows", unit=" rows", delay=3, leave=False) as bar:
@@ -206,20 +228,25 @@ def _prepare(folder: Path, corpus: Corpus, encoder: Encoder) -> None:
                 rows = _one_source_after_the_other(indices, divisions, lambda some, bar=bar: prepared(some, bar))
             else:
                 rows = prepared(indices, bar)
-            counts[name] = write_rows(folder / f"{name}.arrow", SCHEMAS[corpus.purpose], rows)
+            counts[name] = write_rows(folder / f"{name}.arrow", row_schema(corpus.purpose, corpus.train_on), rows)
         if not counts[name]:
             what = "training" if name == "train" else "held-out"
             raise InputError(
                 f"{_names(corpus)}: no {what} row is left of {len(indices)} ({_list(dropped + cut)}); "
                 "give more data, or data that this step can use"
             )
+    first = _by_source(numbers[0], divisions) if corpus.blend_weights else [numbers[0]]
+    audited = np.concatenate(first)[:AUDITED]
+    write_rows(folder / AUDIT_FILE, EXAMPLES, (examples[int(index)] for index in audited))
     (folder / "examples.arrow").unlink()
     training = counted(counts["train"], "training row")
     if corpus.blend_weights:
         _set_rows_per_epoch(corpus, divisions)
         training += f", {sum(source.per_epoch for source in divisions)} of them in each epoch,"
     rows = f"{training} and {counted(counts['eval'], 'held-out row')}"
-    for remark, reasons in (("left out of all rows", dropped), (f"to fit {corpus.max_len} tokens", cut)):
+    form = Counter({reason: count for reason, count in cut.items() if reason.startswith(ABOUT_FORM)})
+    remarks = (("left out of all rows", dropped), (f"to fit {corpus.max_len} tokens", cut - form), ("form", form))
+    for remark, reasons in remarks:
         rows += f"; {remark}: {_list(reasons)}" if any(reasons.values()) else ""
     report = {"sources": [vars(division) for division in divisions], "rows": rows}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
@@ -281,12 +308,17 @@ def _one_source_after_the_other(
     numbers: np.ndarray, divisions: Sequence[_Division], prepare: Callable[[np.ndarray], Iterator[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
     """The prepared rows of the examples with these numbers, by source, each in the given order; counted in it."""
-    ends = np.cumsum([source.train + source.held_out for source in divisions])
-    owners = np.searchsorted(ends, numbers, side="right")
-    for place, source in enumerate(divisions):
-        for row in prepare(numbers[owners == place]):
+    for source, own in zip(divisions, _by_source(numbers, divisions), strict=True):
+        for row in prepare(own):
             source.prepared += 1
             yield row
+
+
+def _by_source(numbers: np.ndarray, divisions: Sequence[_Division]) -> list[np.ndarray]:
+    """The numbers of each source's examples, in the given order."""
+    ends = np.cumsum([source.train + source.held_out for source in divisions])
+    owners = np.searchsorted(ends, numbers, side="right")
+    return [numbers[owners == place] for place in range(len(divisions))]
 
 
 def _set_rows_per_epoch(corpus: Corpus, divisions: Sequence[_Division]) -> None:

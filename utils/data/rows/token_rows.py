@@ -5,17 +5,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from utils.data.formats.dialogue import DialogueForm, rendered
 from utils.data.formats.example import Example, Purpose
-from utils.data.rows.tokenization import Encoder, Ids, chunk_text, fit, pack_blocks, truncate_prompt
+from utils.data.rows.encoding import CannotRender, Encoded, ExampleEncoder
+from utils.data.rows.tokenization import Ids, chunk_text, fit, pack_blocks, truncate_prompt
 
 TokenRow = dict[str, Any]
+LEFT_OUT = "dialogues left out that the chat template cannot write"
+WITHOUT_SYSTEM = "prompts that are text and get no --system_prompt"
+ABOUT_FORM = (LEFT_OUT, WITHOUT_SYSTEM)
 
 
 def token_rows(
     purpose: Purpose,
-    encoder: Encoder,
-    form: DialogueForm,
+    encoder: ExampleEncoder,
     batches: Iterable[Sequence[Example]],
     max_len: int,
     tally: Counter[str],
@@ -23,67 +25,85 @@ def token_rows(
     """The rows of `purpose` (keys as in `utils.data.build_datasets`) from batches of examples.
 
     Args:
-        form: how dialogues become text.
-        tally: counts what was cut ("prompts cut", "responses cut") or left out because of `max_len`.
+        tally: counts what was cut ("prompts cut", "responses cut") or left out because of `max_len`, and under the
+            names in `ABOUT_FORM` what the form of dialogues left out or did not reach.
     """
-    batches = ([rendered(example, form) for example in batch] for batch in batches)
     if purpose == "pretrain":
-        spans = (span for batch in batches for span in encoder.spans(batch))
+        encoded = (pair[1] for batch in batches for pair in _encoded(encoder, batch, ("chosen",), tally))
+        spans = ((each.prompt, each.answers["chosen"]) for each in encoded)
         yield from ({"input_ids": block, "response_start": 0} for block in pack_blocks(spans, max_len))
         return
-    makers = {
-        "sft": _sft_rows,
-        "preference": _preference_rows,
-        "labelled": _labelled_rows,
-        "prompts": _prompt_rows,
-    }
-    make = makers[purpose]
     for batch in batches:
-        yield from make(encoder, batch, max_len, tally)
+        yield from (row for _, _, row in rows_of(purpose, encoder, batch, max_len, tally))
 
 
-def _sft_rows(encoder: Encoder, batch: Sequence[Example], max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
-    for example, (prompt, response) in zip(batch, encoder.spans(batch), strict=True):
-        if example.prompt:
-            short_prompt, (short_response,) = _fit(prompt, [response], max_len, encoder, tally)
-            pieces = [(short_prompt, short_response)]
-        else:
-            pieces = list(chunk_text(prompt, response, max_len))
-        for start, ids in pieces:
-            yield {"input_ids": start + ids, "response_start": len(start)}
+def rows_of(
+    purpose: Purpose,
+    encoder: ExampleEncoder,
+    batch: Sequence[Example],
+    max_len: int,
+    tally: Counter[str] | None = None,
+) -> Iterator[tuple[Example, Encoded, TokenRow]]:
+    """The rows of each example, and the ids that they were made of; not for purpose "pretrain"."""
+    tally = Counter() if tally is None else tally
+    make, names = {
+        "sft": (_sft_rows, ("chosen",)),
+        "preference": (_preference_rows, ("chosen", "rejected")),
+        "labelled": (_labelled_rows, ("chosen", "rejected")),
+        "prompts": (_prompt_rows, ()),
+    }[purpose]
+    for example, encoded in _encoded(encoder, batch, names, tally):
+        yield from ((example, encoded, row) for row in make(example, encoded, max_len, tally))
 
 
-def _preference_rows(
-    encoder: Encoder, batch: Sequence[Example], max_len: int, tally: Counter[str]
-) -> Iterator[TokenRow]:
-    prompts = encoder.prompts([example.prompt for example in batch])
-    chosen = encoder.responses([example.chosen or "" for example in batch])
-    rejected = encoder.responses([example.rejected or "" for example in batch])
-    for example, prompt, *responses in zip(batch, prompts, chosen, rejected, strict=True):
-        short_prompt, (wanted, unwanted) = _fit(prompt, responses, max_len, encoder, tally)
-        if wanted == unwanted:
-            tally["pairs left out that differ only beyond it"] += 1
+def _encoded(
+    encoder: ExampleEncoder, batch: Sequence[Example], names: Sequence[str], tally: Counter[str]
+) -> Iterator[tuple[Example, Encoded]]:
+    """Each example with its ids; dialogues of published sets that the chat template cannot write are left out."""
+    for example, encoded in zip(batch, encoder(batch, names), strict=True):
+        if isinstance(encoded, CannotRender):
+            tally[f"{LEFT_OUT} ({encoded})"] += 1
             continue
-        yield {"prompt_ids": short_prompt, "chosen_ids": wanted, "rejected_ids": unwanted, **example.numbers}
+        if encoder.system_prompt and not (encoded.is_dialogue or encoded.form == "plain"):
+            tally[WITHOUT_SYSTEM] += 1
+        yield example, encoded
 
 
-def _labelled_rows(encoder: Encoder, batch: Sequence[Example], max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
-    prompts = encoder.prompts([example.prompt for example in batch])
-    answers = encoder.responses([(example.chosen if example.label else example.rejected) or "" for example in batch])
-    for example, prompt, answer in zip(batch, prompts, answers, strict=True):
-        short_prompt, (short_answer,) = _fit(prompt, [answer], max_len, encoder, tally)
-        yield {"prompt_ids": short_prompt, "response_ids": short_answer, "label": example.label}
+def _sft_rows(example: Example, encoded: Encoded, max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
+    if encoded.form == "plain":
+        for start, ids in chunk_text(encoded.prompt, encoded.answers["chosen"], max_len):
+            yield {"input_ids": start + ids, "response_start": len(start)}
+        return
+    prompt, (response,) = _fit(encoded, ("chosen",), max_len, tally)
+    row = {"input_ids": prompt + response, "response_start": len(prompt)}
+    cut = len(encoded.prompt) - len(prompt)
+    kept = [(start - cut, end - cut) for start, end in encoded.earlier if start - cut >= encoded.prefix and start < end]
+    if kept:
+        row["target_spans"] = [place for span in (*kept, (len(prompt), len(row["input_ids"]))) for place in span]
+    yield row
 
 
-def _prompt_rows(encoder: Encoder, batch: Sequence[Example], max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
-    for example, prompt in zip(batch, encoder.prompts([example.prompt for example in batch]), strict=True):
-        tally["prompts cut"] += len(prompt) > max_len
-        yield {
-            "prompt_ids": truncate_prompt(prompt, max_len, len(encoder.prefix)),
-            "prompt": example.prompt,
-            "reference": _reference(example),
-            "columns": json.dumps(dict(example.columns)),
-        }
+def _preference_rows(example: Example, encoded: Encoded, max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
+    prompt, (wanted, unwanted) = _fit(encoded, ("chosen", "rejected"), max_len, tally)
+    if wanted == unwanted:
+        tally["pairs left out that differ only beyond it"] += 1
+        return
+    yield {"prompt_ids": prompt, "chosen_ids": wanted, "rejected_ids": unwanted, **example.numbers}
+
+
+def _labelled_rows(example: Example, encoded: Encoded, max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
+    prompt, (response,) = _fit(encoded, ("chosen",) if example.label else ("rejected",), max_len, tally)
+    yield {"prompt_ids": prompt, "response_ids": response, "label": example.label}
+
+
+def _prompt_rows(example: Example, encoded: Encoded, max_len: int, tally: Counter[str]) -> Iterator[TokenRow]:
+    tally["prompts cut"] += len(encoded.prompt) > max_len
+    yield {
+        "prompt_ids": _bos_once(encoded, truncate_prompt(encoded.prompt, max_len, encoded.prefix)),
+        "prompt": encoded.text,
+        "reference": _reference(example),
+        "columns": json.dumps(dict(example.columns)),
+    }
 
 
 def _reference(example: Example) -> str | None:
@@ -93,10 +113,19 @@ def _reference(example: Example) -> str | None:
     return example.chosen.strip()  # without the space that separates it from the prompt
 
 
-def _fit(
-    prompt: Ids, responses: Sequence[Ids], max_len: int, encoder: Encoder, tally: Counter[str]
-) -> tuple[Ids, list[Ids]]:
-    short_prompt, short_responses = fit(prompt, responses, max_len, len(encoder.prefix))
-    tally["prompts cut"] += len(short_prompt) < len(prompt)
-    tally["responses cut"] += sum(short != whole for short, whole in zip(short_responses, responses, strict=True))
-    return short_prompt, short_responses
+def _fit(encoded: Encoded, names: Sequence[str], max_len: int, tally: Counter[str]) -> tuple[Ids, list[Ids]]:
+    responses = [encoded.answers[name] for name in names]
+    prompt, short = fit(encoded.prompt, responses, max_len, encoded.prefix)
+    prompt = _bos_once(encoded, prompt)
+    tally["prompts cut"] += len(prompt) < len(encoded.prompt)
+    tally["responses cut"] += sum(kept != whole for kept, whole in zip(short, responses, strict=True))
+    return prompt, short
+
+
+def _bos_once(encoded: Encoded, prompt: Ids) -> Ids:
+    """`prompt` without the BOS that was kept in front of a cut, where what follows begins with BOS.
+
+    Templates that begin every turn with it need this.
+    """
+    is_doubled = encoded.form == "template" and encoded.prefix > 0 and prompt[:1] == prompt[1:2]
+    return prompt[1:] if is_doubled and len(prompt) < len(encoded.prompt) else prompt

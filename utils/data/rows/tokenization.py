@@ -59,7 +59,7 @@ class Encoder:
 
         An end marker that the text already carries is taken off first: EOS comes once.
         """
-        texts = [self._without_end_marker(text) for text in texts]
+        texts = [self.without_end_marker(text) for text in texts]
         result: list[Ids | None] = [None] * len(texts)
         for anchor in _ANCHORS:
             waiting = [i for i, ids in enumerate(result) if ids is None]
@@ -76,7 +76,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each whole text without the prefix, then EOS."""
-        return [[*ids, self.eos_id] for ids in self._encode([self._without_end_marker(text) for text in texts])]
+        return [[*ids, self.eos_id] for ids in self._encode([self.without_end_marker(text) for text in texts])]
 
     def spans(self, examples: Sequence[Example]) -> list[tuple[Ids, Ids]]:
         """(prompt ids, ids of `chosen` with EOS) of each example; the prompt of plain text is the prefix alone."""
@@ -103,7 +103,8 @@ class Encoder:
         )
         return encoded["input_ids"]
 
-    def _without_end_marker(self, text: str) -> str:
+    def without_end_marker(self, text: str) -> str:
+        """`text` without the EOS markup that its author wrote at its end."""
         marker = self.tokenizer.eos_token
         while text.rstrip().endswith(marker):
             text = text.rstrip().removesuffix(marker)

@@ -1,4 +1,4 @@
-"""The data of a step: which sources, divided how, cut to what length, and rendered in which form."""
+"""The data of a step: which sources, divided how, and cut to what length."""
 
 import itertools
 from collections import Counter
@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 from utils.arguments.steps import PpoConfig, StepConfig
-from utils.data.formats.dialogue import DEFAULT_FORM
 from utils.data.formats.example import Purpose
 from utils.data.sources.hub import is_reachable
 from utils.data.sources.reading import HubSource, LocalSource, open_source, read_examples
@@ -41,7 +40,9 @@ class Corpus:
         data_split: weights of the three steps; text for "pretrain" is not divided.
         config_name: configuration of a hub data set.
         cache_dir: folder for prepared data (`--data_output_path`); None: the user's cache folder.
-        form: name of the dialogues' text form. prompt_form, number_columns: see `read_examples`.
+        prompt_form, number_columns: see `read_examples`.
+        system_prompt: of dialogues that have none. train_on: the answers of a dialogue that are trained, "last" or
+            "all", for purpose "sft".
     """
 
     purpose: Purpose
@@ -53,9 +54,10 @@ class Corpus:
     config_name: str | None = None
     seed: int = 1234
     cache_dir: str | None = None
-    form: str = DEFAULT_FORM
     prompt_form: str = "auto"
     number_columns: Mapping[str, str] = field(default_factory=dict)
+    system_prompt: str | None = None
+    train_on: str = "last"
 
     @staticmethod
     def of(config: StepConfig) -> "Corpus":
@@ -69,6 +71,8 @@ class Corpus:
             data_split=config.data_split,
             prompt_form=config.prompt_form,
             number_columns=config.number_columns,
+            system_prompt=config.system_prompt,
+            train_on=config.train_on,
             seed=config.data_seed,
             cache_dir=config.data_output_path,
         )
@@ -84,6 +88,7 @@ class Corpus:
             config_name=config.unsupervised_dataset_config_name,
             max_len=config.longest_row()[0],
             prompt_form=config.prompt_form,
+            system_prompt=config.system_prompt,
             seed=config.data_seed,
             cache_dir=config.data_output_path,
         )

@@ -194,7 +194,7 @@ def read_examples(
     for group in source.groups(part):
         for where, example, lenient in _examples(group, source, purpose, dropped):
             is_raw = prompt_form == "auto" and example.is_undecided and has_own_marker(example.prompt)
-            example = settled(example, "raw" if is_raw else form)
+            example = dataclasses.replace(settled(example, "raw" if is_raw else form), where=where, published=lenient)
             number = prompt_number(example)
             try:
                 check_usable(example, purpose)
