@@ -7,18 +7,18 @@ import pytest
 from checkpoint_contents import same, state_of
 from processes import run_ranks
 from safetensors.torch import load_file
-from step_scripts import flags, run_step, write_rows
+from step_scripts import StepName, flags, run_step, write_rows
 
 from utils.output.metrics import read_metrics
 
-STEPS_BEFORE, STEPS = {1: 3, 2: 3, 3: 2}, {1: 7, 2: 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) end between
+STEPS_BEFORE, STEPS = {1: 3, 2: 3, "dpo": 3, 3: 2}, {1: 7, 2: 7, "dpo": 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) end between
 
 
-def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **others) -> dict:
+def changes_of(step: StepName, *, stage: int, lora: int, dtype: str = "fp32", **others) -> dict:
     """Flags that use every kind of state: dropout, momentum, schedule, KL controller, average, text."""
     shared = {"max_steps": STEPS[step], "save_interval": STEPS_BEFORE[step], "save_total_limit": 0, "dtype": dtype}
     shared |= others
-    if step < 3:
+    if step != 3:
         rates = {"zero_stage": stage, "lora_dim": lora, "dropout": 0.2, "eval_interval": 2, "num_warmup_steps": 2}
         return shared | rates | ({"lora_dropout": 0.2} if lora else {})
     shared |= {"actor_zero_stage": stage, "critic_zero_stage": stage, "actor_lora_dim": lora, "critic_lora_dim": lora}
@@ -29,13 +29,14 @@ def changes_of(step: int, *, stage: int, lora: int, dtype: str = "fp32", **other
 def rows_of(folder: Path) -> list[dict]:
     """The rows of a run without what depends on the clock."""
     clocks = ("time", "time/", "throughput/", "train/response_tokens_per_second", "train/pairs_per_second")
+    clocks += ("train/rows_per_second",)
     return [
         {name: value for name, value in row.items() if not name.startswith(clocks)}
         for row in read_metrics(folder / "metrics.jsonl")
     ]
 
 
-def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
+def cut_and_resume(world: dict, step: StepName, folder: str, changes: dict) -> None:
     """Run to the end; restore the files to those after `STEPS_BEFORE`, as a kill leaves them; resume; compare."""
     from utils.parallel import distributed
 
@@ -55,12 +56,12 @@ def cut_and_resume(world: dict, step: int, folder: str, changes: dict) -> None:
     same(state_of(whole / last), state_of(cut / last))
     assert rows_of(whole) == rows_of(cut)
     weights = [path.relative_to(whole) for path in whole.rglob("model*.safetensors")]
-    assert len(weights) == (1 if step < 3 else 6)  # step 3: actor, critic, average, and the best of each
+    assert len(weights) == (6 if step == 3 else 1)  # step 3: actor, critic, average, and the best of each
     for path in weights:
         same(load_file(whole / path), load_file(cut / path), str(path))
 
 
-def in_group(world: dict, folder: str, cases: list[tuple[int, dict]]) -> None:
+def in_group(world: dict, folder: str, cases: list[tuple[StepName, dict]]) -> None:
     for number, (step, kind) in enumerate(cases):
         cut_and_resume(world, step, f"{folder}/{number}", changes_of(step, **kind))
 
@@ -72,12 +73,15 @@ ONE_PROCESS = [
     (1, {"stage": 0, "lora": 4, "dtype": "bf16"}),
     (2, {"stage": 1, "lora": 0}),
     (2, {"stage": 2, "lora": 4}),
+    ("dpo", {"stage": 0, "lora": 0, "loss": ["sigmoid", "bco_pair"]}),
+    ("dpo", {"stage": 3, "lora": 4, "only_optimize_lora": True, "reference_logprobs": "live"}),
     (3, {"stage": 0, "lora": 0}),
     (3, {"stage": 3, "lora": 4}),
 ]
 TWO_PROCESSES = [
     (1, {"stage": 2, "lora": 0, "dtype": "bf16"}),
     (2, {"stage": 3, "lora": 0}),
+    ("dpo", {"stage": 2, "lora": 0, "loss": ["kto_pair"]}),
     (3, {"stage": 3, "lora": 4}),
     (3, {"stage": 0, "lora": 0}),
 ]
