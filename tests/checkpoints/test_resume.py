@@ -11,7 +11,10 @@ from step_scripts import StepName, flags, run_step, write_rows
 
 from utils.output.metrics import read_metrics
 
-STEPS_BEFORE, STEPS = {1: 3, 2: 3, "dpo": 3, 3: 2}, {1: 7, 2: 7, "dpo": 7, 3: 3}  # epochs of 5 (step 3: 4, of 2 on two ranks) end between
+STEPS_BEFORE, STEPS = (
+    {1: 3, 2: 3, "dpo": 3, 3: 2},
+    {1: 7, 2: 7, "dpo": 7, 3: 3},
+)  # epochs of 5 (step 3: 4, of 2 on two ranks) end between
 
 
 def changes_of(step: StepName, *, stage: int, lora: int, dtype: str = "fp32", **others) -> dict:
