@@ -90,11 +90,11 @@ class Stage:
 
 # The flags of direct preference optimisation by each method; the name is that in the report.
 DIRECT = {
-    "dpo": ("DPO", {"loss": "sigmoid", "beta": 0.5, "learning_rate": 2e-4}),
+    "dpo": ("DPO", {"loss": "sigmoid", "beta": 0.5, "rpo_alpha": 1.0, "learning_rate": 3e-4}),
     "kto": ("KTO", {"loss": "kto", "beta": 0.5, "learning_rate": 3e-4}),
     "orpo": ("ORPO", {"loss": "orpo", "beta": 1.0, "learning_rate": 5e-4}),
-    "simpo": ("SimPO", {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "learning_rate": 2e-4}),
-    "ipo": ("IPO", {"loss": "ipo", "beta": 0.2, "learning_rate": 2e-4}),
+    "simpo": ("SimPO", {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "rpo_alpha": 1.0, "learning_rate": 3e-4}),
+    "ipo": ("IPO", {"loss": "ipo", "beta": 0.1, "learning_rate": 3e-4, "num_train_epochs": 2}),
 }
 
 
@@ -132,8 +132,9 @@ def make_stages(files: WorldFiles, folder: Path, seed: int, method: str = "ppo")
             folder / method,
             DPO,
             {"model_name_or_path": sft, "data_path": data, "data_split": "0,1,0"}
+            | {"num_train_epochs": 1}
             | own
-            | {"num_train_epochs": 1, "num_warmup_steps": 20, "eval_interval": 20}
+            | {"num_warmup_steps": 20, "eval_interval": 40}
             | supervised,
         )
         return [*first, direct]

@@ -30,7 +30,8 @@ SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 Size = Literal["toy", "15M", "60M", "1B", "7B"]
 SEED = 1234
 LEARNING_RATE = 1e-5  # of steps 1 and 2
-SPLITS = {"sft": "1,0,0", "preference": "0,1,0", "prompts": "0,0,1"}  # all rows to the step in question
+# All rows to the step in question.
+SPLITS = {"sft": "1,0,0", "preference": "0,1,0", "labelled": "0,1,0", "prompts": "0,0,1"}
 EOS_DIRECTION = 0.5  # value of hidden unit 0 in every embedding; the others have a deviation of 0.02
 
 
@@ -39,8 +40,14 @@ class WorkArguments(Arguments):
     """The work."""
 
     model: Size = flag("15M", "size of the LLaMA, whose weights are random")
+    model_path: str | None = flag(None, "folder of a real model and its tokenizer, in place of random weights")
     data: str | None = flag(None, "file of rows that the steps read (Alpaca, pairs, ...); default: generated text")
     tokenizer: str | None = flag(None, "tokenizer.model or folder; default: one trained on the text")
+
+    @property
+    def described_model(self) -> str:
+        """The model in words."""
+        return f"the model {Path(self.model_path).name}" if self.model_path else f"{self.model} LLaMA"
 
     @property
     def text(self) -> str:
@@ -170,7 +177,7 @@ def prepare_tokenizer(folder: Path, path: str | None, rows: Sequence[dict]) -> P
 
 
 def tokenized_rows(
-    purpose: Literal["sft", "preference", "prompts"],
+    purpose: Literal["sft", "preference", "labelled", "prompts"],
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -195,7 +202,7 @@ def tokenized_rows(
 
 
 def two_passes(
-    purpose: Literal["sft", "preference"],
+    purpose: Literal["sft", "preference", "labelled"],
     config: WorkArguments,
     folder: Path,
     *,
@@ -213,8 +220,11 @@ def two_passes(
     """
     data, cache = folder / "data", folder / "cache"
     raw = prepare_rows(data, config.data, rows)
-    tokenizer = prepare_tokenizer(folder, config.tokenizer, raw)
-    model = save_language_model(folder / "model", config.model, 2 * length, tokenizer)
+    tokenizer = prepare_tokenizer(folder, config.tokenizer or config.model_path, raw)
+    if config.model_path:
+        model = Path(config.model_path).resolve()
+    else:
+        model = save_language_model(folder / "model", config.model, 2 * length, tokenizer)
     flags = {
         **{"model_name_or_path": model, "data_path": data, "data_split": SPLITS[purpose], "data_output_path": cache},
         **{"per_device_train_batch_size": batch, "max_seq_len": length, "num_train_epochs": 2},
