@@ -44,7 +44,7 @@ from utils.preflight import dry_run
 from utils.runs.best import save_if_best
 from utils.runs.opening import announce
 from utils.runs.plan import Models, Plan, passes_over_rows
-from utils.runs.session import check_run, open_metrics, save_summary, start_run
+from utils.runs.session import check_run, log_data, open_metrics, save_summary, start_run
 
 PANELS = {
     "loss per response token": ["train/loss", "eval/loss"],
@@ -96,7 +96,7 @@ def main(config: Config) -> dict[str, float]:
     # 2. Data
     train_rows, eval_rows = build_datasets(corpus, tokenizer)
     eval_rows = eval_rows.head(config.eval_samples)
-    distributed.log(train_rows.description)
+    data_report = log_data(train_rows)
     train_rows = pack_rows(train_rows, config, config.max_seq_len)
     collate = functools.partial(collate_sft, pad_id=tokenizer.pad_token_id)
     train_loader = build_dataloader(train_rows, list, config.micro_batch_rows, shuffle=True, seed=config.seed)
@@ -118,7 +118,7 @@ def main(config: Config) -> dict[str, float]:
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
     state = checkpoints.resume({"model": engine})
-    with open_metrics(plan, state) as writer, checkpoints:
+    with open_metrics(plan, state, data_report) as writer, checkpoints:
         shown_rows = [eval_rows[index] for index in range(min(config.num_sample_generations, len(eval_rows)))]
         if state.step == 0:
             state.own["answers"] = greedy_answers(engine, tokenizer, shown_rows, config.sample_max_new_tokens)

@@ -48,7 +48,7 @@ from utils.preflight import dry_run
 from utils.runs.best import save_if_best
 from utils.runs.opening import announce
 from utils.runs.plan import Models, Plan, passes_over_rows
-from utils.runs.session import check_run, open_metrics, save_summary, start_run
+from utils.runs.session import check_run, log_data, open_metrics, save_summary, start_run
 
 PANELS = {
     "loss per row": ["train/loss", "eval/loss"],
@@ -96,7 +96,7 @@ def main(config: Config) -> dict[str, float]:
     # 2. Data
     train_rows, eval_rows = build_datasets(corpus, tokenizer)
     eval_rows = eval_rows.head(config.eval_samples)
-    distributed.log(train_rows.description)
+    data_report = log_data(train_rows)
     collate = collate_preference
     data_keys = [eval_rows.key]
     if config.reads_labelled:
@@ -126,7 +126,7 @@ def main(config: Config) -> dict[str, float]:
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
     state = checkpoints.resume({"model": engine}, frozen=reference.frozen)
-    with open_metrics(plan, state) as writer, checkpoints:
+    with open_metrics(plan, state, data_report) as writer, checkpoints:
         if state.step == 0:
             state.own |= {"answers": samples.answer(), "shift": objective.shift}
             state.before = evaluate(engine, eval_loader, objective, reference) | samples.kl(state.own["answers"])

@@ -39,7 +39,7 @@ from utils.preflight import dry_run
 from utils.runs.best import save_if_best
 from utils.runs.opening import announce
 from utils.runs.plan import Models, Plan, passes_over_rows
-from utils.runs.session import check_run, open_metrics, save_summary, start_run
+from utils.runs.session import check_run, log_data, open_metrics, save_summary, start_run
 
 PANELS = {
     "loss per pair": ["train/loss", "eval/loss"],
@@ -99,7 +99,7 @@ def main(config: Config) -> dict[str, float]:
     # 2. Data
     train_rows, eval_rows = build_datasets(corpus, tokenizer)
     eval_rows = eval_rows.head(config.eval_samples)
-    distributed.log(train_rows.description)
+    data_report = log_data(train_rows)
     collate = functools.partial(collate_preference, pad_id=tokenizer.pad_token_id)
     train_loader = build_dataloader(train_rows, list, config.micro_batch_rows, shuffle=True, seed=config.seed)
     eval_size = config.per_device_eval_batch_size
@@ -122,7 +122,7 @@ def main(config: Config) -> dict[str, float]:
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
     state = checkpoints.resume({"model": engine})
-    with open_metrics(plan, state) as writer, checkpoints:
+    with open_metrics(plan, state, data_report) as writer, checkpoints:
         if state.step == 0:
             state.before = evaluate(engine, eval_loader, loss_of, corpus.names)
             writer.log(0, state.before)

@@ -45,7 +45,7 @@ from utils.rlhf.updates import update
 from utils.runs.best import save_if_best
 from utils.runs.opening import announce
 from utils.runs.plan import Models, Plan
-from utils.runs.session import check_run, open_metrics, save_summary, start_run
+from utils.runs.session import check_run, log_data, open_metrics, save_summary, start_run
 
 PANELS = {
     "score of the reward model": ["ppo/score_mean", "eval/score_mean"],
@@ -103,7 +103,7 @@ def main(config: Config) -> dict[str, float]:
     # 2. Data
     prompt_rows, eval_rows = build_datasets(corpus, tokenizer)
     eval_rows = eval_rows.head(config.eval_prompts)
-    distributed.log(prompt_rows.description)
+    data_report = log_data(prompt_rows)
     prompt_loader = build_dataloader(
         prompt_rows,
         list,
@@ -128,7 +128,7 @@ def main(config: Config) -> dict[str, float]:
     frozen = [*roles.frozen, reward.source.module]
     state = checkpoints.resume(roles.trained, frozen=frozen, averages=roles.averages)
     texts.start_at(state.own.get("text_batches", 0))
-    with open_metrics(plan, state) as writer, checkpoints:
+    with open_metrics(plan, state, data_report | texts.report) as writer, checkpoints:
         if state.step == 0:
             state.before = evaluate_prompts(roles, reward, eval_loader, config)
             writer.log(0, state.before)

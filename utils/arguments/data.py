@@ -113,6 +113,22 @@ class CorpusArguments(Arguments):
     system_prompt: str | None = flag(
         None, "system message of dialogues that have none of their own. Use the same for all steps"
     )
+    deduplicate: Literal["none", "exact", "near"] = flag(
+        "none",
+        "leave out training rows that repeat another training row or a held-out row: exact compares their texts, near "
+        "also finds small edits, in any language (MinHash; needs pip install rensa)",
+    )
+    max_row_tokens: int | None = flag(
+        None,
+        "leave out rows of more tokens than this, prompt and longest response together, before anything is cut",
+        at_least=1,
+    )
+    drop_truncated: bool = flag(False, "leave out rows that would be cut to fit the longest row, instead of cutting")
+    drop_empty: bool = flag(
+        False,
+        "leave out rows with a response in which nothing is visible, which are an error in a file of your own "
+        "otherwise, and pairs whose responses differ in nothing visible",
+    )
     data_output_path: str | None = flag(
         None,
         "cache folder for tokenised data; if omitted, a folder private to the user (not a shared /tmp/data_files, "
@@ -158,6 +174,11 @@ class DataArguments(CorpusArguments):
 
     max_seq_len: int = flag(
         512, "tokens of prompt and response together; longer prompts lose their beginning", at_least=2
+    )
+    min_response_tokens: int = flag(
+        0,
+        "leave out rows with a response of fewer tokens, without its end token; of a dialogue, its last answer counts",
+        at_least=0,
     )
     eval_samples: int = flag(0, "held-out rows to evaluate on; 0 = all", at_least=0)
 

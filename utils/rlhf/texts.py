@@ -1,6 +1,7 @@
 """Text for the language-modelling loss beside PPO (InstructGPT's ptx): an endless stream of batches."""
 
 import itertools
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,16 +18,19 @@ class TextBatches:
     Attributes:
         keys: of the prepared rows, for a resumed run to compare.
         used: batches so far.
+        report: what `data_report.json` says of the text, under "texts".
     """
 
     def __init__(self, config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._pad_id = config, tokenizer.pad_token_id
         self.keys: list[str] = []
         self.used = 0
+        self.report: dict[str, Any] = {}
         self._loader = None
         if corpus := Corpus.of_texts(config):
             rows, _ = build_datasets(corpus, tokenizer)
             self.keys.append(rows.key)
+            self.report["texts"] = rows.report
             self._loader = build_dataloader(
                 rows,
                 list,

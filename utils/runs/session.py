@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from utils.arguments.run import save_config
 from utils.arguments.steps import StepConfig
 from utils.checkpoints.folders import CHECKPOINTS_FOLDER, checkpoint_steps
 from utils.checkpoints.run_state import LIBRARIES, RunState
+from utils.data import TokenDataset
 from utils.errors import InputError
 from utils.files import atomic_write_text, try_writing
 from utils.output.metrics import METRICS_FILE, MetricsWriter, check_tensorboard
@@ -27,11 +29,13 @@ from utils.runs.plan import Plan
 
 CONFIG_FILE = "run_config.yaml"
 SUMMARY_FILE = "summary.json"
+DATA_REPORT_FILE = "data_report.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Files that a run writes into --output_dir and that a folder of data could hold as well.
 WRITTEN = frozenset(
     {
-        *(METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, DIVERGENCE_FILE, "config.json", "generation_config.json"),
+        *(METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, DATA_REPORT_FILE, DIVERGENCE_FILE),
+        *("config.json", "generation_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "added_tokens.json"),
     }
 )
@@ -67,11 +71,18 @@ def start_run(config: StepConfig) -> None:
         distributed.log(f"note: {remark}")
 
 
-def open_metrics(plan: Plan, state: RunState) -> MetricsWriter:
+def log_data(rows: TokenDataset) -> dict[str, Any]:
+    """Log where the training rows come from and what was left out; return what `data_report.json` will say of it."""
+    distributed.log(rows.description)
+    return rows.report
+
+
+def open_metrics(plan: Plan, state: RunState, data_report: Mapping[str, Any]) -> MetricsWriter:
     """The metrics writer that the output flags ask for; it continues where `state` was saved.
 
     Called when nothing can be refused any more, because it changes the output folder: it writes the resolved
-    configuration, and removes an earlier run's divergence report and best score when the run is new to the folder.
+    configuration and `data_report.json`, and removes an earlier run's divergence report and best score when the run is
+    new to the folder.
     """
     config = plan.config
     if config.output_dir and state.metrics_position == 0 and distributed.is_main():
@@ -81,6 +92,8 @@ def open_metrics(plan: Plan, state: RunState) -> MetricsWriter:
             distributed.log(f"note: {best} is from an earlier run, and stays as it is")
     if config.output_dir and distributed.is_main():
         save_config(config, Path(config.output_dir) / CONFIG_FILE)
+        text = json.dumps(data_report, indent=2, ensure_ascii=False) + "\n"
+        atomic_write_text(Path(config.output_dir) / DATA_REPORT_FILE, text)
     return MetricsWriter(
         config.output_dir,
         job_name=plan.title,

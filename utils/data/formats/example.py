@@ -24,11 +24,12 @@ class Example:
         score: the row's score of its answer.
         reference: the right answer, for rewards that compare with it.
         columns: the row's other columns.
-        numbers: what a prepared row keeps beside its token ids, by name: see `arrow_rows.NUMBERS`.
+        numbers: what a prepared row keeps of its columns beside the token ids, by name: see `arrow_rows.NUMBERS`.
         parsed: the turns of a prompt that is the text of a dialogue, for a chat template; None if it stays as it is.
         where: file and line of the row. published: of a published set, in which rows that cannot be used are left out.
         is_undecided: the prompt is text, and only the data set as a whole shows whether it is a question or a finished
             prompt; see `dialogue.settled`. The answers are those of the row, unchanged.
+        source: its source, counted from 0 in the order of the flags.
     """
 
     prompt: str | tuple[Turn, ...]
@@ -43,6 +44,7 @@ class Example:
     parsed: tuple[Turn, ...] | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
     published: bool = field(default=False, compare=False)
+    source: int = 0
 
 
 class RowError(ValueError):

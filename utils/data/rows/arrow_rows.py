@@ -28,13 +28,13 @@ SCHEMAS: dict[Purpose, pa.Schema] = {
 }
 SEVERAL_SPANS = _SPAN.append(pa.field("target_spans", pa.list_(pa.int32())))  # "sft" with `--train_on all`
 # An example before tokenisation: `turns`, `parsed`, `columns` and `numbers` are JSON, a prompt that is text is in
-# `text`, and
-# `prompt_number` is equal for equal prompts.
+# `text`, and `prompt_number` is equal for equal prompts.
 EXAMPLES = pa.schema(
     [
         *(("text", _TEXT), ("turns", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("label", pa.bool_())),
         *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT), ("numbers", _TEXT)),
         *(("prompt_number", pa.int64()), ("parsed", _TEXT), ("where", _TEXT), ("published", pa.bool_())),
+        ("source", pa.int32()),
     ]
 )
 KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # which a reward may read
@@ -64,6 +64,7 @@ def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[
         "parsed": None if example.parsed is None else json.dumps(example.parsed),
         "where": example.where,
         "published": example.published,
+        "source": example.source,
     }
 
 
@@ -80,6 +81,7 @@ def read_example(row: Mapping[str, Any]) -> Example | None:
     columns = {} if row["columns"] is None else json.loads(row["columns"])
     numbers = {} if row["numbers"] is None else json.loads(row["numbers"])
     prompt = row["text"] if turns is None else turns
+    others["source"] = row.get("source") or 0
     return Example(prompt=prompt, columns=columns, numbers=numbers, parsed=parsed, **others)
 
 

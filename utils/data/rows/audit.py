@@ -15,7 +15,8 @@ from utils.data.batches.collate import collate_sft
 from utils.data.formats.dialogue import as_turns, with_system
 from utils.data.formats.example import Example, Purpose
 from utils.data.rows.encoding import CannotRender, Encoded, ExampleEncoder, Span
-from utils.data.rows.token_rows import TokenRow, rows_of
+from utils.data.rows.filters import Filters
+from utils.data.rows.token_rows import NO_FILTERS, TokenRow, rows_of
 from utils.data.rows.tokenization import Ids, truncate_prompt
 from utils.errors import InputError, counted
 
@@ -54,16 +55,23 @@ class Case:
 
 
 def audit(
-    purpose: Purpose, encoder: ExampleEncoder, examples: Sequence[Example], prepared: Sequence[TokenRow], max_len: int
+    purpose: Purpose,
+    encoder: ExampleEncoder,
+    examples: Sequence[Example],
+    prepared: Sequence[TokenRow],
+    max_len: int,
+    filters: Filters = NO_FILTERS,
 ) -> str:
     """Check the rows of the first `examples`, which begin the `prepared` rows, and return a line for the log.
+
+    Examples that the `filters` leave out have no row.
 
     Raises:
         InputError: names the row and the problem, and shows the row.
     """
     rows = answers = cut = 0
     for example in examples:
-        for _, encoded, row in rows_of(purpose, encoder, [example], max_len):
+        for _, encoded, row in rows_of(purpose, encoder, [example], max_len, filters):
             if rows < len(prepared) and {**row, **prepared[rows]} != {**prepared[rows], **row}:
                 raise InputError(
                     f"{example.where}: the prepared rows are not those that are made of it now. Its chat template must "

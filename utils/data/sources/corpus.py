@@ -9,6 +9,8 @@ from pathlib import Path
 
 from utils.arguments.steps import PpoConfig, StepConfig
 from utils.data.formats.example import Purpose
+from utils.data.rows.duplicates import minhash_library
+from utils.data.rows.filters import Filters
 from utils.data.sources.hub import is_reachable
 from utils.data.sources.reading import HubSource, LocalSource, open_source, read_examples
 from utils.data.sources.splits import phase_weights
@@ -43,6 +45,7 @@ class Corpus:
         prompt_form, number_columns: see `read_examples`.
         system_prompt: of dialogues that have none. train_on: the answers of a dialogue that are trained, "last" or
             "all", for purpose "sft".
+        filters: which rows are left out.
     """
 
     purpose: Purpose
@@ -58,6 +61,7 @@ class Corpus:
     number_columns: Mapping[str, str] = field(default_factory=dict)
     system_prompt: str | None = None
     train_on: str = "last"
+    filters: Filters = Filters()
 
     @staticmethod
     def of(config: StepConfig) -> "Corpus":
@@ -75,11 +79,15 @@ class Corpus:
             train_on=config.train_on,
             seed=config.data_seed,
             cache_dir=config.data_output_path,
+            filters=Filters.of(config),
         )
 
     @staticmethod
     def of_texts(config: PpoConfig) -> "Corpus | None":
-        """The text of the language-modelling loss added to PPO's; None without `--unsupervised_dataset_name`."""
+        """The text of the language-modelling loss added to PPO's; None without `--unsupervised_dataset_name`.
+
+        It is divided into blocks, and of the filters only the one for duplicates applies.
+        """
         if not config.unsupervised_dataset_name:
             return None
         return Corpus(
@@ -91,6 +99,7 @@ class Corpus:
             system_prompt=config.system_prompt,
             seed=config.data_seed,
             cache_dir=config.data_output_path,
+            filters=Filters(deduplicate=config.deduplicate),
         )
 
     @property
@@ -134,6 +143,8 @@ class Corpus:
         Raises:
             InputError: naming the flag, or the file and the row.
         """
+        if self.filters.deduplicate == "near":
+            minhash_library()
         for source in (share.source for share in self.shares):
             if isinstance(source, HubSource):
                 if not is_reachable():
@@ -141,6 +152,14 @@ class Corpus:
                 continue
             for file in (*source.training, *source.held_out):
                 alone = LocalSource(source.label, (file,), (), source.copy_of)
-                examples = read_examples(alone, "train", self.purpose, Counter(), self.prompt_form, self.number_columns)
+                examples = read_examples(
+                    alone,
+                    "train",
+                    self.purpose,
+                    Counter(),
+                    self.prompt_form,
+                    self.number_columns,
+                    skip_empty=self.filters.drop_empty,
+                )
                 for _ in itertools.islice(examples, CHECKED_ROWS):
                     pass

@@ -176,6 +176,8 @@ def read_examples(
     dropped: Counter[str],
     prompt_form: str = "auto",
     number_columns: Mapping[str, str] | None = None,
+    *,
+    skip_empty: bool = False,
 ) -> Iterator[tuple[int, Example | None]]:
     """The examples of one part of a source, in order, each with the number of its prompt (`prompt_number`).
 
@@ -187,14 +189,16 @@ def read_examples(
         prompt_form: of prompts that are text: "raw", "dialogue", or "auto" for the form of the first ones (`form_of`),
             except that then a prompt that ends with "Assistant:" is always raw.
         number_columns: numbers to read from each row, by their name in `Example.numbers`: the column that holds them.
+        skip_empty: leave out rows without a response in files of the user's own too, where they are an error otherwise.
 
     Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
     """
-    form = form_of(_first_prompts(source, purpose)) if prompt_form == "auto" else prompt_form
+    form = form_of(_first_prompts(source, purpose, skip_empty)) if prompt_form == "auto" else prompt_form
     for group in source.groups(part):
-        for where, example, lenient in _examples(group, source, purpose, dropped):
+        for where, example, published in _examples(group, source, purpose, dropped, skip_empty):
             is_raw = prompt_form == "auto" and example.is_undecided and has_own_marker(example.prompt)
-            example = dataclasses.replace(settled(example, "raw" if is_raw else form), where=where, published=lenient)
+            example = settled(example, "raw" if is_raw else form)
+            example = dataclasses.replace(example, where=where, published=published)
             number = prompt_number(example)
             try:
                 check_usable(example, purpose)
@@ -203,23 +207,23 @@ def read_examples(
                 dropped[str(reason)] += 1
                 yield number, None
             except NoResponseError as error:
-                if not lenient:
+                if not (published or skip_empty):
                     raise _refusal(where, error) from error
                 dropped["without a response"] += 1
                 yield number, None
 
 
-def _first_prompts(source: Source, purpose: Purpose) -> list[str]:
+def _first_prompts(source: Source, purpose: Purpose, skip_empty: bool) -> list[str]:
     """The first prompts that are text of undecided form."""
     group = next(iter(source.groups("train")), ())
-    examples = (example for _, example, _ in _examples(group, source, purpose, Counter()))
+    examples = (example for _, example, _ in _examples(group, source, purpose, Counter(), skip_empty))
     return [example.prompt for example in itertools.islice(examples, SETTLING_ROWS) if example.is_undecided]
 
 
 def _examples(
-    group: Iterable[LocatedRow], source: Source, purpose: Purpose, dropped: Counter[str]
+    group: Iterable[LocatedRow], source: Source, purpose: Purpose, dropped: Counter[str], skip_empty: bool
 ) -> Iterator[tuple[str, Example, bool]]:
-    """(where, example, whether a missing response is tolerated) of the rows of a group."""
+    """(where, example, whether it is of a published set) of the rows of a group."""
     rows = iter(group)
     first = next(rows, None)
     if first is None:
@@ -228,10 +232,10 @@ def _examples(
     if purpose not in row_format.serves:
         kind = {"preference": "pairs of answers", "labelled": "answers with a label"}.get(purpose, "rows for this step")
         raise InputError(f"{source.label}: this data set holds no {kind}; name another one")
-    lenient = row_format.published or isinstance(source, HubSource)
-    for where, example in _convert(itertools.chain([first], rows), row_format, lenient, dropped):
+    published = row_format.published or isinstance(source, HubSource)
+    for where, example in _convert(itertools.chain([first], rows), row_format, published or skip_empty, dropped):
         _refuse_lone_surrogates(example, where)
-        yield where, example, lenient
+        yield where, example, published
 
 
 def _convert(
