@@ -13,7 +13,7 @@ SOURCES = sorted(path for folder in ("utils", "training", "scripts") for path in
 ORDER = [
     *("errors", "files", "hub", "arguments", "output", "kernels", "algorithms", "parallel"),
     *("chat_templates", "data", "checkpoints"),
-    *("models", "runs", "generation", "rewards", "rlhf", "preference", "preflight", "toy", "sweeps"),
+    *("models", "runs", "generation", "rewards", "rlhf", "preference", "preflight", "inspection", "toy", "sweeps"),
 ]
 # What a package must not import, although the order above would allow it.
 FORBIDDEN_IMPORTS = {

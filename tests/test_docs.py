@@ -33,6 +33,7 @@ PURPOSES = {"1": "sft", "2": "preference", "3": "prompts"}
 OTHER_FLAGS = {
     "--num_gpus", "--nproc_per_node", "--debug_host", "--debug_port", "--debug_rank", "--help", "--repo-type",
     "--local-dir", "--include", "--world_size", "--device_memory", "--rows", "--stop_on_failure", "--method",
+    "--step", "--show",
 }  # fmt: skip
 # Placeholders for any name in the path of a command.
 PLACEHOLDERS = {"MODEL": "*", "stepK": "step[123]"}
@@ -54,6 +55,7 @@ def load_script(path: Path):
 
 site_pages = load_script(REPOSITORY / "scripts" / "site_pages.py")
 estimate_memory = load_script(REPOSITORY / "scripts" / "estimate_memory.py")
+inspect_data = load_script(REPOSITORY / "scripts" / "inspect_data.py")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -78,6 +80,7 @@ def command_lines(text: str) -> list[list[str]]:
 
 ALL_COMMANDS = [words for text in TEXTS.values() for words in command_lines(text) if words]
 STEP_COMMANDS = [words for words in ALL_COMMANDS if any(word.endswith("main.py") for word in words)]
+INSPECTIONS = [words for words in ALL_COMMANDS if "scripts/inspect_data.py" in words]
 ESTIMATES = [words for words in ALL_COMMANDS if "scripts/estimate_memory.py" in words]
 
 
@@ -120,6 +123,7 @@ def example_rows() -> list[tuple[str, str]]:
 
 def test_the_table_of_formats_and_the_commands_are_found():
     assert len(example_rows()) >= 11 and len(STEP_COMMANDS) >= 5 and len(ESTIMATES) >= 1
+    assert INSPECTIONS
 
 
 def test_the_readme_stays_short():
@@ -149,6 +153,11 @@ def test_commands_parse_and_are_not_refused(words):
 def test_commands_of_the_memory_estimate_parse(words):
     options, flags = estimate_memory.parse_options(words[words.index("scripts/estimate_memory.py") + 1 :])
     refuse_unavailable(parse_config(STEPS[options.step].config, flags))
+
+
+@pytest.mark.parametrize("words", INSPECTIONS, ids=lambda words: " ".join(words)[:60])
+def test_commands_of_the_inspection_of_data_parse(words):
+    inspect_data.parse_options(words[words.index("scripts/inspect_data.py") + 1 :])
 
 
 @cache

@@ -49,9 +49,15 @@ def test_step1_learns_and_its_loss_is_that_of_a_plain_loop(world, tmp_path):
     assert evaluations == [0, 5, 10, 12]
     rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
     assert rates[0] == 1e-3 and rates[-1] > 0  # those that the steps used
-    assert {"config.json", "model.safetensors", "tokenizer.json", "curves.png", "run_config.yaml", "summary.json"} <= {
-        path.name for path in tmp_path.iterdir()
-    }
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "curves.png",
+        "run_config.yaml",
+        "summary.json",
+        "data_report.json",
+    } <= {path.name for path in tmp_path.iterdir()}
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     again = run_step(1, flags(world, 1, model_name_or_path=tmp_path, max_steps=1, num_sample_generations=0))
@@ -481,7 +487,7 @@ def test_interrupt_leaves_nothing_half_written(world, tmp_path):
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in errors
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "run_config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"data_report.json", "metrics.jsonl", "run_config.yaml"}
 
 
 NO_CONNECTIONS = """

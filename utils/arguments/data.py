@@ -177,7 +177,8 @@ class DataArguments(CorpusArguments):
     )
     min_response_tokens: int = flag(
         0,
-        "leave out rows with a response of fewer tokens, without its end token; of a dialogue, its last answer counts",
+        "leave out rows with a response of fewer tokens, its end token not counted; of a dialogue the last answer is "
+        "measured",
         at_least=0,
     )
     eval_samples: int = flag(0, "held-out rows to evaluate on; 0 = all", at_least=0)

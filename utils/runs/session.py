@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WRITTEN = frozenset(
     {
         *(METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, DATA_REPORT_FILE, DIVERGENCE_FILE),
-        *("config.json", "generation_config.json"),
+        *("config.json", "generation_config.json", "inspect.json"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "added_tokens.json"),
     }
 )
@@ -55,7 +55,7 @@ def check_run(config: StepConfig) -> None:
         check_offload()
     if config.output_dir:
         _check_inputs_stay(config)
-        _check_data_stays(config)
+        check_data_stays(config)
         if not config.dry_run:
             _check_writable(Path(config.output_dir))
             _check_nothing_to_resume(config)
@@ -175,7 +175,7 @@ def _check_inputs_stay(config: StepConfig) -> None:
             )
 
 
-def _check_data_stays(config: StepConfig) -> None:
+def check_data_stays(config: StepConfig) -> None:
     """A run must not write over its data, nor into a folder of data, which the next run would read with its files."""
     output_dir = Path(config.output_dir).resolve()
     for flag, name in config.named_data():

@@ -36,6 +36,7 @@ class Division:
             "rows": self.train + self.held_out,
             "held_out": self.held_out or self.parts[0],
             "divided": dict(zip(names, self.parts[1:], strict=True)),
+            "this_step": self.parts[1 + share.part],
         } | ({"weight": share.blend_weight, "rows_per_epoch": self.per_epoch} if share.blend_weight is not None else {})
 
     def line(self, share: Share, corpus: Corpus) -> str:
