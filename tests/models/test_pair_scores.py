@@ -18,7 +18,8 @@ def batch_of(chosen: list[int], rejected: list[int], sources: list[int], row_mas
     lengths = torch.tensor(chosen + rejected)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     counts = torch.tensor(row_mask or [True] * len(chosen))
-    return {"response_mask": mask, "row_mask": counts, "source": torch.tensor(sources)}
+    numbers = {"source": torch.tensor(sources), "weight": counts.float()}
+    return {"response_mask": mask, "row_mask": counts, **numbers}
 
 
 def test_calibration_error_by_hand():

@@ -14,7 +14,7 @@ from utils.generation.hybrid_engine import HybridEngine
 from utils.models.on_meta import build_on_meta
 from utils.parallel import distributed, memory
 from utils.preflight.estimate import estimate
-from utils.preflight.generation import estimate_generation, gathered_for_answers, must_stream, needed_to_gather
+from utils.preflight.generation import estimate_generation, must_stream, needed_to_gather
 from utils.preflight.phases import Machine, total_of
 from utils.preflight.report import gathering_line
 from utils.preflight.roles import Role, Subject, planned_roles

@@ -31,7 +31,7 @@ from utils.data import (
     collate_preference,
     micro_batches,
 )
-from utils.data.batches.sizes import ROW_KINDS
+from utils.data.batches.sizes import ROW_KINDS, rows_drawn
 from utils.models.checks import check_models, load_matching_tokenizer
 from utils.models.engine import build_engine
 from utils.models.saving import save_model
@@ -61,7 +61,7 @@ PANELS = {
 
 
 def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
-    """The plan of a run on so many training rows and processes."""
+    """The plan of a run on so many training rows (prompts with `--pairs all`) and processes."""
     steps = passes_over_rows(config, rows, world_size)
     return Plan(
         title="direct preference",
@@ -109,14 +109,15 @@ def main(config: Config) -> dict[str, float]:
         return dry_run(plan_of, config, models, tokenizer, train_rows)
 
     # 3. Model, and what it thinks of all answers before training
-    plan = plan_of(config, models, len(train_rows), distributed.world_size())
+    plan = plan_of(config, models, rows_drawn(train_rows), distributed.world_size())
     announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=data_keys)
     engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
     objective, samples = Objective(config), Samples.of(eval_rows, engine, tokenizer, config)
     reference = Reference(config, engine, plan.roles, tokenizer, collate)
     known_rows = reference.known(train_rows, "training")
-    train_loader = build_dataloader(known_rows, list, config.micro_batch_rows, shuffle=True, seed=config.seed)
+    batch_size, groups = config.micro_batch_rows, train_rows.groups  # with groups the size counts prompts
+    train_loader = build_dataloader(known_rows, list, batch_size, shuffle=True, seed=config.seed, groups=groups)
     known_rows, eval_size = reference.known(eval_rows, "held-out"), config.per_device_eval_batch_size
     eval_loader = build_dataloader(known_rows, collate, eval_size, shuffle=False, seed=config.seed)
 
@@ -136,15 +137,16 @@ def main(config: Config) -> dict[str, float]:
         groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, plan.length)
         for step, epoch, rows in groups:
             step_started = time.perf_counter()
-            parts = micro_batches(rows, config.max_tokens_per_batch, ROW_KINDS[config.purpose].weight)
+            parts = micro_batches(rows, config.max_tokens_per_batch, ROW_KINDS[config.purpose].weight, batch_size)
             batches = [reference.add(distributed.to_device(collate(part))) for part in parts]
             count = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in batches))
+            weight = distributed.all_reduce_scalar(sum(float(batch["weight"].sum()) for batch in batches))
             whole, seen = objective.look_ahead(engine, batches), []
 
-            def loss_function(batch, whole=whole, seen=seen, count=count):
+            def loss_function(batch, whole=whole, seen=seen, weight=weight):
                 answers = objective.read(engine, batch)
                 seen.append(answers.detached())
-                return objective.losses(answers, whole).sum() / count
+                return objective.losses(answers, whole).sum() / weight
 
             learning_rate = engine.get_lr()[0]  # before the step, which advances the schedule
             loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)

@@ -26,7 +26,7 @@ from utils.algorithms.reward_losses import Pairs, total_loss
 from utils.arguments.choices import PAIRWISE_LOSSES
 from utils.checkpoints import Checkpoints
 from utils.data import Corpus, accumulation_groups, build_dataloader, build_datasets, collate_preference, micro_batches
-from utils.data.batches.sizes import pair_tokens
+from utils.data.batches.sizes import pair_tokens, rows_drawn
 from utils.models.checks import check_models, load_matching_tokenizer
 from utils.models.engine import build_engine
 from utils.models.pair_scores import CHOSEN_LONGER, CHOSEN_SHORTER, PairScores, source_accuracies
@@ -52,7 +52,7 @@ PANELS = {
 
 
 def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -> Plan:
-    """The plan of a run on so many training pairs and processes."""
+    """The plan of a run on so many training pairs (prompts with `--pairs all`) and processes."""
     steps = passes_over_rows(config, rows, world_size)
     return Plan(
         title="step 2: reward model",
@@ -65,13 +65,14 @@ def plan_of(config: Config, models: Models, rows: int | None, world_size: int) -
 
 
 def score_pairs(engine, batch, loss_of) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, chosen and rejected scores of B pairs, each (B,) fp32, from 2B rows with the chosen ones first.
+    """Weighted losses, chosen and rejected scores of B pairs, each (B,) fp32, from 2B rows with the chosen ones first.
 
     Pairs that only fill up a batch (`row_mask` false) are left out.
     """
     pairs = Pairs.of(engine(batch["input_ids"], batch["attention_mask"], prompt_lengths=batch["prompt_lengths"]), batch)
     chosen_scores, rejected_scores = pairs.scores
-    return loss_of(pairs)[pairs.row_mask], chosen_scores[pairs.row_mask], rejected_scores[pairs.row_mask]
+    losses = loss_of(pairs) * batch["weight"]
+    return losses[pairs.row_mask], chosen_scores[pairs.row_mask], rejected_scores[pairs.row_mask]
 
 
 @torch.no_grad()
@@ -101,7 +102,8 @@ def main(config: Config) -> dict[str, float]:
     eval_rows = eval_rows.head(config.eval_samples)
     data_report = log_data(train_rows)
     collate = functools.partial(collate_preference, pad_id=tokenizer.pad_token_id)
-    train_loader = build_dataloader(train_rows, list, config.micro_batch_rows, shuffle=True, seed=config.seed)
+    size, groups = config.micro_batch_rows, train_rows.groups  # with groups, the size of a batch counts prompts
+    train_loader = build_dataloader(train_rows, list, size, shuffle=True, seed=config.seed, groups=groups)
     eval_size = config.per_device_eval_batch_size
     eval_loader = build_dataloader(eval_rows, collate, eval_size, shuffle=False, seed=config.seed)
 
@@ -109,7 +111,7 @@ def main(config: Config) -> dict[str, float]:
         return dry_run(plan_of, config, models, tokenizer, train_rows)
 
     # 3. Model
-    plan = plan_of(config, models, len(train_rows), distributed.world_size())
+    plan = plan_of(config, models, rows_drawn(train_rows), distributed.world_size())
     announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[eval_rows.key])
     engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
@@ -130,15 +132,16 @@ def main(config: Config) -> dict[str, float]:
         groups = accumulation_groups(train_loader, config.gradient_accumulation_steps, step, plan.length)
         for step, epoch, rows in groups:
             step_started = time.perf_counter()
-            parts = micro_batches(rows, config.max_tokens_per_batch, pair_tokens)
+            parts = micro_batches(rows, config.max_tokens_per_batch, pair_tokens, size)
             batches = [distributed.to_device(collate(part)) for part in parts]
             pairs = distributed.all_reduce_scalar(sum(int(batch["row_mask"].sum()) for batch in batches))
+            weight = distributed.all_reduce_scalar(sum(float(batch["weight"].sum()) for batch in batches))
             margins = []
 
-            def loss_function(batch, margins=margins, pairs=pairs):
+            def loss_function(batch, margins=margins, weight=weight):
                 losses, chosen, rejected = score_pairs(engine, batch, loss_of)
                 margins.append((chosen - rejected).detach())
-                return losses.sum() / pairs
+                return losses.sum() / weight
 
             learning_rate = engine.get_lr()[0]  # before the step, which advances the schedule
             loss, norm = optimizer_step(engine, batches, loss_function, what=f"step {step}", guard=guard)

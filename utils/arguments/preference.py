@@ -66,6 +66,11 @@ class PreferenceArguments(Arguments):
         "column with a number for each pair, by which the reward of the chosen answer should exceed that of the "
         "rejected one (DPO with an offset)",
     )
+    score_threshold: float | None = flag(
+        None,
+        "with --score_column, for losses of single answers (kto): answers with at least this score are desirable, the "
+        "others undesirable",
+    )
     reference_free: bool = flag(False, "take the reference to be uniform: its log-probabilities are left out")
     rpo_alpha: float = flag(
         0.0, "weight of the language-modelling loss of the chosen answer, per token, added to --loss", at_least=0
@@ -123,6 +128,17 @@ class PreferenceArguments(Arguments):
         if self.reads_labelled and self.ld_alpha != 1:
             raise InputError(
                 f"--ld_alpha compares the lengths of a pair, and --loss {self.loss[0]} reads single answers"
+            )
+        has_scores, has_threshold = bool(self.score_columns), self.score_threshold is not None
+        if self.reads_labelled and has_scores != has_threshold:
+            given, missing = ("column", "threshold") if has_scores else ("threshold", "column")
+            raise InputError(
+                f"--loss {self.loss[0]} makes labels of scores with both --score_column and --score_threshold: add "
+                f"--score_{missing}, or leave out --score_{given}"
+            )
+        if has_threshold and not self.reads_labelled:
+            raise InputError(
+                "--score_threshold is for --loss kto; pairs are made of the scores themselves: leave it out"
             )
         if self.margin_column == "":
             raise InputError("--margin_column is empty: name the column that holds the margin of each pair")

@@ -13,7 +13,7 @@ from utils.arguments.output import CheckpointArguments, OutputArguments
 from utils.arguments.ppo import PpoArguments, RewardSourceArguments
 from utils.arguments.preference import PreferenceArguments
 from utils.arguments.roles import RoleFlags, frozen_role, trained_role
-from utils.arguments.supervised import RewardModelArguments, SftArguments
+from utils.arguments.supervised import PairArguments, RewardModelArguments, SftArguments
 from utils.arguments.system import MachineArguments, RlhfSystemArguments, SystemArguments
 
 
@@ -36,6 +36,8 @@ class StepConfig(
     is_group = False  # of --help, which lists its blocks instead
     purpose = ""  # what the step's rows are for, see `utils.data.formats.example.Purpose`
     train_on = "last"  # of a dialogue's answers, see `SftArguments`
+    pairs = "best_worst"  # of several answers to a prompt, see `PairArguments`
+    score_threshold = None  # see `PreferenceArguments`
     answer_limit = 0  # tokens that generation adds to a row
     micro_batch_flag = "per_device_train_batch_size"
     written_folders = frozenset({"best"})  # below --output_dir, beside the files of the model itself
@@ -63,6 +65,11 @@ class StepConfig(
     @property
     def number_columns(self) -> dict[str, str]:
         """Columns with a number that every row must have, by the name of the number, as in `--NAME_column`."""
+        return {}
+
+    @property
+    def score_columns(self) -> dict[str, float]:
+        """The weights of the columns whose sum is the score of a row's answer, see `PairArguments`."""
         return {}
 
     def named_data(self) -> list[tuple[str, str]]:
@@ -122,6 +129,7 @@ class RewardModelConfig(
     SystemArguments,
     LoraArguments,
     RewardModelArguments,
+    PairArguments,
     StepConfig,
 ):
     """Flags of step 2."""
@@ -156,6 +164,7 @@ class DpoConfig(
     SystemArguments,
     LoraArguments,
     PreferenceArguments,
+    PairArguments,
     StepConfig,
 ):
     """Flags of direct preference optimisation."""

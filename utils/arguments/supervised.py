@@ -1,5 +1,7 @@
 """Flags of steps 1 and 2 alone."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +45,69 @@ class SftArguments(Arguments):
                     f"--sft_only_data_path {value}: weights are for --data_path, all rows of this source are used; "
                     f"give {source}"
                 )
+
+
+def score_weights(words: Sequence[str]) -> dict[str, float]:
+    """The weight of each column in words like "helpfulness" or "helpfulness:0.65"; one without a number has weight 1.
+
+    Raises:
+        InputError: a column is named twice or not at all, or a weight is no finite number other than 0.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, colon, number = word.rpartition(":") if ":" in word else (word, "", "")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight) or weight == 0:
+            raise InputError(
+                f"--score_column {word!r}: give a column, or a column and its weight in the sum, as in helpfulness:0.65"
+            )
+        if name in weights:
+            raise InputError(f"--score_column {name} is given twice; give it once, with one weight")
+        weights[name] = weight
+    return weights
+
+
+@dataclass(kw_only=True)
+class PairArguments(Arguments):
+    """Pairs from scored or ranked answers."""
+
+    reads_labelled = False  # whether the step reads single answers with a label, not pairs
+
+    score_column: list[str] = flag(
+        [],
+        "for rows of one answer each: the column with its score, higher is better, or columns with their weights in a "
+        "sum (helpfulness:0.65 correctness:0.8 coherence:0.45). The answers to a prompt, wherever they are in their "
+        "source, are compared with each other; equal scores make no pair",
+    )
+    pairs: Literal["best_worst", "all"] = flag(
+        "best_worst",
+        "of several scored or ranked answers to a prompt: the best against the worst, or each against each. With all, "
+        "the pairs of a prompt weigh 1 together and come in one optimiser step (InstructGPT, equation 1), and "
+        "--per_device_train_batch_size x --gradient_accumulation_steps counts prompts",
+    )
+
+    def check(self) -> None:
+        weights = score_weights(self.score_column)
+        if weights and getattr(self, "margin_column", None):
+            raise InputError(
+                "--margin_column is for rows that hold a pair, and --score_column for rows of one answer: give one of "
+                "them"
+            )
+        if self.pairs == "all" and self.reads_labelled:
+            raise InputError("--pairs all makes pairs of answers, and --loss kto reads single ones: leave it out")
+        if self.pairs == "all" and getattr(self, "data_weights", None):
+            raise InputError(
+                "--pairs all keeps the pairs of a prompt together, and weights of --data_path choose single rows for "
+                "each epoch: leave out the weights, or use --pairs best_worst"
+            )
+
+    @property
+    def score_columns(self) -> dict[str, float]:
+        """The weight of each column of --score_column."""
+        return score_weights(self.score_column)
 
 
 @dataclass(kw_only=True)

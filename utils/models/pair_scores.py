@@ -50,7 +50,7 @@ class PairScores:
     """
 
     def __init__(self, sources: Sequence[str] = ()) -> None:
-        self._sums = {"pairs": 0, "loss": 0.0, "correct": 0.0, "margin": 0.0}
+        self._sums = {"pairs": 0, "weight": 0.0, "loss": 0.0, "correct": 0.0, "margin": 0.0}
         self._by_source = source_accuracies(sources)
         self._groups = dict.fromkeys([CHOSEN_SHORTER, CHOSEN_LONGER, *self._by_source])
         self._sums |= {f"{what} of {group}": 0 for group in self._groups for what in ("pairs", "correct")}
@@ -63,7 +63,8 @@ class PairScores:
         """Add a batch.
 
         Args:
-            losses, chosen, rejected: losses and scores of its B pairs, (B,) each, without pairs that only fill it up.
+            losses, chosen, rejected: losses times their weights, and scores, of its B pairs, (B,) each, without pairs
+                that only fill it up.
             batch: from `collate_preference`, with these.
         """
         correct = chosen > rejected
@@ -71,6 +72,7 @@ class PairScores:
         self._moments += torch.stack([masked_moments(scores, all_pairs) for scores in (chosen, rejected)]).cpu()
         self._bins += calibration_bins(chosen - rejected).cpu()
         self._sums["pairs"] += len(losses)
+        self._sums["weight"] += batch["weight"].sum().item()
         self._sums["loss"] += losses.sum().item()
         self._sums["correct"] += correct.sum().item()
         self._sums["margin"] += (chosen - rejected).sum().item()
@@ -99,7 +101,7 @@ class PairScores:
         check_finite(sums["loss"], "held-out pairs")
         (chosen_mean, chosen_var), (rejected_mean, rejected_var) = (moments_to_mean_var(row) for row in moments)
         metrics = {
-            "eval/loss": sums["loss"] / sums["pairs"],
+            "eval/loss": sums["loss"] / sums["weight"],
             "eval/accuracy": sums["correct"] / sums["pairs"],
             "eval/margin": sums["margin"] / sums["pairs"],
             "eval/chosen_mean": chosen_mean.item(),

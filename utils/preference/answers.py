@@ -27,7 +27,7 @@ class Answers:
         policy, reference: (B, 2, 2) fp32, sums of the log-probabilities of a part's tokens; zeros without a reference.
         tokens: (B, 2, 2) how many tokens a part has.
         margin: (B,), of pairs. label: (B,) bool; true for pairs.
-        counts: (B,) bool, false for a row that only fills up a batch.
+        weight: (B,) in the loss. counts: (B,) bool, false for a row that only fills up a batch.
         places: (B,) their numbers among the rows of the optimiser step on all ranks; None outside of one.
     """
 
@@ -36,6 +36,7 @@ class Answers:
     tokens: Tensor
     margin: Tensor
     label: Tensor
+    weight: Tensor
     counts: Tensor
     places: Tensor | None = None
 
@@ -73,6 +74,7 @@ def read_answers(engine: Engine, batch: Batch, *, which: slice = slice(0, 2)) ->
         tokens=torch.stack([common.expand(2, rows), lengths - common], 2).transpose(0, 1),
         margin=batch["margin"] if "margin" in batch else policy.new_zeros(rows),
         label=batch["labels"] if "labels" in batch else torch.ones_like(batch["row_mask"]),
+        weight=batch["weight"],
         counts=batch["row_mask"],
         places=batch.get("places"),
     )
@@ -89,17 +91,18 @@ def all_ranks(parts: Sequence[Answers]) -> Answers:
     """The rows of `parts` on all ranks, which have equally many, without fillers and without gradients."""
     columns = [
         torch.cat([getattr(part, name).detach().float().reshape(len(part.counts), -1) for part in parts])
-        for name in ("policy", "reference", "tokens", "margin", "label", "counts")
+        for name in ("policy", "reference", "tokens", "margin", "label", "weight", "counts")
     ]
     table = distributed.gather_rows(torch.cat(columns, 1))
     table = table[table[:, -1] > 0]
-    policy, reference, tokens, margin, label, counts = table.split([4, 4, 4, 1, 1, 1], 1)
+    policy, reference, tokens, margin, label, weight, counts = table.split([4, 4, 4, 1, 1, 1, 1], 1)
     return Answers(
         policy=policy.reshape(-1, 2, 2),
         reference=reference.reshape(-1, 2, 2),
         tokens=tokens.reshape(-1, 2, 2),
         margin=margin[:, 0],
         label=label[:, 0] > 0,
+        weight=weight[:, 0],
         counts=counts[:, 0] > 0,
         places=torch.arange(len(table), device=table.device),
     )

@@ -24,6 +24,7 @@ class MatedRows(Dataset):
     def __init__(self, rows: TokenDataset, mates: TokenDataset, max_len: int) -> None:
         self._rows, self._mates, self._max_len = rows, mates.of_all_epochs(), max_len
         self.key = f"{rows.key}-mates"
+        self.groups = rows.groups
 
     def __len__(self) -> int:
         return len(self._rows)

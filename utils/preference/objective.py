@@ -85,7 +85,7 @@ class Objective:
         return read_answers(engine, batch, which=ANSWER if self._labelled else slice(0, 2))
 
     def losses(self, answers: Answers, step: Step) -> Tensor:
-        """(B,) fp32; 0 for fillers."""
+        """(B,) fp32, each times the weight of its row; 0 for fillers."""
         if self._labelled:
             quantities = self._reading.labelled(answers, step)
         else:
@@ -93,7 +93,7 @@ class Objective:
         losses = sum(weight * loss(quantities, self._settings) for weight, loss in self._terms)
         if self._rpo_alpha:
             losses = losses - self._rpo_alpha * quantities.chosen_mean
-        return torch.where(answers.counts, losses, 0)
+        return torch.where(answers.counts, losses * answers.weight, 0)
 
     def figures(self, parts: Sequence[Answers], step: Step | None = None, *, prefix: str) -> dict[str, float]:
         """Means over the rows of all ranks, under names that begin with `prefix`.
@@ -106,7 +106,7 @@ class Objective:
         """
         whole = all_ranks(parts)
         step = step or self.step_of(whole)
-        loss = self.losses(whole, step).mean().item()
+        loss = (self.losses(whole, step).sum() / whole.weight.sum()).item()
         check_finite(loss, "held-out rows" if prefix == "eval" else "training rows")
         sums, tokens = whole.policy.sum(-1), whole.tokens.sum(-1)
         rewards = self._rewards(whole)

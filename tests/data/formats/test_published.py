@@ -1,6 +1,7 @@
 """Rows written by hand in each published data set's real schema."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from utils.data.formats.registry import ALIASES, DATASETS, SPELLINGS, find_datas
 QA = Example(" Human: Why? Assistant:", " Because.")
 PAIR = Example(" Human: Why? Assistant:", " Because.", " Dunno.")
 BRIEF_PAIR = Example(" System: Be brief. Human: Why? Assistant:", " Because.", " Dunno.")
+ATTRIBUTES = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2}
 HH = "\n\nHuman: Why?\n\nAssistant:"
 
 
@@ -227,6 +229,50 @@ ROWS = {
         },
         PAIR,
     ),
+    "openbmb/UltraFeedback": (
+        {
+            "source": "evol_instruct",
+            "instruction": "Why?",
+            "models": ["a", "b", "c", "d"],
+            "completions": [
+                {"response": "Dunno.", "overall_score": 10.0, "fine-grained_score": 1.25, "model": "a"},
+                {"response": "Because.", "overall_score": 8.5, "fine-grained_score": 4.75, "model": "b"},
+                {"response": "It does.", "overall_score": 4.0, "fine-grained_score": float("nan"), "model": "c"},
+                {"response": "No.", "overall_score": 5.0, "fine-grained_score": None, "model": "d"},
+                {"response": "", "overall_score": 9.0, "fine-grained_score": 5.0, "model": "e"},
+            ],
+        },
+        replace(PAIR, ranked=(("Dunno.", 1.25), ("Because.", 4.75))),
+    ),
+    "berkeley-nest/Nectar": (
+        {
+            "prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: ",
+            "answers": [
+                {"answer": "Because.", "model": "a", "rank": 1.0},
+                {"answer": "Dunno.", "model": "b", "rank": 7.0},
+                {"answer": "It does.", "model": "c", "rank": 2.0},
+            ],
+            "turns": 2,
+            "num_responses": 3,
+            "source": ["sharegpt"],
+            "good_natured": True,
+        },
+        Example(
+            " Human: Hi Assistant: Hello. Human: Why? Assistant:",
+            " Because.",
+            " Dunno.",
+            ranked=(("Because.", -1.0), ("Dunno.", -7.0), ("It does.", -2.0)),
+        ),
+    ),
+    "nvidia/HelpSteer": ({"prompt": "Why?", "response": "Because.", **ATTRIBUTES}, QA),
+    "nvidia/HelpSteer2": (
+        {
+            "prompt": "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWhy?",
+            "response": "Because.",
+            **ATTRIBUTES,
+        },
+        Example(" Human: Hi Assistant: Hello. Human: Why? Assistant:", " Because."),
+    ),
     "trl-lib/hh-rlhf-helpful-base": (
         {"prompt": chat("Why?"), "chosen": chat("", "Because.")[1:], "rejected": chat("", "Dunno.")[1:]},
         PAIR,
@@ -321,7 +367,8 @@ def test_gpt4_comparisons_take_the_best_against_the_worst():
             {"response": "Because.", "source": "gpt4", "score": 9.0},
         ],
     }
-    assert as_text(find_format(row, "preference").convert(row)) == PAIR
+    ranked = (("So.", 7.0), ("Dunno.", 2.0), ("Because.", 9.0))
+    assert as_text(find_format(row, "preference").convert(row)) == replace(PAIR, ranked=ranked)
     row["responses_and_scores"] = row["responses_and_scores"][:1]
     with pytest.raises(DroppedRow, match="with a tie"):
         find_format(row, "preference").convert(row)
@@ -398,7 +445,8 @@ def test_message_trees_become_ranked_pairs_with_their_history():
     assert DATASETS["OpenAssistant/oasst2"].format is known
     examples = list(known.assemble((f"row {i}", row) for i, row in enumerate(rows)))
     assert examples[1][1] == Example((("Human", "Hi"), ("Assistant", "worse"), ("Human", "And?")), "That.")
+    ranked = (("best", 0.0), ("worse", -1.0), ("worst", -2.0))
     assert [(where, as_text(example)) for where, example in examples] == [
-        ("row 0", Example(" Human: Hi Assistant:", " best", " worst")),
+        ("row 0", Example(" Human: Hi Assistant:", " best", " worst", ranked=ranked)),
         ("row 4", Example(" Human: Hi Assistant: worse Human: And? Assistant:", " That.")),
     ]

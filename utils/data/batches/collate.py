@@ -62,7 +62,8 @@ def collate_preference(rows: Sequence[Row], pad_id: int) -> Batch:
     Returns input_ids, attention_mask and response_mask (2B, T), the last true on response tokens with their EOS;
     prompt_lengths (B,), the tokens with which both sequences of a pair begin; row_mask (B,): false for filler pairs,
     which have sequences like any other and must not enter losses or metrics; and numbers of the pairs: margin (B,)
-    fp32, 0 where the rows have none, and source (B,) int64, their data sets. Rows with "reference_logprobs"
+    fp32, 0 where the rows have none, source (B,) int64, their data sets, and weight (B,) fp32, theirs in the loss: 1
+    where the rows have none, and 0 for filler pairs. Rows with "reference_logprobs"
     (`utils.preference.reference`) give these, (B, 2, 2) fp32.
     """
     return _two_answers(rows, ("chosen_ids", "rejected_ids"), pad_id)
@@ -88,6 +89,7 @@ def _two_answers(rows: Sequence[Row], responses: tuple[str, str], pad_id: int) -
         "row_mask": _row_mask(rows),
         "margin": torch.tensor([row.get("margin") or 0.0 for row in rows], dtype=torch.float32),
         "source": torch.tensor([row.get("source") or 0 for row in rows]),
+        "weight": torch.tensor([0.0 if row.get("filler") else row.get("weight", 1.0) for row in rows]),
     }
     if "reference_logprobs" in rows[0]:
         known = [row["reference_logprobs"] for row in rows]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -50,12 +51,42 @@ class RankBatches(Sampler[list[tuple[int, bool]]]):
         return math.ceil(self.rows_per_rank / self.batch_size) - self.start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        generator = torch.Generator().manual_seed(distributed.derived_seed(self.seed, self.epoch))
-        order = torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
+        order = self._order()
         positions = range(self.rank, self.rows_per_rank * self.world_size, self.world_size)
         places = [(order[position % self.rows], position >= self.rows) for position in positions]
         for start in range(self.start_batch * self.batch_size, len(places), self.batch_size):
             yield places[start : start + self.batch_size]
+
+    def _order(self) -> Sequence[int]:
+        """The rows of the epoch in their order."""
+        generator = torch.Generator().manual_seed(distributed.derived_seed(self.seed, self.epoch))
+        return torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
+
+
+class PromptBatches(RankBatches):
+    """The same for pairs that belong to prompts: a batch has all pairs of `batch_size` prompts for each rank.
+
+    The prompts of a batch of all ranks are those that `RankBatches` would give as rows, and their pairs are dealt out
+    to the ranks one by one; filler rows make them equally many. So all pairs of a prompt come in one optimiser step,
+    and a step has the same prompts whatever the number of ranks. The last batch may have fewer prompts.
+
+    Args:
+        groups: (rows,) the number of each row's prompt.
+    """
+
+    def __init__(self, groups: np.ndarray, batch_size: int, **options: Any) -> None:
+        by_prompt = np.argsort(groups, kind="stable")
+        ends = np.cumsum(np.bincount(groups))
+        self._rows_of = [rows.tolist() for rows in np.split(by_prompt, ends[:-1])]
+        super().__init__(len(self._rows_of), batch_size, drop_last=False, **options)
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        order, size = self._order(), self.batch_size * self.world_size
+        for start in range(self.start_batch * size, self.rows, size):
+            rows = [row for prompt in order[start : start + size] for row in self._rows_of[prompt]]
+            count = math.ceil(len(rows) / self.world_size) * self.world_size
+            places = [(rows[place % len(rows)], place >= len(rows)) for place in range(count)]
+            yield places[self.rank :: self.world_size]
 
 
 class _MarkedRows(Dataset):
@@ -129,6 +160,7 @@ def build_dataloader(
     rank: int | None = None,
     world_size: int | None = None,
     size_flags: str = "the batch size",
+    groups: np.ndarray | None = None,
 ) -> RankDataLoader:
     """Batches of `batch_size` rows of this rank's share of `dataset`, put together by `collate`.
 
@@ -139,21 +171,19 @@ def build_dataloader(
     Args:
         rank, world_size: whose share; if omitted, this process's.
         size_flags: what sets the batch size, for the message.
+        groups: (rows,) the number of each row's prompt, where all rows of a prompt are to come in one batch of all
+            ranks (`PromptBatches`); `batch_size` then counts prompts, and `drop_last` is not supported.
 
     Raises:
         InputError: `drop_last` would leave no batch.
     """
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
-    sampler = RankBatches(
-        len(dataset),
-        batch_size,
-        shuffle=shuffle,
-        seed=seed,
-        drop_last=drop_last,
-        rank=rank,
-        world_size=world_size,
-    )
+    options = {"shuffle": shuffle, "seed": seed, "rank": rank, "world_size": world_size}
+    if groups is None:
+        sampler = RankBatches(len(dataset), batch_size, drop_last=drop_last, **options)
+    else:
+        sampler = PromptBatches(groups, batch_size, **options)
     if not len(sampler):
         raise InputError(
             f"{len(dataset)} rows make no batch of {batch_size} rows on each of {world_size} processes; "

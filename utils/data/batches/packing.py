@@ -106,17 +106,20 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def micro_batches(
-    batches: Sequence[Sequence[Row]], max_tokens: int, tokens_of: Callable[[Row], int]
+    batches: Sequence[Sequence[Row]], max_tokens: int, tokens_of: Callable[[Row], int], most_rows: int = 0
 ) -> list[list[Row]]:
     """The examples of an optimiser step in micro-batches: those of `batches`, or regrouped by `max_tokens` if above 0.
 
     A packed row stays whole: ranks have equally many rows, but not equally many examples in them.
 
     Args:
+        most_rows: of a micro-batch that is not regrouped: `batches` that count prompts have more; 0 for no limit.
         tokens_of: number of tokens of a row in a forward pass.
     """
     if max_tokens and batches:
         rows = [row for batch in batches for row in batch]
         tokens = [tokens_of(row) for row in rows]
         batches = [[rows[index] for index in part] for part in token_batches(tokens, max_tokens)]
+    elif most_rows:
+        batches = [rows[start : start + most_rows] for rows in batches for start in range(0, len(rows), most_rows)]
     return [[example for row in batch for example in unpack(row)] for batch in batches]

@@ -38,6 +38,12 @@ class RowKind:
     longest: Callable[[int, int], RowSize]
 
 
+def rows_drawn(dataset: TokenDataset | PackedRows) -> int:
+    """What batch sizes count in an epoch: the prompts, where all pairs of a prompt come together, else the rows."""
+    groups = getattr(dataset, "groups", None)
+    return len(dataset) if groups is None else int(groups.max()) + 1
+
+
 def sequence_tokens(row: Row) -> int:
     """Tokens of a row of purpose "sft" or "pretrain"; of a packed one, of all its examples."""
     return sum(len(example["input_ids"]) for example in unpack(row))
@@ -114,7 +120,10 @@ ROW_KINDS: dict[Purpose, RowKind] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """The sizes of a data set that determine memory: number of rows (None: unknown), and heaviest rows in order."""
+    """The sizes of a data set that determine memory, and its number of rows, or prompts (`rows_drawn`); None: unknown.
+
+    The heaviest rows are in order.
+    """
 
     count: int | None
     heaviest: tuple[RowSize, ...] = ()
@@ -132,4 +141,4 @@ def measure_rows(dataset: TokenDataset | PackedRows, purpose: Purpose, needed: i
     kind, rows = ROW_KINDS[purpose], dataset.of_all_epochs()
     weights = kind.weights(rows)
     heaviest = heapq.nlargest(needed, range(len(weights)), key=weights.__getitem__)
-    return Rows(len(dataset), tuple(kind.size(rows[index], answer) for index in heaviest))
+    return Rows(rows_drawn(dataset), tuple(kind.size(rows[index], answer) for index in heaviest))

@@ -139,9 +139,9 @@ def settled(example: Example, form: PromptForm) -> Example:
     make = raw if form == "raw" else asked
     made = make(example.prompt, example.chosen, example.rejected)
     parsed = turns_of(example.prompt) if form == "dialogue" and has_own_marker(example.prompt) else None
-    return replace(
-        example, prompt=made.prompt, chosen=made.chosen, rejected=made.rejected, is_undecided=False, parsed=parsed
-    )
+    ranked = tuple((make(example.prompt, text).chosen, score) for text, score in example.ranked)
+    answers = {"chosen": made.chosen, "rejected": made.rejected, "ranked": ranked}
+    return replace(example, prompt=made.prompt, is_undecided=False, parsed=parsed, **answers)
 
 
 def form_of(prompts: Sequence[str]) -> PromptForm:

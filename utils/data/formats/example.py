@@ -21,7 +21,9 @@ class Example:
     Attributes:
         chosen: a wanted answer. rejected: an unwanted one.
         label: of a row with one answer that was judged alone (KTO): true where it is `chosen`, false where `rejected`.
-        score: the row's score of its answer.
+        score: the row's score of its answer, or the one that `--score_column` names.
+        ranked: several answers to the prompt, each with a number that is higher the better it is, in the row's order;
+            `chosen` and `rejected` are the best and the worst of them.
         reference: the right answer, for rewards that compare with it.
         columns: the row's other columns.
         numbers: what a prepared row keeps of its columns beside the token ids, by name: see `arrow_rows.NUMBERS`.
@@ -37,6 +39,7 @@ class Example:
     rejected: str | None = None
     label: bool | None = None
     score: float | None = None
+    ranked: tuple[tuple[str, float], ...] = ()
     reference: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -64,6 +67,8 @@ def check_usable(example: Example, purpose: Purpose) -> None:
     if purpose == "prompts":
         return
     if purpose == "preference":
+        if example.ranked and example.rejected is None:
+            raise DroppedRow("with a single answer" if len(example.ranked) == 1 else "with a tie")
         if example.chosen is None or example.rejected is None:
             raise NoResponseError("has no pair of a chosen and a rejected response")
         if example.chosen == example.rejected:

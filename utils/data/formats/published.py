@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from utils.data.formats.converters import number_in, require, response_in, text_in, turns_in
@@ -147,7 +148,7 @@ def translated_question(language: str) -> Callable[[Row], Example]:
 
 
 def scored_responses(row: Row) -> Example:
-    """GPT-4-LLM's comparison data: the best against the worst of several scored responses."""
+    """GPT-4-LLM's comparison data: several scored responses, the best against the worst."""
     responses = require(row, "responses_and_scores")
     if not isinstance(responses, Sequence) or not responses:
         raise NoResponseError("has no response: `responses_and_scores` is empty")
@@ -155,14 +156,16 @@ def scored_responses(row: Row) -> Example:
     best, worst = ranked[0], ranked[-1]
     if number_in(best, "score") == number_in(worst, "score"):
         raise DroppedRow("with a tie")
-    return asked(text_in(row, "user_input"), response_in(best, "response"), response_in(worst, "response"))
+    example = asked(text_in(row, "user_input"), response_in(best, "response"), response_in(worst, "response"))
+    texts = ((entry.get("response"), float(entry["score"])) for entry in responses)
+    return replace(example, ranked=tuple((text.strip(), score) for text, score in texts if text and text.strip()))
 
 
 def message_trees(rows: Iterable[Located]) -> Iterator[tuple[str, Example]]:
     """OpenAssistant/oasst1 and oasst2: one example for each prompter's message with replies.
 
-    The reply ranked best is preferred to the one ranked worst. Each row is one message of a tree (message_id,
-    parent_id, role, text, rank from 0 = best, deleted).
+    The reply ranked best is preferred to the one ranked worst, and all ranked ones are kept. Each row is one message of
+    a tree (message_id, parent_id, role, text, rank from 0 = best, deleted).
     """
     messages: dict[str, Located] = {}
     replies: dict[str, list[Row]] = {}
@@ -182,7 +185,11 @@ def message_trees(rows: Iterable[Located]) -> Iterator[tuple[str, Example]]:
         answers.sort(key=lambda answer: answer["rank"] if answer.get("rank") is not None else len(answers))
         rejected = answers[-1] if len(answers) > 1 and answers[-1].get("rank") is not None else None
         texts = [answer["text"] for answer in (answers[0], rejected) if answer is not None]
-        yield messages[parent_id][0], answered(turns, *texts)
+        ranked = [
+            (answer["text"].strip(), -float(answer["rank"])) for answer in answers if answer.get("rank") is not None
+        ]
+        example = answered(turns, *texts)
+        yield messages[parent_id][0], example if rejected is None else replace(example, ranked=tuple(ranked))
 
 
 def _path_to_root(message_id: str | None, messages: dict[str, Located]) -> list[Turn] | None:

@@ -6,7 +6,7 @@ A new format or data set is one entry here and, where its columns are new, one c
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from utils.data.formats import converters, published
+from utils.data.formats import converters, published, ranked
 from utils.data.formats.example import Example, Purpose, Row
 
 PAIRS: frozenset[Purpose] = frozenset({"sft", "preference", "prompts", "pretrain"})
@@ -31,6 +31,11 @@ class Format:
     assemble: Callable[[Iterable[tuple[str, Row]]], Iterator[tuple[str, Example]]] | None = None
 
     @property
+    def holds_answers(self) -> bool:
+        """Whether a row is a prompt with one answer, of which pairs can be made by `--score_column`."""
+        return "preference" not in self.serves and self.serves >= ANSWERS
+
+    @property
     def name(self) -> str:
         return "+".join(self.columns)
 
@@ -40,6 +45,9 @@ GENERAL_FORMATS = (
     Format(("conversations", "chosen", "rejected"), PAIRS, converters.conversation_preference("conversations")),
     Format(("messages", "chosen", "rejected"), PAIRS, converters.conversation_preference("messages")),
     Format(("chosen", "rejected"), PAIRS, converters.dialogue_preference),
+    Format(("prompt", "responses", "scores"), PAIRS, ranked.ranked_answers("responses", "scores")),
+    Format(("prompt", "responses", "ranks"), PAIRS, ranked.ranked_answers("responses", "ranks", lower_is_better=True)),
+    Format(("prompt", "ranked_responses"), PAIRS, ranked.ranked_answers("ranked_responses")),
     Format(("instruction", "output"), ANSWERS, converters.alpaca),
     # Evaluation sets of this form hold models' empty answers.
     Format(("instruction", "output_1", "output_2", "preference"), PAIRS, converters.alpaca_preference, published=True),
@@ -79,6 +87,8 @@ JUDGED_ORCA = Format(JUDGED_ORCA_COLUMNS, PAIRS, published.system_and_question(*
 SAFE_RLHF = Format(
     ("prompt", "response_0", "response_1", "better_response_id"), PAIRS, published.safe_rlhf, published=True
 )
+# One answer with several scores; pairs are made of them with --score_column.
+HELPSTEER = Format(("prompt", "response"), ANSWERS, ranked.helpsteer, published=True)
 PROMPT_COLLECTION = Format(("context_messages",), PROMPTS, published.context_messages, published=True)
 
 # Published sets whose columns are their own: a local copy is recognised by them as well.
@@ -98,7 +108,17 @@ JAQUAD = Format(
 JAQUAD_ALL = Format(("questions", "answers", "paragraph"), ANSWERS, published.first_question, published=True)
 GPT4_SCORES = Format(("user_input", "responses_and_scores"), PAIRS, published.scored_responses, published=True)
 OASST = Format(("message_id", "parent_id", "role", "text"), PAIRS, published=True, assemble=published.message_trees)
-PUBLISHED_FORMATS = (WEBGPT, SHP, ZHIHU, MIRACL, HC3, JAQUAD, JAQUAD_ALL, GPT4_SCORES, OASST)
+# The mean of the four ratings comes before the overall score, of which some were wrong in the first release.
+ULTRAFEEDBACK = Format(
+    ("instruction", "completions"),
+    PAIRS,
+    ranked.scored_list("completions", "response", ("fine-grained_score", "overall_score"), "instruction"),
+    published=True,
+)
+NECTAR = Format(
+    ("prompt", "answers"), PAIRS, ranked.scored_list("answers", "answer", ("rank",), "prompt", sign=-1), published=True
+)
+PUBLISHED_FORMATS = (WEBGPT, SHP, ZHIHU, MIRACL, HC3, JAQUAD, JAQUAD_ALL, GPT4_SCORES, OASST, ULTRAFEEDBACK, NECTAR)
 
 FORMATS = (*GENERAL_FORMATS, *PUBLISHED_FORMATS, *LAST_FORMATS)
 
@@ -160,6 +180,12 @@ DATASETS = {
         held_out="test_prefs",
         left_out=("train_sft", "test_sft", "train_gen", "test_gen"),
     ),
+    "openbmb/UltraFeedback": DatasetSpec("openbmb/UltraFeedback", ULTRAFEEDBACK),
+    "berkeley-nest/Nectar": DatasetSpec("berkeley-nest/Nectar", NECTAR),
+    "nvidia/HelpSteer": DatasetSpec("nvidia/HelpSteer", HELPSTEER, held_out="validation"),
+    "nvidia/HelpSteer2": DatasetSpec(
+        "nvidia/HelpSteer2", HELPSTEER, held_out="validation", left_out=("preference", "disagreements")
+    ),
     "argilla/dpo-mix-7k": DatasetSpec("argilla/dpo-mix-7k", DIALOGUE_PAIRS, held_out="test"),
     "argilla/ultrafeedback-binarized-preferences-cleaned": DatasetSpec(
         "argilla/ultrafeedback-binarized-preferences-cleaned", CHAT_PAIRS
@@ -208,6 +234,11 @@ def find_format(columns: Collection[str], purpose: Purpose) -> Format | None:
         if purpose in candidate.serves and set(candidate.columns) <= set(columns):
             return candidate
     return None
+
+
+def find_answer_format(columns: Collection[str]) -> Format | None:
+    """The first format of single answers to a prompt whose columns are all among `columns`, or None."""
+    return next((known for known in FORMATS if known.holds_answers and set(known.columns) <= set(columns)), None)
 
 
 def expected_columns(purpose: Purpose) -> str:

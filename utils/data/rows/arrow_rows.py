@@ -26,22 +26,25 @@ SCHEMAS: dict[Purpose, pa.Schema] = {
     "labelled": pa.schema([("prompt_ids", _IDS), ("response_ids", _IDS), ("label", pa.bool_())]),
     "prompts": pa.schema([("prompt_ids", _IDS), ("prompt", _TEXT), ("reference", _TEXT), ("columns", _TEXT)]),
 }
+GROUPED_PAIRS = SCHEMAS["preference"].append(pa.field("group", pa.int64()))  # with `--pairs all`
 SEVERAL_SPANS = _SPAN.append(pa.field("target_spans", pa.list_(pa.int32())))  # "sft" with `--train_on all`
-# An example before tokenisation: `turns`, `parsed`, `columns` and `numbers` are JSON, a prompt that is text is in
-# `text`, and `prompt_number` is equal for equal prompts.
+# An example before tokenisation: `turns`, `parsed`, `columns`, `numbers` and `ranked` are JSON, a prompt that is text
+# is in `text`, and `prompt_number` is equal for equal prompts.
 EXAMPLES = pa.schema(
     [
         *(("text", _TEXT), ("turns", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("label", pa.bool_())),
         *(("score", pa.float64()), ("reference", _TEXT), ("columns", _TEXT), ("numbers", _TEXT)),
         *(("prompt_number", pa.int64()), ("parsed", _TEXT), ("where", _TEXT), ("published", pa.bool_())),
-        ("source", pa.int32()),
+        *(("source", pa.int32()), ("ranked", _TEXT)),
     ]
 )
 KEEPS_COLUMNS: frozenset[Purpose] = frozenset({"prompts"})  # which a reward may read
 
 
-def row_schema(purpose: Purpose, train_on: str = "last") -> pa.Schema:
+def row_schema(purpose: Purpose, train_on: str = "last", pairs: str = "best_worst") -> pa.Schema:
     """The columns of the rows of `purpose`, whose dialogues train the last answer or all of them."""
+    if purpose == "preference" and pairs == "all":
+        return GROUPED_PAIRS
     return SEVERAL_SPANS if purpose == "sft" and train_on == "all" else SCHEMAS[purpose]
 
 
@@ -65,6 +68,7 @@ def example_row(number: int, example: Example | None, purpose: Purpose) -> dict[
         "where": example.where,
         "published": example.published,
         "source": example.source,
+        "ranked": json.dumps(example.ranked) if example.ranked else None,
     }
 
 
@@ -82,7 +86,8 @@ def read_example(row: Mapping[str, Any]) -> Example | None:
     numbers = {} if row["numbers"] is None else json.loads(row["numbers"])
     prompt = row["text"] if turns is None else turns
     others["source"] = row.get("source") or 0
-    return Example(prompt=prompt, columns=columns, numbers=numbers, parsed=parsed, **others)
+    ranked = tuple((text, score) for text, score in json.loads(row.get("ranked") or "[]"))
+    return Example(prompt=prompt, columns=columns, numbers=numbers, ranked=ranked, parsed=parsed, **others)
 
 
 def write_rows(file: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], batch: int = 1000) -> int:

@@ -1,6 +1,7 @@
 """From a `Corpus` to the two datasets of a step: read, divided, tokenised once and cached as Arrow files."""
 
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from utils.data.rows.cache import cached_folder, key_of, private_folder
 from utils.data.rows.division import Division, by_source, choose, listed, one_source_after_the_other, set_rows_per_epoch
 from utils.data.rows.encoding import ExampleEncoder
 from utils.data.rows.filters import without_duplicates
+from utils.data.rows.pairing import by_prompt, numbered, pair_batches
 from utils.data.rows.report import Part, Tally, counted_rows, tokens_report, total
 from utils.data.rows.token_rows import token_rows
 from utils.data.rows.tokenization import tokenizer_fingerprint
@@ -43,7 +45,10 @@ class TokenDataset(Dataset):
 
     With a `blend` these are the rows of one epoch, the first one until `set_epoch` is called.
 
+    Rows with a "group" (`--pairs all`) also have "weight", 1 / number of rows with this group.
+
     Attributes:
+        groups: (rows,) numbers from 0, equal for the pairs of one prompt; None where pairs stand alone.
         description: lines on where the rows come from, how they were divided and what was left out or cut.
         key: a hash of all that the rows depend on: the sources' content and weights, tokenizer, lengths, seed, row
             format.
@@ -55,13 +60,18 @@ class TokenDataset(Dataset):
         self._numbers: np.ndarray | None = None  # of the rows in the table, where they are not all of it
         self.description, self.key = description, key
         self.report: dict[str, Any] = {}
+        self.groups: np.ndarray | None = None
+        if "group" in rows.column_names:
+            self.groups = numbered(*(np.asarray(rows.data.column(name)) for name in ("group", "source")))
+            self._weights = 1 / np.bincount(self.groups)[self.groups]
         self.set_epoch(0)
 
     def __len__(self) -> int:
         return len(self._rows) if self._numbers is None else len(self._numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[self.number(index)]
+        row = self._rows[self.number(index)]
+        return row if self.groups is None else row | {"weight": float(self._weights[index])}
 
     def number(self, index: int) -> int:
         """The number of a row among the rows of all epochs."""
@@ -107,7 +117,8 @@ def build_datasets(
     """The training and the held-out rows of a step.
 
     Rows are dicts: purpose "sft" {"input_ids", "response_start"}; "preference" {"prompt_ids", "chosen_ids",
-    "rejected_ids", "source" (index into `Corpus.names`), "margin" (None without such a column)}; "labelled"
+    "rejected_ids", "source" (index into `Corpus.names`), "margin" (None without such a column), and with `--pairs all`
+    "group" (equal for equal prompts of a source) and "weight"}; "labelled"
     {"prompt_ids", "response_ids", "label"}; "prompts" {"prompt_ids", "prompt" (the text), "reference" (the right
     answer, or None), "columns" (the row's other columns as JSON)}; "pretrain" {"input_ids", "response_start"} in blocks
     of `max_len` ids. Responses end with EOS unless they were cut. If all answers of dialogues are trained, rows of
@@ -144,6 +155,7 @@ def build_datasets(
         content["number_columns"] = dict(corpus.number_columns)
     if filters := corpus.filters.active():
         content["filters"] = filters
+    content |= corpus.pairing
     key = key_of(content)
     if is_writer is None:
         is_writer = distributed.local_rank() == 0
@@ -207,14 +219,23 @@ def _prepare(folder: Path, corpus: Corpus, encoder: ExampleEncoder) -> None:
     write_rows(folder / "examples.arrow", EXAMPLES, _read_all(corpus, tallies, divisions))
     examples = open_rows(folder / "examples.arrow")
     dropped = total(tally.unusable for tally in tallies)
-    numbers = choose(corpus, divisions, np.asarray(examples.data.column("prompt_number")), dropped, repeated)
+    prompts = np.asarray(examples.data.column("prompt_number"))
+    numbers = choose(corpus, divisions, prompts, dropped, repeated)
     dropped += repeated
     if corpus.filters.deduplicate != "none":
         numbers = _without_duplicates(corpus, examples, numbers, tallies)
+    if corpus.makes_pairs:
+        sources = np.repeat(np.arange(len(divisions)), [source.train + source.held_out for source in divisions])
+        numbers = tuple(by_prompt(some, numbered(prompts, sources)) for some in numbers)
     counts: dict[str, int] = {}
+    schema = row_schema(corpus.purpose, corpus.train_on, corpus.pairs)
+
+    def batches_of(indices: np.ndarray, bar: tqdm | None = None, counter: Counter | None = None) -> Iterator:
+        batches = _batches(examples, indices, bar)
+        return pair_batches(batches, corpus.pairs, counter) if corpus.makes_pairs else batches
 
     def prepared(name: Part, bar: tqdm, indices: np.ndarray) -> Iterator[dict[str, Any]]:
-        batches = _batches(examples, indices, bar)
+        batches = batches_of(indices, bar, dropped)
         rows = token_rows(corpus.purpose, encoder, batches, corpus.max_len, tallies, corpus.filters)
         return counted_rows(rows, name, tallies)
 
@@ -225,7 +246,7 @@ def _prepare(folder: Path, corpus: Corpus, encoder: ExampleEncoder) -> None:
                 rows = one_source_after_the_other(indices, divisions, prepare)
             else:
                 rows = prepared(name, bar, indices)
-            counts[name] = write_rows(folder / f"{name}.arrow", row_schema(corpus.purpose, corpus.train_on), rows)
+            counts[name] = write_rows(folder / f"{name}.arrow", schema, rows)
         filtered, cut, form = (total(getattr(tally, kind) for tally in tallies) for kind in ("filtered", "cut", "form"))
         if not counts[name]:
             what = "training" if name == "train" else "held-out"
@@ -234,9 +255,17 @@ def _prepare(folder: Path, corpus: Corpus, encoder: ExampleEncoder) -> None:
                 f"{_names(corpus)}: no {what} row is left of {len(indices)} ({reasons}); "
                 "give more data, or data that this step can use"
             )
+    if corpus.scoring and corpus.makes_pairs and not _has_answers(examples):
+        columns = " ".join(corpus.scoring.columns)
+        raise InputError(
+            f"--score_column {columns} has no effect: no row of {_names(corpus)} holds a single answer; leave it out"
+        )
     first = by_source(numbers[0], divisions) if corpus.blend_weights else [numbers[0]]
-    audited = np.concatenate(first)[:AUDITED]
-    write_rows(folder / AUDIT_FILE, EXAMPLES, (examples[int(index)] for index in audited))
+    audited: Iterator[dict[str, Any]] = (examples[int(index)] for index in np.concatenate(first)[:AUDITED])
+    if corpus.makes_pairs:
+        made = itertools.chain.from_iterable(batches_of(np.concatenate(first)))
+        audited = (example_row(0, pair, corpus.purpose) for pair in itertools.islice(made, AUDITED))
+    write_rows(folder / AUDIT_FILE, EXAMPLES, audited)
     (folder / "examples.arrow").unlink()
     training = counted(counts["train"], "training row")
     if corpus.blend_weights:
@@ -266,6 +295,7 @@ def _read_all(corpus: Corpus, tallies: Sequence[Tally], divisions: list[Division
                 tally.unusable,
                 corpus.prompt_form,
                 corpus.number_columns,
+                corpus.scoring,
                 skip_empty=filters.drop_empty,
             ):
                 sizes[part] += 1
@@ -275,7 +305,8 @@ def _read_all(corpus: Corpus, tallies: Sequence[Tally], divisions: list[Division
                     tally.unusable[reason] += 1
                     example = None
                 if example is not None:
-                    example = replace(example, source=source)
+                    numbers = {**example.numbers, "group": number} if corpus.makes_pairs else example.numbers
+                    example = replace(example, source=source, numbers=numbers)
                 yield example_row(number, example, corpus.purpose)
         divisions.append(Division(**sizes))
 
@@ -300,9 +331,16 @@ def _read(examples: "datasets.Dataset", numbers: np.ndarray) -> list[Example]:
     return [example for row in rows if (example := read_example(row)) is not None]
 
 
-def _batches(examples: "datasets.Dataset", indices: np.ndarray, bar: tqdm) -> Iterator[list[Example]]:
+def _batches(examples: "datasets.Dataset", indices: np.ndarray, bar: tqdm | None) -> Iterator[list[Example]]:
     for start in range(0, len(indices), BATCH):
         numbers = indices[start : start + BATCH]
         yield _read(examples, numbers)
-        bar.update(len(numbers))
+        if bar is not None:
+            bar.update(len(numbers))
         watchdog.working()
+
+
+def _has_answers(examples: "datasets.Dataset") -> bool:
+    """Whether there are single answers, and not pairs alone."""
+    chosen, rejected = (examples.data.column(name) for name in ("chosen", "rejected"))
+    return pc.any(pc.and_(pc.is_valid(chosen), pc.is_null(rejected))).as_py()

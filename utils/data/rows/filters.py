@@ -53,7 +53,7 @@ class Filters:
         question = example.prompt if isinstance(example.prompt, str) else example.prompt[-1][1]
         if not all(answers) or (purpose == "prompts" and not _visible(question)):
             return "in which nothing is visible"
-        if purpose == "preference" and answers[0] == answers[1]:
+        if purpose == "preference" and len(answers) > 1 and len(set(answers)) == 1:
             return "whose answers differ in nothing visible"
         return ""
 
@@ -78,11 +78,12 @@ def parts_of(example: Example, purpose: Purpose) -> tuple[str, ...]:
     """The texts that make two rows of a purpose the same row: the prompt, and the answers that are trained on.
 
     An answer with a label (KTO) comes with that label: one answer that was judged in both ways is no repetition. A
-    prompt for PPO stands alone. Dialogues are rendered in the project's own form, whichever form they are trained in.
+    prompt for PPO stands alone. A row of a single answer, or of several ranked ones, has those. Dialogues are rendered in the project's own form, whichever form they are trained in.
     """
     example = rendered(example, FORMS[DEFAULT_FORM])
     answers = {
-        "preference": (example.chosen, example.rejected),
+        "preference": [text for text, _ in example.ranked]
+        or [answer for answer in (example.chosen, example.rejected) if answer is not None],
         "labelled": (example.chosen if example.label else example.rejected, str(example.label)),
         "prompts": (),
     }.get(purpose, (example.chosen,))

@@ -13,6 +13,7 @@ from utils.data.rows.duplicates import minhash_library
 from utils.data.rows.filters import Filters
 from utils.data.sources.hub import is_reachable
 from utils.data.sources.reading import HubSource, LocalSource, open_source, read_examples
+from utils.data.sources.scoring import Scoring
 from utils.data.sources.splits import phase_weights
 
 CHECKED_ROWS = 20
@@ -42,7 +43,8 @@ class Corpus:
         data_split: weights of the three steps; text for "pretrain" is not divided.
         config_name: configuration of a hub data set.
         cache_dir: folder for prepared data (`--data_output_path`); None: the user's cache folder.
-        prompt_form, number_columns: see `read_examples`.
+        prompt_form, number_columns, scoring: see `read_examples`.
+        pairs: made of several answers to a prompt, "best_worst" or "all", for purpose "preference".
         system_prompt: of dialogues that have none. train_on: the answers of a dialogue that are trained, "last" or
             "all", for purpose "sft".
         filters: which rows are left out.
@@ -59,6 +61,8 @@ class Corpus:
     cache_dir: str | None = None
     prompt_form: str = "auto"
     number_columns: Mapping[str, str] = field(default_factory=dict)
+    scoring: Scoring | None = None
+    pairs: str = "best_worst"
     system_prompt: str | None = None
     train_on: str = "last"
     filters: Filters = Filters()
@@ -75,6 +79,8 @@ class Corpus:
             data_split=config.data_split,
             prompt_form=config.prompt_form,
             number_columns=config.number_columns,
+            scoring=Scoring(config.score_columns, config.score_threshold) if config.score_columns else None,
+            pairs=config.pairs,
             system_prompt=config.system_prompt,
             train_on=config.train_on,
             seed=config.data_seed,
@@ -119,6 +125,17 @@ class Corpus:
         short = [Path(path).name for path in paths]
         return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether examples become pairs only when they are seen together, by prompt."""
+        return self.purpose == "preference" and (self.scoring is not None or self.pairs == "all")
+
+    @property
+    def pairing(self) -> dict[str, object]:
+        """What determines which pairs there are, other than by default; JSON values."""
+        scores = {"scores": [dict(self.scoring.columns), self.scoring.threshold]} if self.scoring else {}
+        return scores | ({"pairs": self.pairs} if self.purpose == "preference" and self.pairs != "best_worst" else {})
+
     @cached_property
     def shares(self) -> list[Share]:
         """The sources, opened.
@@ -159,6 +176,7 @@ class Corpus:
                     Counter(),
                     self.prompt_form,
                     self.number_columns,
+                    self.scoring,
                     skip_empty=self.filters.drop_empty,
                 )
                 for _ in itertools.islice(examples, CHECKED_ROWS):

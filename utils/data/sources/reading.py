@@ -26,11 +26,13 @@ from utils.data.formats.registry import (
     DatasetSpec,
     Format,
     expected_columns,
+    find_answer_format,
     find_dataset,
     find_format,
 )
 from utils.data.sources.hub import load_hub_split
 from utils.data.sources.local_files import SUFFIXES, LocatedRow, content_digest, find_files, read_rows
+from utils.data.sources.scoring import Scoring, refuse_pairs
 from utils.errors import InputError
 from utils.hub import looks_local
 
@@ -176,6 +178,7 @@ def read_examples(
     dropped: Counter[str],
     prompt_form: str = "auto",
     number_columns: Mapping[str, str] | None = None,
+    scoring: Scoring | None = None,
     *,
     skip_empty: bool = False,
 ) -> Iterator[tuple[int, Example | None]]:
@@ -191,17 +194,21 @@ def read_examples(
         number_columns: numbers to read from each row, by their name in `Example.numbers`: the column that holds them.
         skip_empty: leave out rows without a response in files of the user's own too, where they are an error otherwise.
 
+        scoring: for rows of single answers, which then serve the purposes "preference" and "labelled" as well.
+
     Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
     """
-    form = form_of(_first_prompts(source, purpose, skip_empty)) if prompt_form == "auto" else prompt_form
+    form = form_of(_first_prompts(source, purpose, skip_empty, scoring)) if prompt_form == "auto" else prompt_form
     for group in source.groups(part):
-        for where, example, published in _examples(group, source, purpose, dropped, skip_empty):
+        for where, example, published in _examples(group, source, purpose, dropped, skip_empty, scoring):
             is_raw = prompt_form == "auto" and example.is_undecided and has_own_marker(example.prompt)
             example = settled(example, "raw" if is_raw else form)
             example = dataclasses.replace(example, where=where, published=published)
             number = prompt_number(example)
             try:
-                check_usable(example, purpose)
+                if scoring:
+                    example = scoring.scored(example, purpose)
+                check_usable(example, "sft" if scoring and scoring.is_answer(example) else purpose)
                 yield number, _with_numbers(example, number_columns, where) if number_columns else example
             except DroppedRow as reason:
                 dropped[str(reason)] += 1
@@ -213,25 +220,37 @@ def read_examples(
                 yield number, None
 
 
-def _first_prompts(source: Source, purpose: Purpose, skip_empty: bool) -> list[str]:
+def _first_prompts(source: Source, purpose: Purpose, skip_empty: bool, scoring: Scoring | None) -> list[str]:
     """The first prompts that are text of undecided form."""
     group = next(iter(source.groups("train")), ())
-    examples = (example for _, example, _ in _examples(group, source, purpose, Counter(), skip_empty))
+    examples = (example for _, example, _ in _examples(group, source, purpose, Counter(), skip_empty, scoring))
     return [example.prompt for example in itertools.islice(examples, SETTLING_ROWS) if example.is_undecided]
 
 
 def _examples(
-    group: Iterable[LocatedRow], source: Source, purpose: Purpose, dropped: Counter[str], skip_empty: bool
+    group: Iterable[LocatedRow],
+    source: Source,
+    purpose: Purpose,
+    dropped: Counter[str],
+    skip_empty: bool,
+    scoring: Scoring | None,
 ) -> Iterator[tuple[str, Example, bool]]:
     """(where, example, whether it is of a published set) of the rows of a group."""
     rows = iter(group)
     first = next(rows, None)
     if first is None:
         return
-    row_format = source.format or _recognise(first, purpose)
-    if purpose not in row_format.serves:
+    row_format = source.format or _recognise(first, purpose, scoring)
+    if purpose not in row_format.serves and not (scoring and row_format.holds_answers):
+        if row_format.holds_answers and purpose in ("preference", "labelled"):
+            raise InputError(
+                f"{source.label}: this data set holds single answers; name the column of their scores with "
+                f"--score_column{' and --score_threshold' if purpose == 'labelled' else ''}, or another data set"
+            )
         kind = {"preference": "pairs of answers", "labelled": "answers with a label"}.get(purpose, "rows for this step")
         raise InputError(f"{source.label}: this data set holds no {kind}; name another one")
+    if scoring and not row_format.holds_answers:
+        refuse_pairs(scoring, first)
     published = row_format.published or isinstance(source, HubSource)
     for where, example in _convert(itertools.chain([first], rows), row_format, published or skip_empty, dropped):
         _refuse_lone_surrogates(example, where)
@@ -260,7 +279,8 @@ def _convert(
 def _refuse_lone_surrogates(example: Example, where: str) -> None:
     """JSON can hold half of a UTF-16 surrogate pair ("\\ud83d"), which neither UTF-8 nor a tokenizer can represent."""
     turns = [example.prompt] if isinstance(example.prompt, str) else [text for _, text in example.prompt]
-    for text in filter(None, (*turns, example.chosen, example.rejected, example.reference)):
+    answers = (example.chosen, example.rejected, *(text for text, _ in example.ranked))
+    for text in filter(None, (*turns, *answers, example.reference)):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -320,13 +340,19 @@ def _refuse_other_kind(where: str, row: Row, purpose: Purpose) -> None:
         )
 
 
-def _recognise(first: LocatedRow, purpose: Purpose) -> Format:
+def _recognise(first: LocatedRow, purpose: Purpose, scoring: Scoring | None) -> Format:
     where, row = first
-    found = find_format(row.keys(), purpose)
-    _refuse_other_kind(where, row, purpose)
+    found = find_format(row.keys(), "preference" if scoring else purpose)
+    if scoring:
+        found = found or find_answer_format(row.keys())
+    else:
+        _refuse_other_kind(where, row, purpose)
     if found is None:
         columns = ", ".join(map(str, row)) or "none"
+        hint = ""
+        if purpose in ("preference", "labelled") and find_answer_format(row.keys()):
+            hint = "; for rows of one answer, name the column of its score with --score_column"
         raise InputError(
-            f"{where}: columns found: {columns}; expected for this step one of: {expected_columns(purpose)}"
+            f"{where}: columns found: {columns}; expected for this step one of: {expected_columns(purpose)}{hint}"
         )
     return found
