@@ -110,11 +110,12 @@ def test_two_processes_and_micro_batches_by_tokens_change_nothing(world, tmp_pat
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_run_on_ranked_answers_resumes_as_if_it_had_not_stopped(world, tmp_path, step):
+def test_a_run_on_ranked_answers_resumes_as_if_it_had_not_stopped(world, tmp_path, capsys, step):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     common = changes_for(step, data_path=[ranked_file(tmp_path)], max_steps=0, num_train_epochs=1)
     run_step(step, flags(world, step, whole, **common))
     steps = len(losses_of(whole))
+    assert "8 optimiser steps of 2 prompts (1 x 2 x 1), pairs of up to 128 tokens" in capsys.readouterr().out
     assert steps == 8  # 15 of 16 prompts train, two in each step
     run_step(step, flags(world, step, stopped, save_interval=3, **common | {"max_steps": 3}))
     run_step(step, flags(world, step, stopped, resume_from_checkpoint="auto", **common))
@@ -139,6 +140,7 @@ def test_a_dry_run_counts_prompts(world, tmp_path, capsys):
     changes = changes_for(2, data_path=[ranked_file(tmp_path)], max_steps=0)
     numbers = run_step(2, [*flags(world, 2, **changes), "--dry_run"])
     assert numbers["optimiser_steps"] == 8
+    assert "optimiser steps: 8, on 15 training prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,15 @@ def print_report(
         distributed.log(line)
     if estimated.gathering:
         distributed.log(gathering_line(estimated.gathering))
-    distributed.log(f"tokens per optimiser step: {estimated.tokens_per_step} at most, over all processes")
+    most = "at most, if each of its prompts had one pair" if config.pairs == "all" else "at most"
+    distributed.log(f"tokens per optimiser step: {estimated.tokens_per_step} {most}, over all processes")
     steps = None if None in plan.optimizer_steps.values() else dict(plan.optimizer_steps)
     if steps is None:
         distributed.log("optimiser steps: not known without the number of rows (--rows)")
     else:
+        kind = "prompts" if config.pairs == "all" else "rows"
         each = f" ({', '.join(f'{name} {count}' for name, count in steps.items())})" if len(steps) > 1 else ""
-        counted = "" if subject.rows.count is None else f", on {subject.rows.count} training rows"
+        counted = "" if subject.rows.count is None else f", on {subject.rows.count} training {kind}"
         distributed.log(f"optimiser steps: {max(steps.values())}{each}{counted}")
     numbers = {"predicted_peak_bytes": estimated.peak, "tokens_per_step": estimated.tokens_per_step}
     if steps is not None:

@@ -28,8 +28,11 @@ def opening_lines(plan: Plan) -> Iterator[str]:
     for role in plan.roles.values():
         yield f"{role.name}: {role.path}, {_about(plan, role)}"
     rows = processes * config.step_rows
-    step = f"{rows} rows ({processes} x {config.micro_batch_rows} x {config.gradient_accumulation_steps})"
-    tokens = f"up to {rows * config.longest_row()[0]:,} tokens"
+    by_prompt = config.pairs == "all"  # a step then has all pairs of so many prompts
+    kind = "prompts" if by_prompt else "rows"
+    step = f"{rows} {kind} ({processes} x {config.micro_batch_rows} x {config.gradient_accumulation_steps})"
+    longest = config.longest_row()[0]
+    tokens = f"pairs of up to {longest:,} tokens" if by_prompt else f"up to {rows * longest:,} tokens"
     schedule = f"{config.lr_scheduler_type}, {config.num_warmup_steps} of warm-up"
     if plan.generates:
         steps = ", ".join(
