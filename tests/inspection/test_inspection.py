@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -28,7 +29,16 @@ def inspection(lengths, labels=None, max_len=10) -> Inspection:
     arrays = {name: np.array(values) for name, values in lengths.items()}
     labels = None if labels is None else np.array(labels)
     nothing = Duplicates(0, 0, None, None)
-    return Inspection("", max_len, "--max_seq_len", TokenDataset(None, "", ""), None, arrays, labels, nothing)
+    return Inspection(
+        "",
+        max_len,
+        "--max_seq_len",
+        TokenDataset(datasets.Dataset.from_dict({}), "", ""),
+        None,
+        arrays,
+        labels,
+        nothing,
+    )
 
 
 def test_figures_by_hand():

@@ -14,7 +14,7 @@ from utils.generation.hybrid_engine import HybridEngine
 from utils.models.on_meta import build_on_meta
 from utils.parallel import distributed, memory
 from utils.preflight.estimate import estimate
-from utils.preflight.generation import estimate_generation, must_stream, needed_to_gather
+from utils.preflight.generation import answers_memory, estimate_generation, must_stream, needed_to_gather
 from utils.preflight.phases import Machine, total_of
 from utils.preflight.report import gathering_line
 from utils.preflight.roles import Role, Subject, planned_roles
@@ -132,7 +132,9 @@ def test_sample_answers_gather_all_weights_only_where_they_fit():
     engine = role_and_batch(1, config, "model", machine(), transformers.LlamaConfig())[0].engine
     enough = total_of(engine.persistent()).total + engine.whole().total / memory.USABLE
     for free, gathers in ((None, engine.whole()), (enough + 10, engine.whole()), (enough - 10, engine.gathered())):
-        assert gathered_for_answers(engine, machine(free), engine.persistent()) == gathers
+        items = answers_memory(config, engine, machine(free), engine.persistent())
+        assert items["gather buffers"] == gathers
+        assert ("KV cache" in items) == (free is None), "the decode engine needs room beside the weights"
     assert engine.gathered().total < engine.whole().total / 5
 
 

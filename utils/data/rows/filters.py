@@ -77,8 +77,9 @@ class Filters:
 def parts_of(example: Example, purpose: Purpose) -> tuple[str, ...]:
     """The texts that make two rows of a purpose the same row: the prompt, and the answers that are trained on.
 
-    An answer with a label (KTO) comes with that label: one answer that was judged in both ways is no repetition. A
-    prompt for PPO stands alone. A row of a single answer, or of several ranked ones, has those. Dialogues are rendered in the project's own form, whichever form they are trained in.
+    An answer with a label (KTO) comes with that label: one answer that was judged in both ways is no repetition. A row
+    of several ranked answers has all of them, one of a single scored answer that one. A prompt for PPO stands alone.
+    Dialogues are rendered in the project's own form, whichever form they are trained in.
     """
     example = rendered(example, FORMS[DEFAULT_FORM])
     answers = {
