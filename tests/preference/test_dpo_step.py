@@ -229,3 +229,20 @@ def test_weighted_sources_find_their_reference_in_every_epoch(world, tmp_path):
     data = [f"{world['data']}:0.5", f"{few}:0.5"]
     run_script(config(world, tmp_path / "out", data_path=data, max_steps=0, num_train_epochs=2, learning_rate=1e-12))
     assert losses_of(tmp_path / "out") == pytest.approx([math.log(2)] * len(losses_of(tmp_path / "out")), abs=1e-6)
+
+
+def test_a_step_whose_loss_is_nan_is_skipped_on_request(world, tmp_path, monkeypatch):
+    from utils.preference.objective import Objective
+
+    original, calls = Objective.losses, []
+
+    def second_is_nan(self, answers, step):
+        if answers.policy.requires_grad:
+            calls.append(1)
+        return original(self, answers, step) * (math.nan if len(calls) == 2 and answers.policy.requires_grad else 1.0)
+
+    monkeypatch.setattr(Objective, "losses", second_is_nan)
+    run_script(config(world, tmp_path, on_nan="skip", max_steps=3, num_sample_generations=0))
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    assert [row["train/skipped_steps"] for row in rows] == [0, 1, 1]
+    assert rows[1]["train/loss"] is None and rows[2]["train/loss"] is not None

@@ -102,12 +102,13 @@ class Objective:
             step: of the training step that the rows belong to; without one the rows themselves are the step.
 
         Raises:
-            DivergenceError: the loss is NaN or infinite.
+            DivergenceError: the loss of held-out rows is NaN or infinite; that of training rows is the guard's concern.
         """
         whole = all_ranks(parts)
-        step = step or self.step_of(whole)
+        is_held_out, step = step is None, step or self.step_of(whole)
         loss = (self.losses(whole, step).sum() / whole.weight.sum()).item()
-        check_finite(loss, "held-out rows" if prefix == "eval" else "training rows")
+        if is_held_out:
+            check_finite(loss, "held-out rows")
         sums, tokens = whole.policy.sum(-1), whole.tokens.sum(-1)
         rewards = self._rewards(whole)
         figures = {"loss": loss}
