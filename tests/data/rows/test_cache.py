@@ -84,20 +84,21 @@ def test_waiting_ends_with_an_error_that_names_the_folder(tmp_path):
         cached_folder(tmp_path, "key", fill, is_writer=False, timeout_s=0.1)
 
 
-def use_cache(cache: Path, is_writer: bool, fails: bool, outcome: Path) -> None:
-    """What one process does: get the entry, which takes half a second to build, and write the outcome to a file."""
+def use_cache(cache: Path, is_writer: bool, fails: bool, seconds: float, outcome: Path) -> None:
+    """What one process does: get the entry, which takes so long to build, and write the outcome to a file."""
 
     def build(folder: Path) -> None:
         with open(cache / "built", "a") as log:
             log.write("once ")
         (folder / "rows").write_text("half")
-        time.sleep(0.5)
+        time.sleep(seconds)
         if fails:
             raise InputError("bad data")
         fill(folder)
 
+    outcome.with_suffix(".began").touch()
     try:
-        folder = cached_folder(cache, "key", build, is_writer=is_writer, timeout_s=20)
+        folder = cached_folder(cache, "key", build, is_writer=is_writer, timeout_s=60)
         outcome.write_text((folder / "rows").read_text())
     except InputError as error:
         outcome.write_text(f"error: {error}")
@@ -106,12 +107,13 @@ def use_cache(cache: Path, is_writer: bool, fails: bool, outcome: Path) -> None:
 @pytest.fixture
 def start(tmp_path):
     """Start a process that uses the cache; returns it and the file with its outcome."""
-    context = multiprocessing.get_context("fork")
+    # Not a fork of this process: what other tests have mapped may be more than the system promises a second time.
+    context = multiprocessing.get_context("forkserver")
     started = []
 
-    def call(*, is_writer: bool, fails: bool = False):
+    def call(*, is_writer: bool, fails: bool = False, seconds: float = 2.0):
         outcome = tmp_path / f"outcome-{len(started)}"
-        process = context.Process(target=use_cache, args=(tmp_path, is_writer, fails, outcome))
+        process = context.Process(target=use_cache, args=(tmp_path, is_writer, fails, seconds, outcome))
         process.start()
         started.append(process)
         return process, outcome
@@ -123,7 +125,7 @@ def start(tmp_path):
 
 def outcomes(*started) -> list[str]:
     for process, _ in started:
-        process.join(timeout=30)
+        process.join(timeout=90)
     return [outcome.read_text() for _, outcome in started]
 
 
@@ -142,10 +144,10 @@ def test_processes_that_wait_stop_when_the_writer_fails(tmp_path, start):
 
 
 def test_processes_that_wait_stop_when_the_writer_is_killed(tmp_path, start):
-    reader, writer = start(is_writer=False), start(is_writer=True)
-    while not (tmp_path / "built").exists():
+    reader, writer = start(is_writer=False), start(is_writer=True, seconds=60.0)
+    while not ((tmp_path / "built").exists() and reader[1].with_suffix(".began").exists()):
         time.sleep(0.01)
-    time.sleep(0.2)
+    time.sleep(0.5)
     writer[0].kill()
     assert "stopped before" in outcomes(reader)[0]
     # Nothing blocks the next run.
