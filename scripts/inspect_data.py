@@ -55,6 +55,8 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, StepConfig]:
     if options.step == "step3":
         flags = _for_step3(flags)
     config = parse_config(STEPS[options.step].config, [*flags, "--output_dir", options.output_dir])
+    if config.streaming:
+        raise InputError("--streaming: rows are measured after all have been prepared; leave it out to inspect them")
     refuse_unavailable(config)
     return options, config
 

@@ -47,6 +47,19 @@ def test_each_runs_on_a_toy_without_peers(script, tmp_path, capsys, name):
         assert float(rows[0].split("|")[-2]) > 0.1  # GiB of a process that imports torch
 
 
+def test_data_of_any_size_is_measured_on_a_toy(script, tmp_path, monkeypatch):
+    module, results = script("data_scale"), tmp_path / "RESULTS.md"
+    monkeypatch.setattr(module, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(module, "DIFFERENT", 50)
+    words = ["--rows", "60", "--stream_gb", "0.0005", "--stream_rows", "160", "--repeats", "1", "--purposes", "sft"]
+    module.main(parse_config(module.Config, [*words, "--results", str(results), "--folder", str(tmp_path)]))
+    rows = [line.split("|")[1:-1] for line in results.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    numbers = [row for row in rows if "sft" in (row[0].strip(), row[1].strip())]
+    assert [len(row) for row in numbers] == [6, 5]
+    assert all(float(row[2].replace(",", "")) > 0 for row in numbers)
+    assert [path.name for path in tmp_path.iterdir()] == ["RESULTS.md"]
+
+
 def test_a_peer_is_run_by_its_own_interpreter_and_compared(script, tmp_path, monkeypatch):
     contenders = script("contenders")
     adapter = tmp_path / "peer.py"

@@ -300,6 +300,7 @@ BAD_FLAGS = [
     (1, {"seed": 2**64}, "--seed must be at most"),
     (1, {"learning_rate": "-1e-5"}, "--learning_rate must be above 0"),
     (1, {"data_path": "/dev/null"}, "neither a file nor a folder"),
+    (1, {"streaming": True}, "--streaming needs --max_steps"),
     (3, {"temperature": 1e-30}, "--temperature must be at least 0.001"),
     (2, {"data_path": "some-org/some-data"}, "some-org/some-data"),
     (3, {"critic_model_name_or_path": "MODEL"}, "not a reward model"),
@@ -392,6 +393,18 @@ def test_bad_files_are_one_line_with_file_and_line(world, capsys, tmp_path, cont
     assert "bad.jsonl" in line
     assert message in line.replace(", line ", ":").replace(" line ", ":"), line
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_bad_row_of_a_stream_ends_the_run_where_it_is_reached_and_earlier_steps_are_saved(world, capsys, tmp_path):
+    rows = [{"prompt": f" Human: what is {i} ? Assistant:", "chosen": " white ."} for i in range(250)]
+    del rows[220]["chosen"]
+    data = write_rows(tmp_path / "bad.jsonl", rows)
+    changes = {"streaming": True, "shuffle_buffer_size": 8, "data_split": "1,0,0", "max_steps": 99, "save_interval": 5}
+    changes |= {"num_sample_generations": 0, "eval_samples": 4, "per_device_train_batch_size": 8}
+    lines = stopped(1, flags(world, 1, tmp_path / "out", data_path=data, **changes), capsys, 2)
+    assert lines[-1] == f"error: {data}, line 221: column `chosen` is missing; columns found: prompt"
+    saved = [int(path.name.split("-")[1]) for path in (tmp_path / "out" / "checkpoints").glob("checkpoint-*")]
+    assert max(saved) == 25  # after some 209 rows to train on, 8 in a step
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -69,6 +69,7 @@ def in_group(world: dict, folder: str, cases: list[tuple[StepName, dict]]) -> No
         cut_and_resume(world, step, f"{folder}/{number}", changes_of(step, **kind))
 
 
+STREAM = {"stage": 0, "lora": 0, "streaming": True, "shuffle_buffer_size": 7}
 ONE_PROCESS = [
     (1, {"stage": 0, "lora": 0}),
     (1, {"stage": 3, "lora": 4}),
@@ -80,6 +81,8 @@ ONE_PROCESS = [
     ("dpo", {"stage": 3, "lora": 4, "only_optimize_lora": True, "reference_logprobs": "live"}),
     (3, {"stage": 0, "lora": 0}),
     (3, {"stage": 3, "lora": 4}),
+    (1, STREAM | {"packing": True, "max_tokens_per_batch": 64, "gradient_accumulation_steps": 2}),
+    (3, STREAM),
 ]
 TWO_PROCESSES = [
     (1, {"stage": 2, "lora": 0, "dtype": "bf16"}),
@@ -87,6 +90,7 @@ TWO_PROCESSES = [
     ("dpo", {"stage": 2, "lora": 0, "loss": ["kto_pair"]}),
     (3, {"stage": 3, "lora": 4}),
     (3, {"stage": 0, "lora": 0}),
+    (1, STREAM | {"gradient_accumulation_steps": 2}),
 ]
 GRID = [{"stage": stage, "lora": lora} for stage in (0, 1, 2, 3) for lora in (0, 4)]
 

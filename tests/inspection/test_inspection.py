@@ -160,6 +160,8 @@ def test_bad_input_is_refused(script, world, tmp_path):
     flags = ["--data_path", world["data"], "--model_name_or_path", world["model"]]
     with pytest.raises(InputError, match="--show must be at least 0, got -1"):
         script.parse_options([*flags, "--show", "-1"])
+    with pytest.raises(InputError, match="--streaming: .*leave it out to inspect them"):
+        script.parse_options([*flags, "--streaming", "--max_steps", "9"])
     with pytest.raises(InputError, match="lies in the data folder"):
         script.main(
             [

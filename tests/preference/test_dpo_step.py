@@ -93,6 +93,16 @@ def test_the_reference_is_the_same_precomputed_live_and_with_adapters_off_and_st
     assert weights_digest(world["model"]) == digest
 
 
+def test_a_streamed_run_resumes_bit_for_bit(world, tmp_path):
+    flags = {"streaming": True, "shuffle_buffer_size": 7, "reference_logprobs": "live", "save_interval": 3}
+    flags |= {"num_sample_generations": 0, "data_split": "1,1,1", "lr_scheduler_type": "constant"}
+    run_script(config(world, tmp_path / "whole", max_steps=6, **flags))
+    run_script(config(world, tmp_path / "cut", max_steps=3, **flags))
+    run_script(config(world, tmp_path / "cut", max_steps=6, resume_from_checkpoint="auto", **flags))
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    assert len(losses_of(tmp_path / "whole")) == 6
+
+
 def test_the_precomputed_reference_is_computed_once_and_again_for_other_weights(
     world, tmp_path, monkeypatch, tiny_tokenizer
 ):

@@ -194,6 +194,14 @@ def test_the_script_packs_rows_as_the_step_does(world, script, capsys, no_weight
     assert f"optimiser steps: {said['optimiser_steps']}, on" in capsys.readouterr().out
 
 
+def test_the_rows_of_a_stream_are_taken_at_their_longest(world, script, capsys, no_weights):
+    argv = flags(world, 1, streaming=True, max_steps=5, packing=True)
+    said = run_step(1, [*argv, "--dry_run"])
+    assert said["optimiser_steps"] == 5 and said["tokens_per_step"] == 4 * 64
+    script.main(["step1", "--device", "cpu", *argv])
+    assert capsys.readouterr().out.count("optimiser steps: 5\n") == 2
+
+
 def test_the_script_reads_each_model_of_step_3_once(world, tmp_path, script, no_weights):
     actor, critic = bare_model(world["model"], tmp_path / "actor"), bare_model(world["reward"], tmp_path / "critic")
     given = {"actor_model_name_or_path": actor, "critic_model_name_or_path": critic}

@@ -20,6 +20,18 @@ def run_dpo(argv: list[str]) -> None:
     module.main(parse_config(module.Config, argv))
 
 
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_stream_reports_what_is_known_of_it(world, tmp_path, step, capsys):
+    changes = {"max_steps": 1, "streaming": True, "max_row_tokens": 250, "data_split": "1,1,1"}
+    changes |= {"num_sample_generations": 0} if step == 1 else {}
+    run_step(step, flags(world, step, tmp_path, **changes))
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    (source,) = report["sources"]
+    assert report["training_rows"] is None and source["rows"] is None and report["held_out_rows"] > 0
+    assert source["share_of_this_step"] == pytest.approx(1 / 3) and report["filters"] == {"max_row_tokens": 250}
+    assert report["summary"][0] in capsys.readouterr().out and "audit: " in report["summary"][-1]
+
+
 @pytest.mark.parametrize("step", ["1", "2", "dpo", "3"])
 def test_each_step_reports_its_data(world, tmp_path, step, capsys):
     changes = {"max_steps": 1, "deduplicate": "exact", "max_row_tokens": 250}

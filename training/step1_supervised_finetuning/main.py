@@ -32,7 +32,7 @@ from utils.data import (
     micro_batches,
     pack_rows,
 )
-from utils.data.batches.sizes import sequence_tokens
+from utils.data.batches.sizes import rows_drawn, sequence_tokens
 from utils.generation.answers import greedy_answers
 from utils.models.checks import check_models, load_matching_tokenizer
 from utils.models.engine import build_engine
@@ -107,7 +107,7 @@ def main(config: Config) -> dict[str, float]:
         return dry_run(plan_of, config, models, tokenizer, train_rows)
 
     # 3. Model
-    plan = plan_of(config, models, len(train_rows), distributed.world_size())
+    plan = plan_of(config, models, rows_drawn(train_rows), distributed.world_size())
     announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[eval_rows.key])
     engine = build_engine(plan.roles["model"], tokenizer, config, total_steps=plan.length)
@@ -117,7 +117,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
-    state = checkpoints.resume({"model": engine})
+    state = checkpoints.resume({"model": engine}, rows=train_loader)
     with open_metrics(plan, state, data_report) as writer, checkpoints:
         shown_rows = [eval_rows[index] for index in range(min(config.num_sample_generations, len(eval_rows)))]
         if state.step == 0:

@@ -123,7 +123,7 @@ def main(config: Config) -> dict[str, float]:
 
     # 4. Train, from the beginning or from a checkpoint
     guard = DivergenceGuard(config.on_nan, config.output_dir)
-    state = checkpoints.resume({"model": engine})
+    state = checkpoints.resume({"model": engine}, rows=train_loader)
     with open_metrics(plan, state, data_report) as writer, checkpoints:
         if state.step == 0:
             state.before = evaluate(engine, eval_loader, loss_of, corpus.names)

@@ -21,6 +21,7 @@ import time
 from utils.checkpoints import Checkpoints
 from utils.data import Corpus, build_dataloader, build_datasets
 from utils.data.batches.dataloader import batches_per_epoch, numbered_batches
+from utils.data.batches.sizes import rows_drawn
 from utils.generation.micro_batches import plan_batches
 from utils.generation.tensor_parallel import check_tensor_parallel
 from utils.models.checks import check_models, load_matching_tokenizer
@@ -119,14 +120,14 @@ def main(config: Config) -> dict[str, float]:
     texts = TextBatches(config, tokenizer)
 
     # 3. Models
-    plan = plan_of(config, models, len(prompt_rows), distributed.world_size())
+    plan = plan_of(config, models, rows_drawn(prompt_rows), distributed.world_size())
     announce(plan)
     checkpoints = Checkpoints(config, total_steps=plan.length, data_keys=[prompt_rows.key, *texts.keys])
     roles, reward = build_roles(plan, tokenizer), build_reward(config, tokenizer)
 
     # 4. Train, from the beginning or from a checkpoint
     frozen = [*roles.frozen, reward.source.module]
-    state = checkpoints.resume(roles.trained, frozen=frozen, averages=roles.averages)
+    state = checkpoints.resume(roles.trained, rows=prompt_loader, frozen=frozen, averages=roles.averages)
     texts.start_at(state.own.get("text_batches", 0))
     with open_metrics(plan, state, data_report | texts.report) as writer, checkpoints:
         if state.step == 0:

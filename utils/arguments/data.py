@@ -12,6 +12,7 @@ from utils.arguments.choices import CHAT_TEMPLATES, TEXT_FORM
 from utils.errors import InputError
 
 SPLIT_PARTS = 3
+STREAM_HELD_OUT = 512  # held-out rows of a stream, which must be a limited number
 SUM_TOLERANCE = 1e-6  # by which the weights of the sources may miss 1
 
 
@@ -129,6 +130,18 @@ class CorpusArguments(Arguments):
         "leave out rows with a response in which nothing is visible, which are an error in a file of your own "
         "otherwise, and pairs whose responses differ in nothing visible",
     )
+    streaming: bool = flag(
+        False,
+        "read the training rows while training, in constant memory and without a cache: for data larger than memory or "
+        "disk. Needs --max_steps. The division among the steps and the held-out rows is drawn for each prompt by "
+        "itself, so it is another one than without this flag: use it in all steps or in none",
+    )
+    shuffle_buffer_size: int = flag(
+        10_000,
+        "rows of a stream that are read at a time and put in random order: more of them mix better, and take memory",
+        at_least=1,
+        idle_unless="streaming",
+    )
     data_output_path: str | None = flag(
         None,
         "cache folder for tokenised data; if omitted, a folder private to the user (not a shared /tmp/data_files, "
@@ -144,6 +157,11 @@ class CorpusArguments(Arguments):
         _check_template_name(self.chat_template)
         if self.system_prompt is not None and not self.system_prompt.strip():
             raise InputError("--system_prompt is empty: leave it out, or give a text")
+
+    @property
+    def held_out_limit(self) -> int:
+        """Held-out rows to evaluate on, at most; 0: all."""
+        return 0
 
     @property
     def data_sources(self) -> list[str]:
@@ -181,7 +199,13 @@ class DataArguments(CorpusArguments):
         "measured",
         at_least=0,
     )
-    eval_samples: int = flag(0, "held-out rows to evaluate on; 0 = all", at_least=0)
+    eval_samples: int = flag(
+        0, f"held-out rows to evaluate on; 0 = all, or {STREAM_HELD_OUT} with --streaming", at_least=0
+    )
+
+    @property
+    def held_out_limit(self) -> int:
+        return self.eval_samples
 
 
 @dataclass(kw_only=True)

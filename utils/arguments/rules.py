@@ -21,6 +21,48 @@ def refuse_unavailable(config: StepConfig) -> None:
     if isinstance(config, PpoConfig):
         _refuse_uneven_rollout(config)
     _refuse_small_budget(config)
+    if config.streaming:
+        _refuse_what_needs_all_rows(config)
+
+
+def _refuse_what_needs_all_rows(config: StepConfig) -> None:
+    """What cannot be had of a stream, whose rows are neither counted nor read in another order than their own."""
+    if not config.max_steps:
+        raise InputError(
+            "--streaming needs --max_steps: how many rows a stream has is not known, and so neither is the length of "
+            f"the run, over which --lr_scheduler_type {config.lr_scheduler_type} is spread: give --max_steps N"
+        )
+    if config.deduplicate != "none":
+        raise InputError(
+            f"--deduplicate {config.deduplicate} compares each row with all others, which --streaming does not have: "
+            "leave it out, or leave --streaming out"
+        )
+    if config.score_columns:
+        raise InputError(
+            f"--score_column {' '.join(config.score_column)} compares the answers of several rows, which --streaming "
+            "does not have together: give rows that hold a pair, or leave --streaming out"
+        )
+    if config.pairs == "all":
+        raise InputError(
+            "--pairs all keeps the pairs of a prompt together, whose rows may lie anywhere in a stream: use --pairs "
+            "best_worst, or leave --streaming out"
+        )
+    if config.data_weights and config.undivided_paths:
+        raise InputError(
+            "--sft_only_data_path has no weight, and in a stream with weights every source needs one: name its files "
+            "in --data_path, with a weight, or leave the weights out"
+        )
+    if isinstance(config, DpoConfig):
+        if config.reads_labelled:
+            raise InputError(
+                "--loss kto compares each row with another one of the whole set, which --streaming does not have: use "
+                "--loss kto_pair with pairs, or leave --streaming out"
+            )
+        if config.needs_reference and config.reference_logprobs == "precompute":
+            raise InputError(
+                "--reference_logprobs precompute reads all rows before training, which --streaming does not: give "
+                "--reference_logprobs live"
+            )
 
 
 def _refuse_small_budget(config: StepConfig) -> None:

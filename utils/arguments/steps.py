@@ -245,6 +245,10 @@ class PpoConfig(
     def row_limit(self) -> int:
         return self.max_prompt_seq_len
 
+    @property
+    def held_out_limit(self) -> int:
+        return self.eval_prompts
+
     def named_data(self) -> list[tuple[str, str]]:
         text = self.unsupervised_dataset_name
         return super().named_data() + ([("--unsupervised_dataset_name", text)] if text else [])

@@ -36,6 +36,7 @@ from utils.checkpoints.random_state import random_state, set_random_state
 from utils.checkpoints.run_state import RunState, describe_run, write_state
 from utils.checkpoints.search import check_shared, find_checkpoint
 from utils.checkpoints.signals import StopSignals
+from utils.data.batches.stream_loader import StreamLoader
 from utils.errors import InputError, RankError, RunStopped
 from utils.output.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from utils.parallel import distributed
@@ -85,6 +86,7 @@ class Checkpoints:
         self,
         engines: Mapping[str, Engine],
         *,
+        rows: object = None,
         frozen: Sequence[torch.nn.Module | None] = (),
         averages: Sequence[torch.Tensor] = (),
     ) -> RunState:
@@ -92,6 +94,7 @@ class Checkpoints:
 
         Args:
             engines: the DeepSpeed engines that train, by name, freshly built.
+            rows: the loader of the training rows; a stream goes on where it was, and its position is saved.
             frozen: other models that the run reads, None where there is none.
             averages: further tensors of this rank, overwritten when the run resumes.
 
@@ -99,6 +102,7 @@ class Checkpoints:
             InputError: the checkpoint is of a run with other weights.
         """
         self._engines, self._averages = engines, averages
+        self._stream = rows if isinstance(rows, StreamLoader) else None
         if self._config.save_interval or self._found:
             models = [engine.module for engine in engines.values()]
             self._frozen_sums = frozen_weight_sums([*models, *(model for model in frozen if model is not None)])
@@ -121,6 +125,8 @@ class Checkpoints:
             self._seed_rank(state.step)
         else:
             set_random_state({name: tensors[name] for name in tensors if name.startswith("torch_")}, texts)
+        if self._stream is not None:
+            self._stream.start_at(state.stream)
         distributed.log(f"resumed from {folder}, after step {state.step} of {self._total_steps}")
         return state
 
@@ -147,6 +153,7 @@ class Checkpoints:
         self._finished = state.step == self._total_steps
         if stops or self._finished or state.step % interval == 0:
             state.metrics_position = writer.position
+            state.stream = self._stream.position if self._stream is not None else None
             self._save(state)
         if self._finished:
             self._signals.deactivate()  # what follows is quickly repeated from here

@@ -25,6 +25,7 @@ class RunState:
     metrics_position: int = 0  # bytes of metrics.jsonl that belong to these steps
     before: dict[str, float] = dataclasses.field(default_factory=dict)  # the evaluation before training
     own: dict[str, Any] = dataclasses.field(default_factory=dict)  # further JSON values of one step alone
+    stream: dict[str, Any] | None = None  # where a stream of training rows stands; prepared rows follow from `step`
 
 
 def describe_run(config: StepConfig, data_keys: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.arguments.steps import StepConfig
 from utils.data import PackedRows, TokenDataset
 from utils.data.batches.sizes import measure_rows
+from utils.data.rows.streaming import StreamedRows
 from utils.errors import DoesNotFit
 from utils.parallel import distributed
 from utils.preflight.advice import advise
@@ -35,13 +36,13 @@ def dry_run(
     config: StepConfig,
     models: Models,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: TokenDataset | PackedRows,
+    train_rows: TokenDataset | PackedRows | StreamedRows,
 ) -> dict[str, float]:
     """Print the report of a run with the flags of `config` on this machine, and return its numbers.
 
     Args:
         plan_of: the step's planner. models: the configurations of its models.
-        train_rows: the prepared training rows.
+        train_rows: the training rows, prepared or streamed.
 
     Raises:
         DoesNotFit: the predicted peak exceeds what this process has; the report was printed.

@@ -18,6 +18,7 @@ from utils.arguments.steps import StepConfig
 from utils.checkpoints.folders import CHECKPOINTS_FOLDER, checkpoint_steps
 from utils.checkpoints.run_state import LIBRARIES, RunState
 from utils.data import TokenDataset
+from utils.data.rows.streaming import StreamedRows
 from utils.errors import InputError
 from utils.files import atomic_write_text, try_writing
 from utils.output.metrics import METRICS_FILE, MetricsWriter, check_tensorboard
@@ -71,7 +72,7 @@ def start_run(config: StepConfig) -> None:
         distributed.log(f"note: {remark}")
 
 
-def log_data(rows: TokenDataset) -> dict[str, Any]:
+def log_data(rows: TokenDataset | StreamedRows) -> dict[str, Any]:
     """Log where the training rows come from and what was left out; return what `data_report.json` will say of it."""
     distributed.log(rows.description)
     return rows.report

@@ -2,12 +2,13 @@
 
 import json
 import time
+import types
 from collections import Counter
 
 import datasets
 import pytest
 
-from utils.data import Corpus, build_datasets
+from utils.data import Corpus, build_dataloader, build_datasets
 from utils.data.formats.example import Example
 from utils.data.sources.reading import HubSource, open_source, read_examples
 from utils.errors import InputError
@@ -198,3 +199,80 @@ def test_a_configuration_is_a_subfolder_of_a_local_copy(tmp_path):
     name = str(tmp_path / "wikitext")
     assert [file.parent.name for file in open_source(name, "wikitext-2-raw-v1").training] == ["wikitext-2-raw-v1"]
     assert [file.parent.name for file in open_source(name).training] == ["wikitext-103-raw-v1"]
+
+
+@pytest.fixture
+def streamed(monkeypatch, tmp_path):
+    """Pretend that the hub answers with streams of two shards; returns the calls of `load_dataset`."""
+    calls = []
+    for number, rows in enumerate((ROWS[:17], ROWS[17:])):
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load = datasets.load_dataset
+
+    def load_dataset(path, name=None, *, split, **options):
+        calls.append((path, name, split, options))
+        files = [str(tmp_path / f"{number}.jsonl") for number in range(2)]
+        return load("json", data_files=files, split="train", streaming=True)
+
+    for module in ("hub", "corpus"):
+        monkeypatch.setattr(f"utils.data.sources.{module}.is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    commit = types.SimpleNamespace(sha="abc")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: commit)
+    return calls
+
+
+def prompts_of(batches, tokenizer) -> list[str]:
+    return [tokenizer.decode(row["prompt_ids"]) for batch in batches for row in batch]
+
+
+def test_a_set_is_streamed_from_the_hub_and_resumed_at_the_exact_row(streamed, tiny_tokenizer):
+    corpus = Corpus(
+        purpose="preference",
+        paths=["Dahoas/rm-static"],
+        max_len=512,
+        data_split="0,1,0",
+        shuffle_buffer=4,
+        held_out_rows=3,
+    )
+    corpus.check()
+    rows, held_out = build_datasets(corpus, tiny_tokenizer)
+    streaming = {"streaming": True}
+    assert streamed == [("Dahoas/rm-static", None, "train", streaming), ("Dahoas/rm-static", None, "test", streaming)]
+    assert len(held_out) == 3
+    loader = build_dataloader(rows, list, 2, shuffle=True, seed=3)
+    batches, taken, positions = iter(loader), [], []
+    for _ in range(29):  # two epochs of 29 rows: one has no response
+        taken.append(next(batches))
+        positions.append(json.loads(json.dumps(loader.position)))
+    prompts = prompts_of(taken, tiny_tokenizer)
+    assert len(set(prompts[:29])) == 29 and sorted(prompts[:29]) == sorted(prompts[29:])
+    for number in (0, 3, 7, 14, 20, 27):
+        resumed = build_dataloader(rows, list, 2, shuffle=True, seed=3)
+        resumed.start_at(positions[number])
+        assert next(iter(resumed)) == taken[number + 1]
+        assert json.loads(json.dumps(resumed.position)) == positions[number + 1]
+
+
+def test_without_a_network_a_set_is_streamed_from_the_local_cache(connected, monkeypatch, tiny_tokenizer):
+    monkeypatch.setattr("utils.data.sources.hub.is_reachable", lambda: False)
+    corpus = Corpus(
+        purpose="sft", paths=["Dahoas/rm-static"], max_len=99, data_split="1,0,0", shuffle_buffer=4, held_out_rows=3
+    )
+    rows, _ = build_datasets(corpus, tiny_tokenizer)
+    loader = build_dataloader(rows, list, 29, shuffle=True, seed=3)
+    batches = iter(loader)
+    first = next(batches)
+    assert len({tuple(row["input_ids"]) for row in first}) == 29
+    resumed = build_dataloader(rows, list, 29, shuffle=True, seed=3)
+    resumed.start_at(loader.position)
+    assert next(iter(resumed)) == next(batches)
+
+
+def test_a_set_of_messages_cannot_be_streamed(connected, monkeypatch, tiny_tokenizer):
+    row = {"message_id": "1", "parent_id": None, "role": "prompter", "text": "Hi", "lang": "en", "rank": None}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([row]))
+    monkeypatch.setattr("utils.data.sources.hub.is_reachable", lambda: False)
+    corpus = Corpus(purpose="sft", paths=["OpenAssistant/oasst1"], max_len=99, shuffle_buffer=4, held_out_rows=3)
+    with pytest.raises(InputError, match="^--data_path OpenAssistant/oasst1: its rows are messages, .*leave this set"):
+        build_datasets(corpus, tiny_tokenizer)

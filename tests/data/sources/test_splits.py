@@ -1,8 +1,10 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from utils.arguments.data import split_weights
-from utils.data.sources.splits import divide, phase_weights, split_sizes
+from utils.data.sources.splits import divide, part_of, phase_weights, split_sizes
 from utils.errors import InputError
 
 
@@ -105,3 +107,18 @@ def test_a_step_without_a_share():
         phase_weights("0,5,5", "sft")
     with pytest.raises(InputError, match=r"step 3 \(PPO\)"):
         phase_weights("5,5,0", "prompts")
+
+
+def test_a_prompt_that_is_drawn_by_itself_has_one_part_and_parts_have_their_shares():
+    weights, prompts = (2.0, 0.0, 3.0), range(-10_000, 10_000)
+    parts = [part_of(prompt, weights, seed=3, held_out_share=0.1) for prompt in prompts]
+    counts = Counter(parts)
+    assert set(counts) == {0, 1, 3}
+    assert counts[0] == pytest.approx(2_000, rel=0.1)
+    assert counts[1] == pytest.approx(7_200, rel=0.05) and counts[3] == pytest.approx(10_800, rel=0.05)
+    # What is not held out keeps its part when nothing is, and another seed gives another division.
+    without = [part_of(prompt, weights, seed=3, held_out_share=0) for prompt in prompts]
+    assert all(part in (0, other) for part, other in zip(parts, without, strict=True)) and 0 not in without
+    other = [part_of(prompt, weights, seed=4, held_out_share=0.1) for prompt in prompts]
+    assert 0.3 < sum(map(int.__eq__, parts, other)) / len(parts) < 0.7
+    assert {part_of(prompt, (1.0,), seed=3, held_out_share=0) for prompt in prompts} == {1}

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.data.batches.stream_loader import StreamLoader
+from utils.data.rows.streaming import StreamedRows
 from utils.errors import InputError
 from utils.parallel import distributed
 
@@ -53,9 +55,9 @@ class RankBatches(Sampler[list[tuple[int, bool]]]):
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         order = self._order()
         positions = range(self.rank, self.rows_per_rank * self.world_size, self.world_size)
-        places = [(order[position % self.rows], position >= self.rows) for position in positions]
-        for start in range(self.start_batch * self.batch_size, len(places), self.batch_size):
-            yield places[start : start + self.batch_size]
+        for start in range(self.start_batch * self.batch_size, len(positions), self.batch_size):
+            own = positions[start : start + self.batch_size]
+            yield [(order[position % self.rows], position >= self.rows) for position in own]
 
     def _order(self) -> Sequence[int]:
         """The rows of the epoch in their order."""
@@ -114,8 +116,16 @@ class RankDataLoader(DataLoader):
             set_epoch(epoch)
 
 
-def endless(loader: RankDataLoader, start: int = 0) -> Iterator[Any]:
-    """The batches of `loader` from the `start`-th on, epoch after epoch, each in its own order."""
+Loader = RankDataLoader | StreamLoader
+
+
+def endless(loader: Loader, start: int = 0) -> Iterator[Any]:
+    """The batches of `loader` from the `start`-th on, epoch after epoch, each in its own order.
+
+    A stream goes on at its position, which is what counts there.
+    """
+    if isinstance(loader, StreamLoader):
+        yield from loader
     loader.set_epoch(0)
     first_epoch, start_batch = divmod(start, len(loader))
     for epoch in itertools.count(first_epoch):
@@ -124,7 +134,7 @@ def endless(loader: RankDataLoader, start: int = 0) -> Iterator[Any]:
         start_batch = 0
 
 
-def numbered_batches(loader: RankDataLoader, start: int, end: int) -> Iterator[tuple[int, Any]]:
+def numbered_batches(loader: Loader, start: int, end: int) -> Iterator[tuple[int, Any]]:
     """The batches of `loader` after the `start`-th up to the `end`-th, epoch after epoch, with their numbers from 1."""
     batches = endless(loader, start)
     for number in range(start + 1, end + 1):
@@ -132,13 +142,19 @@ def numbered_batches(loader: RankDataLoader, start: int, end: int) -> Iterator[t
 
 
 def accumulation_groups(
-    loader: RankDataLoader, accumulation_steps: int, start: int, end: int
+    loader: Loader, accumulation_steps: int, start: int, end: int
 ) -> Iterator[tuple[int, int, list]]:
     """For each optimiser step after the `start`-th up to the `end`-th: its number, its epoch and its batches.
 
     Steps count from 1, epochs from 0; each epoch has its own order. The last step of an epoch may have fewer batches
-    than `accumulation_steps`.
+    than `accumulation_steps`. A stream goes on at its position, and its steps are all full.
     """
+    if isinstance(loader, StreamLoader):
+        batches = iter(loader)
+        for step in range(start, end):
+            group = list(itertools.islice(batches, accumulation_steps))
+            yield step + 1, loader.epoch, group
+        return
     loader.set_epoch(0)
     steps_per_epoch = math.ceil(len(loader) / accumulation_steps)
     for epoch in range(start // steps_per_epoch, math.ceil(end / steps_per_epoch)):
@@ -150,7 +166,7 @@ def accumulation_groups(
 
 
 def build_dataloader(
-    dataset: Dataset,
+    dataset: Dataset | StreamedRows,
     collate: Collate,
     batch_size: int,
     *,
@@ -161,12 +177,13 @@ def build_dataloader(
     world_size: int | None = None,
     size_flags: str = "the batch size",
     groups: np.ndarray | None = None,
-) -> RankDataLoader:
+) -> Loader:
     """Batches of `batch_size` rows of this rank's share of `dataset`, put together by `collate`.
 
     Without `drop_last` every row comes exactly once over all ranks; where rows do not divide by `world_size`, filler
     rows (`row["filler"]`, see `collate`) keep ranks in step and are masked out of losses and metrics. With `drop_last`
-    all batches are full, and the rows left over change from epoch to epoch.
+    all batches are full, and the rows left over change from epoch to epoch. Those of a stream are always full and in
+    random order: the batch in which an epoch ends goes on with the next one.
 
     Args:
         rank, world_size: whose share; if omitted, this process's.
@@ -179,6 +196,8 @@ def build_dataloader(
     """
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
+    if isinstance(dataset, StreamedRows):
+        return StreamLoader(dataset, collate, batch_size, seed=seed, rank=rank, world_size=world_size)
     options = {"shuffle": shuffle, "seed": seed, "rank": rank, "world_size": world_size}
     if groups is None:
         sampler = RankBatches(len(dataset), batch_size, drop_last=drop_last, **options)

@@ -4,10 +4,12 @@ import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from utils.arguments.supervised import SftArguments
 from utils.data.rows.dataset import TokenDataset
+from utils.data.rows.streaming import StreamedRows
 from utils.parallel import distributed
 
 Row = dict[str, Any]
@@ -22,7 +24,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     with_space: dict[int, list[int]] = {}  # free tokens -> indices of the rows with that many
     spaces: list[int] = []  # the keys of `with_space`, ascending
-    for example in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    for example in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         place = bisect.bisect_left(spaces, lengths[example])
         if place < len(spaces):
             space = spaces[place]
@@ -60,10 +62,14 @@ class PackedRows(Dataset):
         return {"rows": [self.dataset[example] for example in self.examples[index]]}
 
 
-def pack_rows(dataset: TokenDataset, config: SftArguments, capacity: int) -> TokenDataset | PackedRows:
+def pack_rows(
+    dataset: TokenDataset | StreamedRows, config: SftArguments, capacity: int
+) -> TokenDataset | PackedRows | StreamedRows:
     """`dataset`, with `--packing` in rows of `capacity` tokens."""
     if not config.packing:
         return dataset
+    if isinstance(dataset, StreamedRows):
+        return dataset.packed(capacity)
     packed = PackedRows(dataset, dataset.lengths(), capacity)
     remark = "; with the weights of --data_path, every epoch has the same ones" if dataset.has_other_rows else ""
     distributed.log(f"--packing: {len(packed)} rows of {capacity} tokens, {packed.fill:.0%} full{remark}")

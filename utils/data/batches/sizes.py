@@ -1,13 +1,14 @@
 """Size of a row of each purpose in a forward pass: tokens, length of its longest sequence, predicted tokens."""
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from utils.data.batches.packing import PackedRows, unpack
 from utils.data.formats.example import Purpose
 from utils.data.rows.dataset import TokenDataset
+from utils.data.rows.streaming import StreamedRows
 
 Row = dict[str, Any]
 
@@ -38,8 +39,13 @@ class RowKind:
     longest: Callable[[int, int], RowSize]
 
 
-def rows_drawn(dataset: TokenDataset | PackedRows) -> int:
-    """What batch sizes count in an epoch: the prompts, where all pairs of a prompt come together, else the rows."""
+def rows_drawn(dataset: Sized | StreamedRows) -> int | None:
+    """What batch sizes count in an epoch: the prompts, where all pairs of a prompt come together, else the rows.
+
+    None for a stream, whose rows nobody has counted.
+    """
+    if isinstance(dataset, StreamedRows):
+        return None
     groups = getattr(dataset, "groups", None)
     return len(dataset) if groups is None else int(groups.max()) + 1
 
@@ -129,12 +135,16 @@ class Rows:
     heaviest: tuple[RowSize, ...] = ()
 
 
-def measure_rows(dataset: TokenDataset | PackedRows, purpose: Purpose, needed: int, answer: int = 0) -> Rows:
+def measure_rows(
+    dataset: TokenDataset | PackedRows | StreamedRows, purpose: Purpose, needed: int, answer: int = 0
+) -> Rows:
     """The number of rows of `dataset` in an epoch, and the sizes of its `needed` heaviest ones in any epoch.
 
     Args:
         answer: tokens that generation adds to a prompt.
     """
+    if isinstance(dataset, StreamedRows):
+        return Rows(None)
     if isinstance(dataset, PackedRows):
         full = SEQUENCES.longest(dataset.capacity, 0)
         return Rows(len(dataset), (full,) * min(needed, len(dataset)))

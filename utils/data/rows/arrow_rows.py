@@ -90,6 +90,18 @@ def read_example(row: Mapping[str, Any]) -> Example | None:
     return Example(prompt=prompt, columns=columns, numbers=numbers, ranked=ranked, parsed=parsed, **others)
 
 
+def as_written(example: Example, purpose: Purpose) -> Example:
+    """`example` as it is after `example_row` and `read_example`, of which it depends on neither file nor number."""
+    return read_example(example_row(0, example, purpose)) or example
+
+
+def rows_in_memory(schema: pa.Schema, rows: list[dict[str, Any]]) -> "datasets.Dataset":
+    """A few `rows` as `open_rows` gives those of a file."""
+    import datasets
+
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_pylist(rows, schema)))
+
+
 def write_rows(file: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], batch: int = 1000) -> int:
     """Write `rows` to `file` and return how many there were."""
     written = 0

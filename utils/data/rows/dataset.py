@@ -29,12 +29,16 @@ from utils.data.rows.report import Part, Tally, counted_rows, tokens_report, tot
 from utils.data.rows.token_rows import token_rows
 from utils.data.rows.tokenization import tokenizer_fingerprint
 from utils.data.sources.corpus import Corpus
-from utils.data.sources.reading import read_examples
+from utils.data.sources.digests import RememberedDigests
+from utils.data.sources.local_files import content_digest
+from utils.data.sources.reading import DigestOf, read_examples
 from utils.errors import InputError, counted
 from utils.parallel import distributed, watchdog
 
 if TYPE_CHECKING:
     import datasets
+
+    from utils.data.rows.streaming import StreamedRows
 
 BATCH = 512
 AUDIT_FILE = "audit.arrow"  # the first training examples, beside the rows that were made of them
@@ -113,7 +117,7 @@ class TokenDataset(Dataset):
 
 def build_datasets(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, is_writer: bool | None = None
-) -> tuple[TokenDataset, TokenDataset]:
+) -> "tuple[TokenDataset | StreamedRows, TokenDataset]":
     """The training and the held-out rows of a step.
 
     Rows are dicts: purpose "sft" {"input_ids", "response_start"}; "preference" {"prompt_ids", "chosen_ids",
@@ -130,6 +134,8 @@ def build_datasets(
     "pretrain" are not divided. Several sources are concatenated and shuffled; with `blend_weights` the training rows of
     an epoch are chosen by these, after that division (see `blending`), and the held-out rows are not.
 
+    The training rows of a corpus that is streamed are read and tokenised while training: see `streaming`.
+
     Args:
         is_writer: whether this process may prepare the data, for which the others wait; if omitted, the first process
             of each machine does.
@@ -141,29 +147,19 @@ def build_datasets(
     least = len(encoder.prefix) + 2
     if corpus.max_len < least:
         raise InputError(f"{corpus.length_flag} {corpus.max_len} is too short for a row; give at least {least}")
-    content = {
-        "purpose": corpus.purpose,
-        "shares": [[share.source.fingerprint(), share.weights, share.part] for share in corpus.shares],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "forms": [DEFAULT_FORM, corpus.prompt_form, *_form_of_dialogues(corpus, encoder)],
-        "max_len": corpus.max_len,
-        "seed": corpus.seed,
-    }
-    if corpus.blend_weights:
-        content["blend"] = list(corpus.blend_weights)
-    if corpus.number_columns:
-        content["number_columns"] = dict(corpus.number_columns)
-    if filters := corpus.filters.active():
-        content["filters"] = filters
-    content |= corpus.pairing
-    key = key_of(content)
+    if corpus.streams:
+        from utils.data.rows.streaming import stream_datasets  # which needs `TokenDataset`
+
+        return stream_datasets(corpus, encoder)
+    cache = private_folder(corpus.cache_dir)
+    key = key_of(content_of(corpus, encoder, RememberedDigests(cache)))
     if is_writer is None:
         is_writer = distributed.local_rank() == 0
 
     def build(folder: Path) -> None:
         _prepare(folder, corpus, encoder)
 
-    folder = cached_folder(private_folder(corpus.cache_dir), key, build, is_writer=is_writer)
+    folder = cached_folder(cache, key, build, is_writer=is_writer)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     sources = [Division(**division) for division in report["sources"]]
     lines = (source.line(share, corpus) for share, source in zip(corpus.shares, sources, strict=True))
@@ -176,6 +172,25 @@ def build_datasets(
     rows = TokenDataset(train, description, key, blend)
     rows.report = _data_report(corpus, sources, report.get("data"), description)
     return rows, TokenDataset(held_out, description, key)
+
+
+def content_of(corpus: Corpus, encoder: ExampleEncoder, digest_of: DigestOf = content_digest) -> dict[str, Any]:
+    """All that the rows depend on, as JSON values. `digest_of` gives the digest of a file."""
+    content = {
+        "purpose": corpus.purpose,
+        "shares": [[share.source.fingerprint(digest_of), share.weights, share.part] for share in corpus.shares],
+        "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
+        "forms": [DEFAULT_FORM, corpus.prompt_form, *_form_of_dialogues(corpus, encoder)],
+        "max_len": corpus.max_len,
+        "seed": corpus.seed,
+    }
+    if corpus.blend_weights:
+        content["blend"] = list(corpus.blend_weights)
+    if corpus.number_columns:
+        content["number_columns"] = dict(corpus.number_columns)
+    if filters := corpus.filters.active():
+        content["filters"] = filters
+    return content | corpus.pairing
 
 
 def _audit(folder: Path, corpus: Corpus, encoder: ExampleEncoder, rows: "datasets.Dataset") -> str:
@@ -288,16 +303,8 @@ def _read_all(corpus: Corpus, tallies: Sequence[Tally], divisions: list[Division
     for source, (share, tally) in enumerate(zip(corpus.shares, tallies, strict=True)):
         sizes = {"train": 0, "held_out": 0}
         for part in sizes if share.source.has_held_out else ("train",):
-            for number, example in read_examples(
-                share.source,
-                part,
-                corpus.purpose,
-                tally.unusable,
-                corpus.prompt_form,
-                corpus.number_columns,
-                corpus.scoring,
-                skip_empty=filters.drop_empty,
-            ):
+            examples = read_examples(share.source, part, corpus.purpose, tally.unusable, **corpus.reading)
+            for number, example in examples:
                 sizes[part] += 1
                 if sizes[part] % BATCH == 0:
                     watchdog.working()

@@ -68,6 +68,21 @@ def rows_of(
         yield from ((example, encoded, row) for row in make(example, encoded, max_len, tally))
 
 
+def rows_of_each(
+    purpose: Purpose,
+    encoder: ExampleEncoder,
+    batch: Sequence[Example],
+    max_len: int,
+    filters: Filters = NO_FILTERS,
+    tallies: Tallies | None = None,
+) -> list[list[TokenRow]]:
+    """The rows of each example of `batch`, in order: usually one, none where nothing is left; see `rows_of`."""
+    rows: dict[int, list[TokenRow]] = {id(example): [] for example in batch}  # examples of equal content are not one
+    for example, _, row in rows_of(purpose, encoder, batch, max_len, filters, tallies):
+        rows[id(example)].append(row)
+    return [rows[id(example)] for example in batch]
+
+
 def _encoded(
     encoder: ExampleEncoder, batch: Sequence[Example], names: Sequence[str], tallies: Tallies
 ) -> Iterator[tuple[Example, Encoded]]:

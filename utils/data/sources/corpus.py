@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from utils.arguments.data import STREAM_HELD_OUT
 from utils.arguments.steps import PpoConfig, StepConfig
 from utils.data.formats.example import Purpose
 from utils.data.rows.duplicates import minhash_library
 from utils.data.rows.filters import Filters
 from utils.data.sources.hub import is_reachable
+from utils.data.sources.local_files import stream_rows
 from utils.data.sources.reading import HubSource, LocalSource, open_source, read_examples
 from utils.data.sources.scoring import Scoring
 from utils.data.sources.splits import phase_weights
@@ -48,6 +51,8 @@ class Corpus:
         system_prompt: of dialogues that have none. train_on: the answers of a dialogue that are trained, "last" or
             "all", for purpose "sft".
         filters: which rows are left out.
+        shuffle_buffer: above 0, training rows are streamed, and so many at a time are put in random order.
+        held_out_rows: of a stream, at most.
     """
 
     purpose: Purpose
@@ -66,6 +71,8 @@ class Corpus:
     system_prompt: str | None = None
     train_on: str = "last"
     filters: Filters = Filters()
+    shuffle_buffer: int = 0
+    held_out_rows: int = 0
 
     @staticmethod
     def of(config: StepConfig) -> "Corpus":
@@ -86,6 +93,8 @@ class Corpus:
             seed=config.data_seed,
             cache_dir=config.data_output_path,
             filters=Filters.of(config),
+            shuffle_buffer=config.shuffle_buffer_size if config.streaming else 0,
+            held_out_rows=config.held_out_limit or STREAM_HELD_OUT if config.streaming else 0,
         )
 
     @staticmethod
@@ -114,6 +123,11 @@ class Corpus:
         return "--unsupervised_dataset_name" if self.purpose == "pretrain" else "--data_path"
 
     @property
+    def streams(self) -> bool:
+        """Whether training rows are read while training."""
+        return self.shuffle_buffer > 0
+
+    @property
     def length_flag(self) -> str:
         """The flag that sets `max_len`."""
         return "--max_prompt_seq_len" if self.purpose == "prompts" else "--max_seq_len"
@@ -124,6 +138,16 @@ class Corpus:
         paths = [*self.paths, *self.undivided]
         short = [Path(path).name for path in paths]
         return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How rows become examples: the options of `read_examples`, and of `read_group`."""
+        return {
+            "prompt_form": self.prompt_form,
+            "number_columns": self.number_columns,
+            "scoring": self.scoring,
+            "skip_empty": self.filters.drop_empty,
+        }
 
     @property
     def makes_pairs(self) -> bool:
@@ -146,10 +170,13 @@ class Corpus:
         weights, part = phase_weights(self.data_split, self.purpose)
         blend_weights = self.blend_weights or [None] * len(self.paths)
         shares = [
-            Share(open_source(path, self.config_name, self.flag), weights, part, blend_weight)
+            Share(open_source(path, self.config_name, self.flag, streams=self.streams), weights, part, blend_weight)
             for path, blend_weight in zip(self.paths, blend_weights, strict=True)
         ]
-        return shares + [Share(open_source(path, flag="--sft_only_data_path"), (1.0,), 0) for path in self.undivided]
+        return shares + [
+            Share(open_source(path, flag="--sft_only_data_path", streams=self.streams), (1.0,), 0)
+            for path in self.undivided
+        ]
 
     def check(self) -> None:
         """Look at the data before any model is loaded: paths exist, first rows parse and have what the purpose needs.
@@ -168,16 +195,9 @@ class Corpus:
                     source.fingerprint()
                 continue
             for file in (*source.training, *source.held_out):
-                alone = LocalSource(source.label, (file,), (), source.copy_of)
-                examples = read_examples(
-                    alone,
-                    "train",
-                    self.purpose,
-                    Counter(),
-                    self.prompt_form,
-                    self.number_columns,
-                    self.scoring,
-                    skip_empty=self.filters.drop_empty,
-                )
+                if self.streams:
+                    next(stream_rows(file), None)  # refuses what can only be read whole, before it is
+                alone = LocalSource(source.label, (file,), (), source.copy_of, streams=self.streams)
+                examples = read_examples(alone, "train", self.purpose, Counter(), **self.reading)
                 for _ in itertools.islice(examples, CHECKED_ROWS):
                     pass

@@ -8,6 +8,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -25,6 +26,11 @@ HELD_OUT_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "d
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _ABOUT = ("README", "LICENSE")  # about the data
 LocatedRow = tuple[str, Row]
+# How far a file has been read: lines (or rows), and bytes where it can be entered at a byte.
+Place = tuple[int, int]
+BEGINNING: Place = (0, 0)
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_LONGEST_LINE = 2**26  # bytes, of the first one of a file of JSON lines
 
 
 def find_files(path: Path, label: str, left_out: Sequence[str] = ()) -> tuple[list[Path], list[Path], list[Path]]:
@@ -73,6 +79,65 @@ def content_digest(file: Path) -> str:
         raise InputError(f"{file} cannot be read: {error}") from error
 
 
+def sampled_digest(file: Path) -> str:
+    """A digest of the file's size and of parts of it, for files too large to be read at every start.
+
+    Two files of one size that differ only between the 64 parts have the same one. Raises InputError if the file cannot
+    be read.
+    """
+    try:
+        size = file.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with open(file, "rb") as stream:
+            for number in range(_SAMPLES):
+                stream.seek(max(size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+
+
+def stream_rows(file: Path, start: Place = BEGINNING) -> Iterator[tuple[str, Row, Place]]:
+    """The rows of one data file from `start` on, in constant memory, each with the place behind it.
+
+    JSON lines are entered at their byte; of compressed files, CSV and the others, what comes before is passed over,
+    of Parquet and Arrow files in whole groups of rows.
+
+    Raises InputError for a JSON array, which can only be read whole.
+    """
+    reader = _reader(file)
+    try:
+        if reader in (_read_json, _read_json_lines):
+            _refuse_array(file)
+            yield from _json_lines(file, start)
+            return
+        number, _ = start
+        for where, row in reader(file, number):
+            number += 1
+            yield where, row, (number, 0)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
+
+
+def _refuse_array(file: Path) -> None:
+    """Raise InputError if the file's first line is not a row; of a file called .jsonl, if it is a list."""
+    first = b""
+    with _open(file) as stream:
+        while not first and (data := stream.readline(_LONGEST_LINE)):  # an array may be a line of any length
+            first = data.removeprefix(b"\xef\xbb\xbf").strip()
+    is_row = not first or not first.startswith(b"[")
+    if is_row and first and not file.name.removesuffix(".gz").endswith(".jsonl"):
+        try:
+            is_row = isinstance(json.loads(first), dict)
+        except (ValueError, RecursionError):
+            is_row = False
+    if not is_row:
+        raise InputError(
+            f"{file}: not one JSON object per line, and --streaming cannot read a JSON array, which has to be read "
+            "whole: write it as JSON lines (jq -c '.[]')"
+        )
+
+
 def read_rows(file: Path) -> Iterator[LocatedRow]:
     """The rows of one data file, its kind determined by its name or, for other names, by its first bytes."""
     try:
@@ -119,13 +184,24 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _read_json_lines(file: Path) -> Iterator[LocatedRow]:
+    for where, row, _ in _json_lines(file, BEGINNING):
+        yield where, row
+
+
+def _json_lines(file: Path, start: Place) -> Iterator[tuple[str, Row, Place]]:
+    number, offset = start
     with _open(file) as stream:
-        for number, data in enumerate(stream, 1):
+        if file.name.endswith(".gz"):
+            next(itertools.islice(stream, number, number), None)
+        else:
+            stream.seek(offset)
+        for data in stream:
+            number, offset = number + 1, offset + len(data)
             where = f"{file}, line {number}"
             line = _decode(data, where).strip()
             if not line:
                 continue
-            yield where, _object(_json(line, where), where)
+            yield where, _object(_json(line, where), where), (number, offset)
 
 
 def _read_json(file: Path) -> Iterator[LocatedRow]:
@@ -166,11 +242,24 @@ def _object(row: object, where: str) -> Row:
     return row
 
 
-def _read_csv(file: Path) -> Iterator[LocatedRow]:
+def _read_csv(file: Path, skipped: int = 0) -> Iterator[LocatedRow]:
     csv.field_size_limit(sys.maxsize)
+    with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        try:
+            yield from itertools.islice(_csv_rows(file, csv.reader(text, strict=True)), skipped, None)
+        except UnicodeDecodeError:
+            _find_wrong_line(file)
+            raise
+
+
+def _find_wrong_line(file: Path) -> None:
+    """Raise InputError with the line that is not UTF-8: a decoder of a whole file reads ahead."""
     with _open(file) as stream:
-        text = _decode(stream.read(), str(file))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        for number, data in enumerate(stream, 1):
+            _decode(data, f"{file}, line {number}")
+
+
+def _csv_rows(file: Path, reader) -> Iterator[LocatedRow]:
     try:
         header = next(reader, [])
         if twice := next((name for name in header if header.count(name) > 1), None):
@@ -188,31 +277,41 @@ def _read_csv(file: Path) -> Iterator[LocatedRow]:
         raise InputError(f"{file}, line {reader.line_num}: not valid CSV ({error})") from error
 
 
-def _read_parquet(file: Path) -> Iterator[LocatedRow]:
+def _read_parquet(file: Path, skipped: int = 0) -> Iterator[LocatedRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            yield from _number(file, table.iter_batches(1000))
+            group, before = 0, 0
+            while group < table.num_row_groups and before + table.metadata.row_group(group).num_rows <= skipped:
+                before += table.metadata.row_group(group).num_rows
+                group += 1
+            if group == table.num_row_groups:
+                return
+            groups = range(group, table.num_row_groups)
+            yield from _number(file, table.iter_batches(1000, row_groups=groups), before, skipped)
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{file} is not a valid parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _read_arrow(file: Path) -> Iterator[LocatedRow]:
+def _read_arrow(file: Path, skipped: int = 0) -> Iterator[LocatedRow]:
     """The stream format of `datasets.save_to_disk`."""
     import pyarrow
 
     try:
         with pyarrow.memory_map(str(file)) as stream, pyarrow.ipc.open_stream(stream) as batches:
-            yield from _number(file, batches)
+            yield from _number(file, batches, 0, skipped)
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{file} is not a valid Arrow stream: {str(error).splitlines()[0]}") from error
 
 
-def _number(file: Path, batches) -> Iterator[LocatedRow]:
-    number = 0
+def _number(file: Path, batches, before: int, skipped: int) -> Iterator[LocatedRow]:
+    """The rows of `batches`, of which the first is row `before` + 1 of the file, without the file's first `skipped`."""
+    number = before
     for batch in batches:
-        for row in batch.to_pylist():
+        known = min(max(skipped - number, 0), batch.num_rows)
+        number += known
+        for row in batch.slice(known).to_pylist():
             number += 1
             yield f"{file}, row {number}", row

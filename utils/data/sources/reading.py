@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,16 @@ from typing import Literal, Protocol
 
 from utils.data.formats.converters import number_in
 from utils.data.formats.dialogue import form_of, has_own_marker, prompt_number, settled
-from utils.data.formats.example import DroppedRow, Example, NoResponseError, Purpose, Row, RowError, check_usable
+from utils.data.formats.example import (
+    DroppedRow,
+    Example,
+    NoResponseError,
+    PromptForm,
+    Purpose,
+    Row,
+    RowError,
+    check_usable,
+)
 from utils.data.formats.registry import (
     ALIASES,
     DATASETS,
@@ -30,13 +39,21 @@ from utils.data.formats.registry import (
     find_dataset,
     find_format,
 )
-from utils.data.sources.hub import load_hub_split
-from utils.data.sources.local_files import SUFFIXES, LocatedRow, content_digest, find_files, read_rows
+from utils.data.sources.hub import HubStream, load_hub_split, open_hub_stream
+from utils.data.sources.local_files import (
+    SUFFIXES,
+    LocatedRow,
+    content_digest,
+    find_files,
+    read_rows,
+    sampled_digest,
+)
 from utils.data.sources.scoring import Scoring, refuse_pairs
 from utils.errors import InputError
 from utils.hub import looks_local
 
 Part = Literal["train", "held_out"]
+DigestOf = Callable[[Path], str]
 SETTLING_ROWS = 200  # of a data set, from which the form of its prompts is determined
 
 
@@ -44,20 +61,21 @@ class Source(Protocol):
     """Rows in a training part and maybe a held-out part.
 
     label: the flag and its value, for messages. format: None where the rows' columns determine it. remark: what the log
-    adds about the source, empty for nothing.
+    adds about the source, empty for nothing. streams: its rows are read while training.
     """
 
     label: str
     has_held_out: bool
     format: Format | None
     remark: str
+    streams: bool
 
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
         """Rows that share a format: those of one file, or of one split."""
         ...
 
-    def fingerprint(self) -> str:
-        """Changes whenever the rows do."""
+    def fingerprint(self, digest_of: DigestOf = content_digest) -> str:
+        """Changes whenever the rows do. `digest_of` gives the digest of a file."""
         ...
 
 
@@ -67,6 +85,7 @@ class LocalSource:
 
     copy_of: the known data set that the folder is a copy of; None: the columns determine how to read it.
     others: files of the folder that are not read.
+    streams: whether its training files may be too large to be read before training.
     """
 
     label: str
@@ -74,6 +93,7 @@ class LocalSource:
     held_out: tuple[Path, ...]
     copy_of: str | None = None
     others: tuple[Path, ...] = ()
+    streams: bool = False
 
     @property
     def format(self) -> Format | None:
@@ -93,18 +113,23 @@ class LocalSource:
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
         yield from map(read_rows, self.training if part == "train" else self.held_out)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, digest_of: DigestOf = content_digest) -> str:
         digest = hashlib.sha256(str(self.copy_of).encode())
+        if self.streams:
+            digest_of = sampled_digest
         for role, files in (("train", self.training), ("held_out", self.held_out)):
             for file in files:
-                content = content_digest(file)
+                content = digest_of(file)
                 digest.update(f"{role} {file.name} {content}\n".encode())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set of the Hugging Face hub, loaded when its rows are first requested."""
+    """A data set of the Hugging Face hub, loaded when its rows are first requested.
+
+    streams: its rows are read over the network while they are needed, or from the local cache where there is none.
+    """
 
     label: str
     name: str
@@ -113,6 +138,7 @@ class HubSource:
     train: str = "train"
     held_out: str | None = None
     format: Format | None = None
+    streams: bool = False
     remark = ""
 
     @property
@@ -123,18 +149,28 @@ class HubSource:
     def _splits(self) -> dict[str, object]:
         names = {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
         label = self.label + ("" if find_dataset(self.name) else _suggestion(self.name))
-        return {part: load_hub_split(label, self.name, self.hub, self.config, split) for part, split in names.items()}
+        load = open_hub_stream if self.streams else load_hub_split
+        return {part: load(label, self.name, self.hub, self.config, split) for part, split in names.items()}
+
+    def stream(self, part: Part) -> HubStream:
+        """The rows of a part, to be read one after the other from any place on; of a source that `streams`."""
+        return self._splits[part]
+
+    def location(self, part: Part, number: int) -> str:
+        """Where the row of this number is, counted from 1."""
+        return f"{self.name} ({self.train if part == 'train' else self.held_out}), row {number}"
 
     def groups(self, part: Part) -> Iterator[Iterable[LocatedRow]]:
-        split = self.train if part == "train" else self.held_out
-        yield ((f"{self.name} ({split}), row {number}", row) for number, row in enumerate(self._splits[part], 1))
+        yield ((self.location(part, number), row) for number, row in enumerate(self._splits[part], 1))
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, digest_of: DigestOf = content_digest) -> str:
         # The name as well: two known sets may be two readings of the same rows (mkqa in two languages).
         return " ".join([self.name, *(f"{part}={split._fingerprint}" for part, split in self._splits.items())])
 
 
-def open_source(name: str, config: str | None = None, flag: str = "--data_path") -> LocalSource | HubSource:
+def open_source(
+    name: str, config: str | None = None, flag: str = "--data_path", *, streams: bool = False
+) -> LocalSource | HubSource:
     """What `name`, given to `flag`, means: a local path if there is one, else a known data set, else a name on the hub.
 
     Names of known sets match in whatever case. `config` chooses among a data set's configurations, which are subfolders
@@ -146,7 +182,7 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
         config = config or (DATASETS[copy_of].config if copy_of else None)
         folder = path / config if config and (path / config).is_dir() else path
         training, held_out, others = find_files(folder, label, left_out=DATASETS[copy_of].left_out if copy_of else ())
-        return LocalSource(label, tuple(training), tuple(held_out), copy_of, tuple(others))
+        return LocalSource(label, tuple(training), tuple(held_out), copy_of, tuple(others), streams)
     spec = find_dataset(name)
     if spec is None:
         if looks_local(name, SUFFIXES) or "/" not in name:
@@ -155,7 +191,7 @@ def open_source(name: str, config: str | None = None, flag: str = "--data_path")
     if spec.hub is None:
         raise InputError(f"{label}: this set is published as files; fetch {spec.files}, and give their path")
     name = SPELLINGS.get(name.lower(), name)
-    return HubSource(label, name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format)
+    return HubSource(label, name, spec.hub, config or spec.config, spec.train, spec.held_out, spec.format, streams)
 
 
 def _known_name(path: Path) -> str | None:
@@ -198,26 +234,65 @@ def read_examples(
 
     Raises InputError with file and line for a row that cannot be read or lacks what the purpose needs.
     """
-    form = form_of(_first_prompts(source, purpose, skip_empty, scoring)) if prompt_form == "auto" else prompt_form
+    form = settled_form(source, purpose, prompt_form, skip_empty=skip_empty, scoring=scoring)
     for group in source.groups(part):
-        for where, example, published in _examples(group, source, purpose, dropped, skip_empty, scoring):
-            is_raw = prompt_form == "auto" and example.is_undecided and has_own_marker(example.prompt)
-            example = settled(example, "raw" if is_raw else form)
-            example = dataclasses.replace(example, where=where, published=published)
-            number = prompt_number(example)
-            try:
-                if scoring:
-                    example = scoring.scored(example, purpose)
-                check_usable(example, "sft" if scoring and scoring.is_answer(example) else purpose)
-                yield number, _with_numbers(example, number_columns, where) if number_columns else example
-            except DroppedRow as reason:
-                dropped[str(reason)] += 1
-                yield number, None
-            except NoResponseError as error:
-                if not (published or skip_empty):
-                    raise _refusal(where, error) from error
-                dropped["without a response"] += 1
-                yield number, None
+        yield from read_group(
+            group,
+            source,
+            purpose,
+            dropped,
+            form,
+            prompt_form=prompt_form,
+            number_columns=number_columns,
+            scoring=scoring,
+            skip_empty=skip_empty,
+        )
+
+
+def settled_form(
+    source: Source, purpose: Purpose, prompt_form: str, *, skip_empty: bool = False, scoring: Scoring | None = None
+) -> PromptForm:
+    """The form of the source's prompts that are text: what `prompt_form` says, "auto" by its first prompts."""
+    return form_of(_first_prompts(source, purpose, skip_empty, scoring)) if prompt_form == "auto" else prompt_form
+
+
+def read_group(
+    group: Iterable[LocatedRow],
+    source: Source,
+    purpose: Purpose,
+    dropped: Counter[str],
+    form: PromptForm,
+    *,
+    prompt_form: str = "auto",
+    number_columns: Mapping[str, str] | None = None,
+    scoring: Scoring | None = None,
+    skip_empty: bool = False,
+    first: LocatedRow | None = None,
+) -> Iterator[tuple[int, Example | None]]:
+    """`read_examples` of the rows of one group. Each is converted before the next one is read.
+
+    Args:
+        form: of the source's prompts, see `settled_form`.
+        first: the first row of the group, which determines its format, where the rows to read begin after it.
+    """
+    for where, example, published in _examples(group, source, purpose, dropped, skip_empty, scoring, first):
+        is_raw = prompt_form == "auto" and example.is_undecided and has_own_marker(example.prompt)
+        example = settled(example, "raw" if is_raw else form)
+        example = dataclasses.replace(example, where=where, published=published)
+        number = prompt_number(example)
+        try:
+            if scoring:
+                example = scoring.scored(example, purpose)
+            check_usable(example, "sft" if scoring and scoring.is_answer(example) else purpose)
+            yield number, _with_numbers(example, number_columns, where) if number_columns else example
+        except DroppedRow as reason:
+            dropped[str(reason)] += 1
+            yield number, None
+        except NoResponseError as error:
+            if not (published or skip_empty):
+                raise _refusal(where, error) from error
+            dropped["without a response"] += 1
+            yield number, None
 
 
 def _first_prompts(source: Source, purpose: Purpose, skip_empty: bool, scoring: Scoring | None) -> list[str]:
@@ -234,13 +309,21 @@ def _examples(
     dropped: Counter[str],
     skip_empty: bool,
     scoring: Scoring | None,
+    first: LocatedRow | None = None,
 ) -> Iterator[tuple[str, Example, bool]]:
     """(where, example, whether it is of a published set) of the rows of a group."""
     rows = iter(group)
-    first = next(rows, None)
     if first is None:
-        return
+        first = next(rows, None)
+        if first is None:
+            return
+        rows = itertools.chain([first], rows)
     row_format = source.format or _recognise(first, purpose, scoring)
+    if source.streams and row_format.assemble is not None:
+        raise InputError(
+            f"{source.label}: its rows are messages, from which examples are put together once all are read; "
+            "--streaming cannot do that: leave it out, or leave this set out"
+        )
     if purpose not in row_format.serves and not (scoring and row_format.holds_answers):
         if row_format.holds_answers and purpose in ("preference", "labelled"):
             raise InputError(
@@ -252,7 +335,7 @@ def _examples(
     if scoring and not row_format.holds_answers:
         refuse_pairs(scoring, first)
     published = row_format.published or isinstance(source, HubSource)
-    for where, example in _convert(itertools.chain([first], rows), row_format, published or skip_empty, dropped):
+    for where, example in _convert(rows, row_format, published or skip_empty, dropped):
         _refuse_lone_surrogates(example, where)
         yield where, example, published
 

@@ -5,6 +5,7 @@ test. The division depends only on the prompts, the weights and the seed, so tha
 other on the same data, agree on it and never share a training prompt.
 """
 
+import hashlib
 from collections.abc import MutableMapping, Sequence
 
 import numpy as np
@@ -95,6 +96,30 @@ def divide(
         np.concatenate([np.zeros(0, dtype=np.int64), *(rows_of[i] for i in in_order[parts[in_order] == part])])
         for part in range(len(weights) + 1)
     ]
+
+
+def part_of(prompt: int, weights: Sequence[float], *, seed: int, held_out_share: float) -> int:
+    """The part of a prompt when each is drawn by itself, as in a stream: 0 held out, else 1 + the index of its weight.
+
+    It depends on the arguments alone: all sources and all steps agree on a prompt, and its part among `weights` is the
+    same whatever `held_out_share` is. Shares are those of the weights on average, not exactly.
+
+    Args:
+        prompt: the number of the prompt. held_out_share: as in `divide`.
+    """
+    content = f"{seed} {prompt}".encode()
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    if int.from_bytes(digest[:8], "little") < held_out_share * 2**64:
+        return 0
+    drawn, total = int.from_bytes(digest[8:], "little") / 2**64 * sum(weights), 0.0
+    last = 0
+    for part, weight in enumerate(weights, 1):
+        total += weight
+        if weight > 0:
+            last = part
+            if drawn < total:
+                break
+    return last
 
 
 def _grouped(prompts: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
