@@ -13,6 +13,7 @@ from utils.generation.decoder import LlamaDecoder, Loading
 from utils.generation.fallback import generate
 from utils.generation.responses import Ends
 from utils.generation.sampling import SamplingParams
+from utils.models.causal_lm import CausalLM
 from utils.models.lora import add_lora
 
 pytestmark = pytest.mark.gpu
@@ -141,3 +142,29 @@ def test_a_resumed_run_begins_with_the_bits_that_were_saved(world, tmp_path, mon
     saved, found = (state_of(tmp_path / root / "checkpoint-2") for root in ("checkpoints", "again"))
     assert "torch_cuda" in saved["tensors"]
     same(found, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_share_their_prompt_on_the_device(dtype):
+    torch.manual_seed(0)
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(SIZES["llama"](97))).cuda().to(dtype)
+    ids = torch.randint(3, 97, (4, 24), device="cuda")
+    ids[2:, :16] = ids[:2, :16]
+    mask = torch.arange(24, device="cuda") < torch.tensor([[24], [20], [18], [23]], device="cuda")
+    targets = mask & (torch.arange(24, device="cuda") >= 16)
+    results = []
+    for prompts in (None, torch.tensor([16, 16], device="cuda")):
+        model.zero_grad()
+        logprobs, _ = model(ids, mask, targets, prompt_lengths=prompts)
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(results[1], results[0], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("reference", ["precompute", "live"])
+def test_direct_preference_runs_on_the_device(world, tmp_path, stage, reference):
+    argv = flags(world, "dpo", tmp_path, max_steps=3, dtype="bf16", zero_stage=stage, reference_logprobs=reference)
+    summary = run_step("dpo", argv)
+    assert summary["eval/loss_before"] == pytest.approx(0.6931, abs=0.05)

@@ -109,8 +109,8 @@ def _sft_rows(example: Example, encoded: Encoded, max_len: int, tally: Tally) ->
         return
     prompt, (response,) = _fit(encoded, ("chosen",), max_len, tally)
     row = {"input_ids": prompt + response, "response_start": len(prompt)}
-    cut = len(encoded.prompt) - len(prompt)
-    kept = [(start - cut, end - cut) for start, end in encoded.earlier if start - cut >= encoded.prefix and start < end]
+    cut, first = len(encoded.prompt) - len(prompt), max(encoded.prefix, 1)  # the first token has no predecessor
+    kept = [(start - cut, end - cut) for start, end in encoded.earlier if start - cut >= first and start < end]
     if kept:
         row["target_spans"] = [place for span in (*kept, (len(prompt), len(row["input_ids"]))) for place in span]
     yield row
