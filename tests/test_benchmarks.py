@@ -25,6 +25,7 @@ def script():
 TOY = {
     "step1": "--model toy --rows 4 --batch 2 --length 64 --repeats 1 --threads 1 --contenders ours",
     "step2": "--model toy --pairs 4 --batch 2 --length 64 --repeats 1 --threads 1 --contenders ours",
+    "dpo": "--model toy --rows 4 --batch 2 --length 64 --repeats 1 --threads 1 --contenders ours",
     "step3": "--model toy --batch 2 --prompt 16 --answer 4 --iterations 1 --repeats 1 --threads 1 --contenders ours",
     "logprobs": "--tokens 16 --vocabulary 64 --hidden 8 --repeats 1",
     "generation": "--model toy --batch 2 --prompt 8 --answer 4 --tail --repeats 1",
@@ -231,3 +232,16 @@ def test_what_an_adapter_writes_can_be_read(tmp_path, monkeypatch):
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert [step["tokens"] for step in measured["steps"]] == [4, 5]
     assert measured["versions"] == {"torch": torch.__version__}
+
+
+def test_shared_prompts_are_measured_on_pairs_whose_prompts_are_long(script, tmp_path):
+    module, results, data = script("shared_prompts"), tmp_path / "RESULTS.md", tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f" Human: {'why is that so ' * 4}{number} ? Assistant:", "chosen": " it is.", "rejected": " no."}
+        for number in range(6)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["--model", "toy", "--data", str(data), "--rows", "5", "--batch", "2", "--length", "128", "--repeats", "1"]
+    module.main(parse_config(module.Config, [*words, "--results", str(results)]))
+    table = [line for line in results.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in table[-2:]] == ["direct preference", "reward model"]
