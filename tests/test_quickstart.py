@@ -72,7 +72,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_run_takes_its_stage_along(tmp_path, number):
     command = [sys.executable, str(REPOSITORY / "scripts" / "quickstart.py"), "--output_dir", str(tmp_path)]
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:

@@ -444,7 +444,10 @@ def launch(step: int, argv: list[str], *, folder: Path = REPOSITORY) -> subproce
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("folder", [REPOSITORY, REPOSITORY / "training"], ids=["root", "training"])
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(REPOSITORY, id="root"), pytest.param(REPOSITORY / "training", id="training", marks=pytest.mark.slow)],
+)
 def test_two_ranks_through_the_launcher(world, tmp_path, folder):
     argv = flags(world, 3, tmp_path, actor_zero_stage=3, critic_zero_stage=3, dtype="bf16", eval_prompts=3)
     result = launch(3, argv, folder=folder)

@@ -181,7 +181,7 @@ def continue_elsewhere(world: dict, folder: Path, step: int, lora: int, before: 
     ("step", "lora", "before", "after"),
     [
         (1, 4, [2, 2], [1, 3]),
-        (3, 0, [1, 0], [2, 3]),
+        pytest.param(3, 0, [1, 0], [2, 3], marks=pytest.mark.slow),
         pytest.param(1, 0, [1, 0], [2, 2], marks=pytest.mark.slow),
         pytest.param(1, 0, [2, 3], [2, 1], marks=pytest.mark.slow),
         pytest.param(3, 4, [2, 3], [1, 2], marks=pytest.mark.slow),

@@ -97,7 +97,9 @@ def rank_processes(process: subprocess.Popen) -> list[psutil.Process]:
     return launcher.children()
 
 
-@pytest.mark.parametrize("target", ["terminal", pytest.param("launcher", marks=pytest.mark.slow), "one rank"])
+@pytest.mark.parametrize(
+    "target", ["terminal", *(pytest.param(target, marks=pytest.mark.slow) for target in ("launcher", "one rank"))]
+)
 def test_two_ranks_stop_at_the_same_iteration(world, tmp_path, target):
     """Ctrl-C in a terminal reaches every process, and the launcher then sends SIGTERM to the ranks one by one."""
     changes = LONG | {"eval_prompts": 2, "save_interval": 100_000, "actor_zero_stage": 2, "critic_zero_stage": 2}

@@ -65,7 +65,7 @@ def compare_all(paths: dict[str, dict[str, str]]) -> int:
     return len(combinations)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_transformers(tmp_path, tiny_tokenizer, world_size):
     paths = {
         name: save_models(tmp_path / str(index), tiny_tokenizer, **changes)

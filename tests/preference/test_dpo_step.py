@@ -124,7 +124,7 @@ def test_the_precomputed_reference_is_computed_once_and_again_for_other_weights(
     assert computed == ["training", "held-out"] * 2, "a loss without a reference needs none"
 
 
-STEP_LOSSES = (["kto_pair"], ["aot"], ["aot_unpaired"], ["bco_pair"], ["sigmoid:0.7", "bco_pair:0.3"])
+STEP_LOSSES = (["kto_pair"], ["aot"], ["aot_unpaired:0.7", "bco_pair:0.3"])
 
 
 def curves_of(world, folder: str, processes: int) -> list[list[float]]:

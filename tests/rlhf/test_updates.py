@@ -233,7 +233,7 @@ def ranks_rollout_and_step(paths, tokenizer_path, stage, halves):
     return samples.metrics | metrics, responses
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_two_ranks_give_the_gradients_of_one(paths, stage, tiny_tokenizer):
     path = paths["actor_model_name_or_path"]
     ((alone, responses),) = run_ranks(ranks_rollout_and_step, 1, paths, path, stage, 1)

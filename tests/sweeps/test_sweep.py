@@ -263,6 +263,7 @@ def test_refusals_are_one_line(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
 def test_a_sweep_that_is_stopped_in_its_second_run_continues_there(world, tmp_path):
     """SIGTERM in the middle of it: the run saves a checkpoint first. The next sweep only does what is missing."""
