@@ -32,8 +32,8 @@ PURPOSES = {"1": "sft", "2": "preference", "3": "prompts"}
 # Flags of other programs and of scripts with a parser of their own. None is listed that no page names.
 OTHER_FLAGS = {
     "--num_gpus", "--nproc_per_node", "--debug_host", "--debug_port", "--debug_rank", "--help", "--repo-type",
-    "--local-dir", "--include", "--world_size", "--device_memory", "--rows", "--stop_on_failure", "--method", "--methods",
-    "--step", "--show",
+    "--local-dir", "--include", "--world_size", "--device_memory", "--rows", "--stop_on_failure", "--method",
+    "--methods", "--step", "--show",
 }  # fmt: skip
 # Placeholders for any name in the path of a command.
 PLACEHOLDERS = {"MODEL": "*", "stepK": "step[123]"}
