@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.toy.picture import draw_picture
+from utils.toy.picture import draw_direct_picture, draw_picture
 
 PPO = [
     {"step": step, "ppo/score_normalized": step / 5 - 1, "ppo/kl_k1": 0.1 * step, "ppo/entropy": 0.5}
@@ -19,3 +19,10 @@ def test_draws_a_png(make_examination, tmp_path, rollouts):
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 20_000
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_draws_a_png_of_a_direct_method(make_examination, tmp_path):
+    models = [make_examination(name, [0.5] * 4, [0.1, 0.5, 1.0]) for name in ("base", "SFT", "KTO")]
+    rows = [{"step": 0, "eval/accuracy": 0.0, "eval/kl": 0.0}, {"step": 3, "train/accuracy": 0.7, "eval/kl": 2.0}]
+    draw_direct_picture(tmp_path / "report.png", models, rows)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

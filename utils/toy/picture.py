@@ -55,7 +55,7 @@ def draw_direct_picture(path: str | os.PathLike, models: Sequence[Examination], 
             "log-probability of held-out answers",
             {"eval/chosen_logprob": BLUE, "eval/rejected_logprob": ORANGE},
         ),
-        ("How far the model moves", "KL to SFT, nats per answer", {"eval/kl": PURPLE}),
+        ("How far the model moves", "KL(SFT || model), nats per answer", {"eval/kl": PURPLE}),
     )
     with _figure(path, models) as axes:
         for axis, (title, unit, lines) in zip((axes[0, 2], *axes[1]), panels, strict=True):
