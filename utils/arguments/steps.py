@@ -156,6 +156,19 @@ class RewardModelConfig(
         return 2 * self.max_seq_len, "twice --max_seq_len"
 
 
+def _reference_role(config: "DpoConfig | PpoConfig", prefix: str = "") -> RoleFlags:
+    """The frozen copy of the model whose flags begin with `prefix`."""
+    return frozen_role(
+        "reference",
+        "causal_lm",
+        path=getattr(config, f"{prefix}model_name_or_path"),
+        path_flag=f"--{prefix}model_name_or_path",
+        zero_stage=getattr(config, f"{prefix}zero_stage"),
+        offload=config.offload_reference_model,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 @dataclass(kw_only=True)
 class DpoConfig(
     DataArguments,
@@ -202,15 +215,7 @@ class DpoConfig(
         """The model, and a live reference where that is a separate one."""
         roles = {"model": trained_role(self, "model", "causal_lm")}
         if self.needs_reference and self.reference_logprobs == "live" and not self.shares_reference:
-            roles["reference"] = frozen_role(
-                "reference",
-                "causal_lm",
-                path=self.model_name_or_path,
-                path_flag="--model_name_or_path",
-                zero_stage=self.zero_stage,
-                offload=self.offload_reference_model,
-                trust_remote_code=self.trust_remote_code,
-            )
+            roles["reference"] = _reference_role(self)
         return roles
 
     def longest_sequence(self) -> tuple[int, str]:
@@ -263,15 +268,7 @@ class PpoConfig(
         if ADVANTAGE_ESTIMATORS[self.advantage_estimator].needs_critic:
             roles["critic"] = trained_role(self, "critic", "scalar", "critic_", **without_dropout)
         if not self.shares_reference:
-            roles["reference"] = frozen_role(
-                "reference",
-                "causal_lm",
-                path=self.actor_model_name_or_path,
-                path_flag="--actor_model_name_or_path",
-                zero_stage=self.actor_zero_stage,
-                offload=self.offload_reference_model,
-                trust_remote_code=self.trust_remote_code,
-            )
+            roles["reference"] = _reference_role(self, "actor_")
         if REWARD_SOURCES[self.reward_source].needs_reward_model:
             own_path = self.reward_model_name_or_path
             roles["reward"] = frozen_role(

@@ -16,11 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from utils.errors import InputError
 
 ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
+# What a template raises: jinja's own errors, and those of the operations in it.
+RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 Turn = tuple[str, str]  # (speaker, text), speaker a key of ROLES
 _FIRST_STAND_IN, _STAND_INS = 0xF0000, 0xFFFE  # characters for private use, which no text has in practice
 _PROBE: tuple[Turn, ...] = (("Human", "question"), ("Assistant", "answer"))
@@ -59,7 +62,7 @@ class ChatTemplate:
         """
         try:
             return self._render(turns, asks)
-        except Exception as error:  # whatever the template does
+        except RENDERING_ERRORS as error:
             number = len(turns)
             while number > 1 and self._fails(turns[: number - 1]):
                 number -= 1
@@ -76,7 +79,7 @@ class ChatTemplate:
     def _fails(self, turns: Sequence[Turn]) -> bool:
         try:
             self._render(turns, False)
-        except Exception:
+        except RENDERING_ERRORS:
             return True
         return False
 
